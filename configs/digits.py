@@ -1,0 +1,34 @@
+"""The UCI handwritten digits, 8x8, that come with diffjax."""
+
+import dataclasses
+
+from diffjax.config import Config, Data, Optimizer, Sampling, UNetConfig, smoke, variant_of
+
+
+def get_config(variant: str = "") -> Config:
+    model = UNetConfig(
+        width=32,
+        mults=(1, 2),
+        blocks=1,
+        attention=(4,),
+        groups=8,
+        dropout=0.0,
+        labels=10,
+        null_label=True,
+    )
+    config = Config(
+        data=Data("digits"),
+        model=model,
+        optimizer=Optimizer(learning_rate=2e-3, warmup=100),
+        schedule_options={"log_snr_min": -10.0, "log_snr_max": 10.0},
+        ema=0.995,
+        batch_size=128,
+        steps=1200,
+        log_every=100,
+        eval_every=400,
+        save_every=400,
+        sample_every=1200,
+        sampling=Sampling(steps=25, guidance=1.5, score=900),
+    )
+    tiny = dataclasses.replace(model, width=8, groups=4)
+    return variant_of(config, variant, smoke=lambda: smoke(config, model=tiny))

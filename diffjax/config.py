@@ -1,0 +1,330 @@
+"""Experiments as data: frozen dataclasses, from a file and the command line to JSON and back.
+
+A file `configs/NAME.py` defines `get_config(variant="") -> Config`; the command line overrides
+any field of it (`--config.target=x_0`). `check` refuses what cannot run, before anything long
+starts; the `make_*` functions turn names and numbers into the functions they mean.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import inspect
+import json
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import optax
+import tyro
+
+from . import samplers, schedules, targets, weightings
+from .data import DATASETS
+from .models import MLPConfig, UNetConfig
+from .parallel import RUNNERS
+
+
+def _linear_betas(steps: float = 1000, start=1e-4, end=0.02, log_snr_max=24.0):
+    return schedules.from_betas(schedules.linear_betas(int(steps), start, end), log_snr_max)
+
+
+def _scaled_linear_betas(steps: float = 1000, start=0.00085, end=0.012, log_snr_max=24.0):
+    return schedules.from_betas(schedules.scaled_linear_betas(int(steps), start, end), log_snr_max)
+
+
+def _cosine_betas(steps: float = 1000, max_beta=0.999, log_snr_max=24.0):
+    return schedules.from_betas(schedules.cosine_betas(int(steps), max_beta), log_snr_max)
+
+
+SCHEDULES: dict[str, Callable] = {
+    "cosine": schedules.cosine,
+    "linear": schedules.linear,
+    "sigmoid": schedules.sigmoid,
+    "log_uniform": schedules.log_uniform,
+    "rectified_flow": schedules.rectified_flow,
+    "linear_betas": _linear_betas,
+    "scaled_linear_betas": _scaled_linear_betas,
+    "cosine_betas": _cosine_betas,
+}
+WEIGHTINGS: dict[str, Callable] = {
+    "unit": lambda: None,
+    "constant": lambda: weightings.constant,
+    "elbo": lambda: weightings.elbo,
+    "min_snr": weightings.min_snr,
+}
+SAMPLERS: dict[str, Callable] = {"ddim": samplers.ddim, "ancestral": samplers.ancestral}
+TIMES: dict[str, Callable] = {
+    "uniform": lambda schedule, n: samplers.uniform_times(n),
+    "log_snr": samplers.log_snr_times,
+    "karras": samplers.karras_times,
+}
+
+
+def one_of(table: dict[str, Any]) -> Any:
+    """A field's choices, for --help; `check` is what refuses others, with a message of its own."""
+    return tyro.conf.arg(metavar="{" + ",".join(table) + "}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What to train on."""
+
+    name: Annotated[str, one_of(DATASETS)] = "digits"
+    """The data set."""
+    path: Path | None = None
+    """Its folder or file; None for the default place."""
+    flip: bool = False
+    """Mirror images left to right at random."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """Adam, its learning rate, and what is done to gradients before."""
+
+    learning_rate: float = 1e-3
+    """The peak."""
+    warmup: int = 100
+    """Steps of linear warm-up from 0."""
+    decay_steps: int | None = None
+    """Step at which a cosine decay from the peak reaches 0; None: stay at the peak."""
+    clip: float | None = 1.0
+    """Largest global norm of the gradient."""
+    beta_1: float = 0.9
+    """Adam's decay of the mean gradient."""
+    beta_2: float = 0.999
+    """Adam's decay of the mean squared gradient."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (AdamW)."""
+    accumulate: int = 1
+    """Parts that each device takes its share of the batch in, one after the other."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How samples are made, at intervals and at the end."""
+
+    sampler: Annotated[str, one_of(SAMPLERS)] = "ddim"
+    """The sampler."""
+    options: dict[str, float | str] = dataclasses.field(default_factory=dict)
+    """Its options, as NAME VALUE pairs."""
+    times: Annotated[str, one_of(TIMES)] = "uniform"
+    """The grid of times."""
+    steps: int = 50
+    """Steps of the grid."""
+    guidance: float = 1.0
+    """Weight of classifier-free guidance; 1: none."""
+    columns: int = 10
+    """Columns of the picture. With labels one row for each class, else as many as columns."""
+    score: int = 0
+    """Samples to measure at the end (Frechet distance, accuracy on the labels); 0: none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """An experiment. Fields from `steps` on may change when a run is resumed."""
+
+    data: Data = Data()
+    target: Annotated[str, one_of(targets.TARGETS)] = "eps"
+    """What the network predicts."""
+    unit_output: bool = False
+    """Scale the network's output to the target's size (a score then is eps in disguise)."""
+    schedule: Annotated[str, one_of(SCHEDULES)] = "cosine"
+    """The noise schedule."""
+    schedule_options: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Its options, as NAME VALUE pairs."""
+    schedule_shift: float = 0.0
+    """Added to its log-SNR at every time."""
+    time_steps: int | None = None
+    """Train on the grid i/T of discrete time with this T; None: continuous time."""
+    weighting: Annotated[str, one_of(WEIGHTINGS)] = "unit"
+    """Weight of the loss over log-SNR; unit: each target scaled to variance one."""
+    weighting_options: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Its options, as NAME VALUE pairs."""
+    label_drop: float = 0.1
+    """Probability of training without the label, where the model has a null label."""
+    model: UNetConfig | MLPConfig = UNetConfig()
+    optimizer: Optimizer = Optimizer()
+    ema: float = 0.999
+    """Decay of the moving average of parameters."""
+    batch_size: int = 128
+    """Examples per step, over all devices."""
+    seed: int = 0
+    """Seed of everything random."""
+
+    steps: int = 1000
+    """Training steps in all."""
+    parallel: Annotated[str, one_of(RUNNERS)] = "pmap"
+    """The runner."""
+    log_every: int = 50
+    """Steps between lines of metrics."""
+    eval_every: int = 500
+    """Steps between losses on held-out data."""
+    sample_every: int = 1000
+    """Steps between pictures of samples."""
+    save_every: int = 1000
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Newest checkpoints to keep."""
+    keep_every: int | None = None
+    """Keep besides each checkpoint whose step is a multiple of this."""
+    sampling: Sampling = Sampling()
+
+
+CHANGEABLE = {
+    "steps",
+    "parallel",
+    "log_every",
+    "eval_every",
+    "sample_every",
+    "save_every",
+    "keep",
+    "keep_every",
+    "sampling",
+    "data.path",
+}
+"""What a resumed run may have otherwise than the run it continues."""
+
+
+def smoke(config: Config, **changes: Any) -> Config:
+    """The same experiment in seconds: a few steps, a checkpoint every 20, few samples."""
+    sampling = dataclasses.replace(config.sampling, steps=4, columns=2, score=0)
+    short = dict(steps=60, batch_size=16, log_every=10, eval_every=20, sample_every=40)
+    short |= dict(save_every=20, keep=3, sampling=sampling) | changes
+    return dataclasses.replace(config, **short)
+
+
+def parse(argv: Sequence[str], default: str = "configs/digits.py") -> tuple[Config, Path]:
+    """The command line `[--config=FILE[:variant]] [--workdir=DIR] [--config.FIELD=VALUE ...]`.
+
+    Returns:
+      The config, checked, and the run's directory, `runs/<config name>` by default.
+
+    Raises:
+      SystemExit: after printing what is wrong (or the help) in a few lines.
+    """
+    file, rest = _option(argv, "--config", default)
+    try:
+        base = from_file(file)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    path = file.partition(":")[0]
+
+    @dataclasses.dataclass(frozen=True)
+    class Arguments:
+        config: tyro.conf.AvoidSubcommands[Config] = base
+        workdir: Path = Path("runs") / Path(path).stem
+        """Where checkpoints, metrics and pictures go; resumes what it finds there."""
+
+    args = tyro.cli(
+        Arguments,
+        args=rest,
+        description=f"--config=FILE[:variant] chooses the experiment; this is {file}. "
+        "Every field of it can be changed:",
+        config=(tyro.conf.FlagConversionOff,),
+        use_underscores=True,
+    )
+    return args.config, args.workdir
+
+
+def from_file(spec: str) -> Config:
+    """The config of `FILE.py` or `FILE.py:variant`.
+
+    Raises:
+      FileNotFoundError: if there is no such file; names those beside it.
+      ValueError: if it has no such variant.
+    """
+    name, _, variant = spec.partition(":")
+    path = Path(name)
+    if not path.is_file():
+        beside = sorted(str(p) for p in path.parent.glob("*.py"))
+        raise FileNotFoundError(f"no config {name}; there are: {', '.join(beside) or 'none'}")
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    if module_spec is None or module_spec.loader is None:
+        raise FileNotFoundError(f"{name} is not a Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return module.get_config(variant)
+
+
+def variant_of(config: Config, variant: str, **variants: Callable[[], Config]) -> Config:
+    """Choose a variant of a config file: "" is `config` itself, the others are made on demand.
+
+    Raises:
+      ValueError: if there is no such variant.
+    """
+    if not variant:
+        return config
+    if variant not in variants:
+        raise ValueError(f"no variant {variant!r}: one of {', '.join(variants)}, or none")
+    return variants[variant]()
+
+
+def to_json(config: Config) -> str:
+    """The config as JSON; `from_json` is its inverse."""
+    tree = dataclasses.asdict(config)
+    tree["model"] = {"kind": type(config.model).__name__} | tree["model"]
+    return json.dumps(tree, indent=2, default=str) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """The config of `to_json`.
+
+    Raises:
+      ValueError: if a field is unknown, as when another version wrote it.
+    """
+    tree = json.loads(text)
+    kinds = {c.__name__: c for c in (UNetConfig, MLPConfig)}
+    model = tree.pop("model")
+    return dataclasses.replace(
+        _from_dict(Config, tree), model=_from_dict(kinds[model.pop("kind")], model)
+    )
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """What differs and may not when a run is resumed, a line each; empty if nothing does."""
+    a, b = (_flatten(json.loads(to_json(config))) for config in (old, new))
+    return [
+        f"{name}: the run has {a.get(name)!r}, asked for {b.get(name)!r}"
+        for name in sorted(a.keys() | b.keys())
+        if a.get(name) != b.get(name)
+        and not any(name == c or name.startswith(c + ".") for c in CHANGEABLE)
+    ]
+
+
+def _flatten(tree, prefix=""):
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    return {k: v for name, sub in tree.items() for k, v in _flatten(sub, f"{prefix}{name}.").items()}
+
+
+def _from_dict(cls, tree):
+    hints = typing.get_type_hints(cls)
+    unknown = set(tree) - set(hints)
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no field {', '.join(sorted(unknown))}")
+    return cls(**{name: _from_value(hints[name], value) for name, value in tree.items()})
+
+
+def _from_value(hint, value):
+    if dataclasses.is_dataclass(hint):
+        return _from_dict(hint, value)
+    if typing.get_origin(hint) is tuple:
+        return tuple(value)
+    if Path in (hint, *typing.get_args(hint)) and value is not None:
+        return Path(value)
+    return value
+
+
+def _option(argv, name, default):
+    """Take `name=VALUE` or `name VALUE` out of argv."""
+    rest, value = [], default
+    words = iter(argv)
+    for word in words:
+        if word == name:
+            value = next(words, default)
+        elif word.startswith(name + "="):
+            value = word.removeprefix(name + "=")
+        else:
+            rest.append(word)
+    return value, rest

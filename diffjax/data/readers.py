@@ -1,0 +1,137 @@
+"""Readers of image files: each returns ((x, label), (x, label)), to train on and held out."""
+
+import gzip
+import zipfile
+import zlib
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+"""Where the Debian package `dataset-fashion-mnist` puts it."""
+
+
+def digits() -> tuple:
+    """The UCI handwritten digits that come with diffjax: 1,797 images, 8x8x1, 17 grey levels.
+
+    Every sixth is held out (300), the rest (1,497) are to train on. See `digits.LICENSE`.
+    """
+    with resources.files(__package__).joinpath("digits.npz").open("rb") as file:
+        arrays = np.load(file)
+        x = np.round(arrays["x"] * (255 / 16)).astype(np.uint8)[..., None]
+        label = arrays["label"]
+    held_out = np.arange(len(x)) % 6 == 0
+    return (x[~held_out], label[~held_out]), (x[held_out], label[held_out])
+
+
+def fashion_mnist(path: Path | None) -> tuple:
+    """Fashion-MNIST (Xiao et al. 2017), 60,000 + 10,000 images 28x28x1, from its four IDX files."""
+    if path is None and not FASHION_MNIST.exists():
+        raise FileNotFoundError(
+            f"Fashion-MNIST is not at {FASHION_MNIST}: install the Debian package "
+            f"dataset-fashion-mnist (apt-get install dataset-fashion-mnist), or give "
+            f"--config.data.path the folder with its files {', '.join(_IDX_FILES)}"
+        )
+    return _idx_folder(path or FASHION_MNIST)
+
+
+def mnist(path: Path | None) -> tuple:
+    """MNIST (LeCun et al. 1998), 60,000 + 10,000 images 28x28x1, from its four IDX files."""
+    if path is None:
+        raise FileNotFoundError(
+            f"MNIST: give --config.data.path the folder with its files {', '.join(_IDX_FILES)}"
+        )
+    return _idx_folder(path)
+
+
+def cifar10(path: Path | None) -> tuple:
+    """CIFAR-10 (Krizhevsky 2009), 50,000 + 10,000 images 32x32x3, from its binary files."""
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+    if path is None or not all((path / name).is_file() for name in names):
+        raise FileNotFoundError(
+            "CIFAR-10: give --config.data.path the folder cifar-10-batches-bin with its files "
+            f"{', '.join(names)}" + (f"; they are not all in {path}" if path else "")
+        )
+    parts = [_cifar(path / name) for name in names]
+    x, label = (np.concatenate(arrays) for arrays in zip(*parts[:-1], strict=True))
+    return (x, label), parts[-1]
+
+
+def npz(path: Path | None) -> tuple:
+    """A NumPy archive with arrays x_train and x_test, and y_train and y_test if it has labels.
+
+    Images are uint8 or float32 in [-1, 1], `[n, height, width]` or `[n, height, width, channels]`.
+    """
+    if path is None or not path.is_file():
+        raise FileNotFoundError(f"npz: --config.data.path={path} must be the archive's path")
+    try:
+        with np.load(path) as archive:
+            arrays = dict(archive)
+    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path}: not a readable npz archive ({error})") from error
+    missing = {"x_train", "x_test"} - set(arrays)
+    if missing:
+        raise ValueError(f"{path}: has arrays {sorted(arrays)}, lacks {sorted(missing)}")
+    return tuple((_channels(arrays[f"x_{p}"]), arrays.get(f"y_{p}")) for p in ("train", "test"))
+
+
+_IDX_FILES = [
+    "train-images-idx3-ubyte.gz",
+    "train-labels-idx1-ubyte.gz",
+    "t10k-images-idx3-ubyte.gz",
+    "t10k-labels-idx1-ubyte.gz",
+]
+
+
+def _idx_folder(path):
+    arrays = []
+    for name in _IDX_FILES:
+        # The files are as good unpacked.
+        file = next((f for f in (path / name, (path / name).with_suffix("")) if f.is_file()), None)
+        if file is None:
+            raise FileNotFoundError(
+                f"{path / name} is not there; the folder must hold {', '.join(_IDX_FILES)} "
+                "(or the same without .gz)"
+            )
+        arrays.append(read_idx(file))
+    x_train, y_train, x_test, y_test = arrays
+    return (_channels(x_train), y_train), (_channels(x_test), y_test)
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """A uint8 array from an IDX file, gzipped or not.
+
+    The format: two zero bytes, the type (8: uint8), the number of axes, each axis' length as a
+    big-endian 32-bit integer, and the data.
+
+    Raises:
+      ValueError: if the file is not IDX, not uint8, or of another length than its header says.
+    """
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            raw = file.read()
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path}: corrupt or truncated ({error})") from error
+    if len(raw) < 4 or raw[:3] != b"\0\0\x08":
+        raise ValueError(f"{path}: not an IDX file of unsigned bytes (starts with {raw[:4]!r})")
+    start = 4 + 4 * raw[3]
+    shape = np.frombuffer(raw[4:start], ">i4", count=min(raw[3], len(raw[4:start]) // 4))
+    if len(raw) != start + np.prod(shape, dtype=np.int64):
+        raise ValueError(f"{path}: {len(raw)} bytes, not the {start} + {shape.tolist()} it declares")
+    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
+
+
+def _cifar(path):
+    """Records of one label byte and 3 x 32 x 32 pixel bytes."""
+    raw = np.fromfile(path, np.uint8)
+    if raw.size == 0 or raw.size % 3073:
+        raise ValueError(f"{path}: {raw.size} bytes, not a multiple of 3073: corrupt or truncated")
+    records = raw.reshape(-1, 3073)
+    if records[:, 0].max() > 9:
+        raise ValueError(f"{path}: a label of {records[:, 0].max()}, must be 0..9: corrupt")
+    return records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0]
+
+
+def _channels(x):
+    return x[..., None] if x.ndim == 3 else x

@@ -1,0 +1,179 @@
+"""What a config means: its names and numbers become functions, or a clear refusal."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from . import keys, samplers, schedules, targets, weightings
+from .config import SAMPLERS, SCHEDULES, TIMES, WEIGHTINGS, Config, Optimizer
+from .data import DATASETS, Examples
+from .denoisers import classifier_free, clip_x_0, denoiser, unit_output
+from .models import UNetConfig
+from .parallel import RUNNERS
+from .process import prior_sample
+from .types import Array, Denoiser, Network
+
+def check(config: Config) -> None:
+    """Refuse a config that cannot run, before anything is loaded or compiled.
+
+    Raises:
+      ValueError: naming the value, the constraint and the choices.
+    """
+    targets.row(config.target)
+    make_weighting(config)
+    make_sampler(config)
+    _lookup("data set", DATASETS, config.data.name)
+    _lookup("times", TIMES, config.sampling.times)
+    _lookup("runner", RUNNERS, config.parallel)
+    o, s = config.optimizer, config.sampling
+    for holds, what in (
+        (config.steps >= 1, f"steps={config.steps}: must be at least 1"),
+        (config.log_every >= 1, f"log_every={config.log_every}: must be at least 1"),
+        (config.sample_every >= 1, f"sample_every={config.sample_every}: must be at least 1"),
+        (config.keep >= 1, f"keep={config.keep}: must be at least 1"),
+        (config.keep_every is None or config.keep_every >= 1, "keep_every: must be at least 1"),
+        (
+            min(config.eval_every, config.save_every) >= 1
+            and config.eval_every % config.log_every == 0
+            and config.save_every % config.log_every == 0,
+            f"eval_every={config.eval_every} and save_every={config.save_every}: must be "
+            f"multiples of log_every={config.log_every}, so that a resumed run logs the same",
+        ),
+        (
+            config.time_steps is None or config.time_steps >= 1,
+            f"time_steps={config.time_steps}: must be at least 1, or None",
+        ),
+        (0 <= config.ema < 1, f"ema={config.ema}: must be in [0, 1)"),
+        (0 <= config.label_drop < 1, f"label_drop={config.label_drop}: must be in [0, 1)"),
+        (o.learning_rate > 0, f"optimizer.learning_rate={o.learning_rate}: must be positive"),
+        (o.clip is None or o.clip > 0, f"optimizer.clip={o.clip}: must be positive, or None"),
+        (o.accumulate >= 1, f"optimizer.accumulate={o.accumulate}: must be at least 1"),
+        (
+            o.decay_steps is None or o.decay_steps > o.warmup,
+            f"optimizer.decay_steps={o.decay_steps}: must exceed warmup={o.warmup}, or be None",
+        ),
+        (s.steps >= 1, f"sampling.steps={s.steps}: must be at least 1"),
+        (s.columns >= 1, f"sampling.columns={s.columns}: must be at least 1"),
+        (
+            s.guidance == 1 or config.model.null_label,
+            f"sampling.guidance={s.guidance}: needs model.null_label=True (1 is no guidance)",
+        ),
+    ):
+        if not holds:
+            raise ValueError(what)
+
+
+def check_data(config: Config, examples: Examples) -> None:
+    """Refuse data that the config's network cannot take.
+
+    Raises:
+      ValueError: naming the value and the constraint.
+    """
+    config.model.check_input(examples.x.shape[1:])
+    if len(examples.x) < config.batch_size:
+        raise ValueError(f"batch_size={config.batch_size} exceeds the {len(examples.x)} examples")
+    if config.data.flip and examples.x.ndim != 4:
+        raise ValueError(f"data.flip=True needs images, not examples {examples.x.shape[1:]}")
+    if config.model.labels:
+        if examples.label is None:
+            raise ValueError(f"model.labels={config.model.labels}: the data has no labels")
+        if examples.label.max() >= config.model.labels:
+            raise ValueError(
+                f"model.labels={config.model.labels}: the data has labels up to "
+                f"{examples.label.max()}"
+            )
+
+
+def make_schedule(config: Config) -> schedules.Schedule:
+    """The noise schedule that the config names."""
+    schedule = _call("schedule", SCHEDULES, config.schedule, config.schedule_options)
+    return schedules.shift(schedule, config.schedule_shift) if config.schedule_shift else schedule
+
+
+def make_weighting(config: Config) -> weightings.Weighting | None:
+    """The loss weighting that the config names."""
+    return _call("weighting", WEIGHTINGS, config.weighting, config.weighting_options)
+
+
+def make_sampler(config: Config) -> Callable[..., samplers.Sampler]:
+    """The sampler that the config names, a function of (denoise, schedule)."""
+    c = config.sampling
+    schedule = make_schedule(config)
+    _call("sampler", SAMPLERS, c.sampler, c.options, denoise=lambda *_: None, schedule=schedule)
+    return functools.partial(SAMPLERS[c.sampler], **c.options)
+
+
+def make_learning_rate(o: Optimizer) -> optax.Schedule:
+    """Learning rate as a function of the step: warm-up, then constant or a cosine to zero."""
+    if o.decay_steps is None:
+        return optax.warmup_constant_schedule(0.0, o.learning_rate, o.warmup)
+    return optax.warmup_cosine_decay_schedule(0.0, o.learning_rate, o.warmup, o.decay_steps)
+
+
+def make_optimizer(o: Optimizer) -> optax.GradientTransformation:
+    """Clipping by global norm, then Adam (AdamW if there is weight decay)."""
+    adam = optax.adamw(
+        make_learning_rate(o), b1=o.beta_1, b2=o.beta_2, weight_decay=o.weight_decay
+    )
+    return adam if o.clip is None else optax.chain(optax.clip_by_global_norm(o.clip), adam)
+
+
+def make_denoiser(config: Config, network: Network) -> Denoiser:
+    """The denoiser that samples are made with: guided, and clipped if the data is images."""
+    schedule = make_schedule(config)
+    if config.unit_output:
+        network = unit_output(network, config.target, schedule)
+    denoise = denoiser(network, schedule, config.target)
+    if config.sampling.guidance != 1:
+        denoise = classifier_free(
+            denoise, config.sampling.guidance, {"label": np.int32(config.model.labels)}
+        )
+    return clip_x_0(denoise, schedule) if isinstance(config.model, UNetConfig) else denoise
+
+
+def make_generate(
+    config: Config, apply: Callable[..., Array], shape: tuple[int, ...]
+) -> Callable[[Any, dict[str, Array]], Array]:
+    """A pure function (params, batch) -> samples `[batch, *shape]`.
+
+    Sample i depends on the config, the parameters, `batch["index"][i]` and `batch["label"][i]`
+    alone, so that it is the same on any number of devices and in any batch.
+    """
+    schedule = make_schedule(config)
+
+    def generate(params, batch):
+        cond = {"label": batch["label"]} if config.model.labels else None
+        denoise = make_denoiser(config, functools.partial(apply, params))
+        sampler = make_sampler(config)(functools.partial(denoise, cond=cond), schedule)
+        key_prior, key_walk = jax.random.split(jax.random.key(config.seed))
+        keys_prior, keys_walk = (keys.fold_in(k, batch["index"]) for k in (key_prior, key_walk))
+        x_1 = prior_sample(keys_prior, schedule, (len(batch["index"]), *shape))
+        ts = TIMES[config.sampling.times](schedule, config.sampling.steps)
+        return samplers.sample(keys_walk, sampler, x_1, ts)[0]
+
+    return generate
+
+
+def _lookup(kind, table, name):
+    if name not in table:
+        raise ValueError(f"unknown {kind} {name!r}: one of {', '.join(table)}")
+    return table[name]
+
+
+def _call(kind, table, name, options, **given):
+    make = _lookup(kind, table, name)
+    names = [n for n in inspect.signature(make).parameters if n not in given]
+    unknown = set(options) - set(names)
+    if unknown:
+        raise ValueError(
+            f"{kind} {name} has no option {', '.join(sorted(unknown))}; "
+            f"it has {', '.join(names) or 'none'}"
+        )
+    return make(**given, **options)
+
+

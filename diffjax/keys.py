@@ -1,0 +1,62 @@
+"""Randomness per example: what example i draws depends on its own key and on nothing else.
+
+A `key` argument anywhere in diffjax is one key, or one key per example `[batch]`. One key is
+folded with the positions 0..batch-1. A caller that splits a batch over devices, processes or
+micro-batches passes `fold_in(key, global_index)` instead, and every draw stays the same bit
+for bit. That holds for JAX's default threefry keys; `rbg` keys draw differently under `vmap`.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from .types import Array, Key, Real
+
+
+def typed(key: Key) -> Key:
+    """`key` as typed keys, also if it is the raw `uint32` data of `jax.random.PRNGKey`."""
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    return jax.random.wrap_key_data(key)
+
+
+def fold_in(key: Key, data: int | Int[Real, "..."]) -> Key:
+    """`jax.random.fold_in` for one key or many, and one number or many.
+
+    Args:
+      key: one key, or keys `[batch]`.
+      data: an integer `[]` or integers `[batch]`.
+
+    Returns:
+      One key if both are single, else keys `[batch]`.
+    """
+    key, data = typed(key), jnp.asarray(data)
+    shape = jnp.broadcast_shapes(key.shape, data.shape)
+    if not shape:
+        return jax.random.fold_in(key, data)
+    return jax.vmap(jax.random.fold_in)(jnp.broadcast_to(key, shape), jnp.broadcast_to(data, shape))
+
+
+def per_example(key: Key, batch: int) -> Key:
+    """The keys `[batch]` that `key` stands for.
+
+    Raises:
+      ValueError: if `key` is an array of keys of another length than `batch`.
+
+    >>> key = jax.random.key(0)
+    >>> keys = per_example(key, 4)
+    >>> bool(keys[2] == jax.random.fold_in(key, 2))
+    True
+    """
+    key = typed(key)
+    if key.ndim == 0:
+        return fold_in(key, jnp.arange(batch))
+    if key.shape != (batch,):
+        raise ValueError(f"keys of shape {key.shape} for a batch of {batch}: one key, or [batch]")
+    return key
+
+
+def normal(key: Key, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Float[Array, "..."]:
+    """Standard normal noise `[batch, ...]`, each example drawn from its own key."""
+    keys = per_example(key, shape[0])
+    return jax.vmap(lambda k: jax.random.normal(k, shape[1:], dtype))(keys)

@@ -1,0 +1,135 @@
+"""Training: a regression on one target at random times, whatever the target and the weighting."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from . import keys
+from .process import scales_at
+from .schedules import Schedule
+from .targets import Row, encode, eps_per_out, unit_variance
+from .types import Array, Cond, Data, Key, Network, Real, Time
+from .weightings import Weighting
+
+
+def sample_times(
+    key: Key, n: int, steps: int | None = None, index: Int[Real, "batch"] | None = None
+) -> Float[Array, "batch"]:
+    """Random times in (0, 1], stratified: one in each n-th of the interval.
+
+    All n share one uniform offset, t_i = 1 - frac(u + i / n), so that each is uniform by itself
+    while their mean over the batch varies little (Kingma et al. 2021, appendix I.1).
+
+    Args:
+      key: one key, shared by the whole batch.
+      n: size of the whole (global) batch.
+      steps: T for times on the grid i/T, i = 1..T, as in discrete-time diffusion; None for
+        continuous time.
+      index: positions in the global batch of the examples at hand; all of them by default.
+
+    Returns:
+      Times `[n]`, or one for each of `index`.
+
+    >>> t = sample_times(jax.random.key(0), 4)
+    >>> sorted((t * 4).astype(int).tolist())
+    [0, 1, 2, 3]
+    """
+    index = jnp.arange(n) if index is None else index
+    t = 1 - (jax.random.uniform(key) + index / n) % 1
+    return t if steps is None else jnp.ceil(t * steps) / steps
+
+
+def rate_at(schedule: Schedule, t: Time, steps: int | None = None) -> Array:
+    """How fast the log-SNR falls at t, of the shape of t.
+
+    -d log_snr / dt in continuous time; T expm1(log_snr_s - log_snr_t), s = t - 1/T, on the grid
+    of T = `steps`, to which the former is the limit (Kingma et al. 2021, equations 14 and 17).
+    """
+    t = jnp.asarray(t)
+    if steps is None:
+        return -jax.jvp(schedule.log_snr, (t,), (jnp.ones_like(t),))[1]
+    s = (jnp.round(t * steps) - 1) / steps
+    return steps * jnp.expm1(schedule.log_snr(s) - schedule.log_snr(t))
+
+
+def loss_weight(
+    schedule: Schedule,
+    target: str | Row,
+    t: Time,
+    weight: Weighting | None = None,
+    steps: int | None = None,
+) -> Array:
+    """The factor on the squared error in the target's own space that `weight` amounts to.
+
+    Args:
+      schedule: a `Schedule`.
+      target: a name in `TARGETS`, or a row function.
+      t: times `[]` or `[batch]`.
+      weight: a weighting of the eps error; None for a target of unit variance, 1 / (a^2 + b^2).
+      steps: T, if time is discrete.
+
+    Returns:
+      Weights of the shape of t.
+    """
+    alpha, sigma = schedule(t)
+    if weight is None:
+        return 1 / unit_variance(target, alpha, sigma)
+    return weight(schedule.log_snr(t), rate_at(schedule, t, steps)) * (
+        eps_per_out(target, alpha, sigma) ** 2
+    )
+
+
+def diffusion_loss(
+    key: Key,
+    network: Network,
+    schedule: Schedule,
+    target: str | Row,
+    x_0: Data,
+    cond: Cond = None,
+    weight: Weighting | None = None,
+    t: Time | None = None,
+    steps: int | None = None,
+) -> Float[Array, "batch"]:
+    """The weighted denoising loss of each example: one noise, one time, one squared error.
+
+    Args:
+      key: one key, or one per example `[batch]`.
+      network: (x_t, log_snr `[batch]`, cond) -> an estimate of the target.
+      schedule: a `Schedule`.
+      target: what the network regresses, a name in `TARGETS` or a row function.
+      x_0: clean data `[batch, ...]`; pixels are in [-1, 1] by convention.
+      cond: conditioning passed to the network.
+      weight: a weighting of the eps error (see `weightings`); None for 1 / (a^2 + b^2), which
+        gives every target unit variance (1 for x_0, eps and v; Song's sigma^2 for the score).
+      t: times `[]` or `[batch]`. By default they are drawn: stratified over the batch from one
+        key, independently from one key per example.
+      steps: T for discrete time, None for continuous.
+
+    Returns:
+      Losses `[batch]`, the mean over the data axes; with `weightings.elbo`, in nats per dimension.
+
+    Source: Ho et al. 2020, Algorithm 1; Kingma et al. 2021, equations 13 to 18.
+
+    >>> import diffjax
+    >>> x_0 = jax.random.normal(jax.random.key(0), (8, 2))
+    >>> zero = lambda x_t, log_snr, cond: 0 * x_t
+    >>> diffusion_loss(jax.random.key(1), zero, diffjax.cosine(), "eps", x_0).shape
+    (8,)
+    """
+    batch, key = x_0.shape[0], keys.typed(key)
+    example_keys = keys.per_example(key, batch)
+    if t is not None:
+        t = jnp.broadcast_to(jnp.asarray(t), (batch,))
+    elif key.ndim == 0:
+        t = sample_times(keys.fold_in(key, batch), batch, steps)  # 0..batch-1 are the examples'
+    else:
+        t = jax.vmap(lambda k: sample_times(k, 1, steps)[0])(keys.fold_in(key, 1))
+
+    eps = keys.normal(example_keys, x_0.shape, x_0.dtype)
+    alpha, sigma = scales_at(schedule, t, x_0)
+    out = network(alpha * x_0 + sigma * eps, schedule.log_snr(t), cond)
+    if out.shape != x_0.shape:
+        raise ValueError(f"the network gave {out.shape} for data {x_0.shape}: must be equal")
+    error = (out - encode(target, x_0, eps, alpha, sigma)).astype(t.dtype)
+    mse = jnp.mean(error**2, axis=range(1, error.ndim))
+    return loss_weight(schedule, target, t, weight, steps) * mse

@@ -1,0 +1,102 @@
+"""What a run says of itself: rows of `metrics.jsonl`, and a line on the terminal."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.live import Live
+
+ROWS = "metrics.jsonl"
+
+
+class Recorder:
+    """Writes rows of metrics, and shows the newest: a live line on a terminal, else plain lines.
+
+    Use as a context manager; rows are on disk as soon as they are written.
+
+    Args:
+      workdir: the run's directory.
+      step: where the run starts; rows of later steps, of a run that was cut off, are dropped.
+      steps: where it ends, for the time it still takes.
+      title: what stands before every line.
+    """
+
+    def __init__(self, workdir: Path, step: int, steps: int, title: str = "") -> None:
+        self.path, self.steps, self.title = workdir / ROWS, steps, title
+        rows = [row for row in read(workdir) if row["step"] <= step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        temporary.replace(self.path)
+        self.console = Console()
+        self.live = Live(console=self.console, transient=True)
+        self.at = step, time.perf_counter()
+
+    def __enter__(self) -> "Recorder":
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.live.stop()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def write(self, step: int, batch_size: int, **metrics: float) -> None:
+        """Write a row: the metrics given, and the speed since the last one."""
+        last_step, last_time = self.at
+        self.at = step, now = step, time.perf_counter()
+        speed = (step - last_step) / (now - last_time)
+        row = {"step": step, **metrics, "img_per_s": speed * batch_size}
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        left = (self.steps - step) / speed
+        numbers = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "step")
+        line = f"{self.title}step {step}/{self.steps}  {numbers}  {_clock(left)} left"
+        if self.live.is_started:
+            self.live.update(line)
+        else:
+            self.say(line)
+
+    def start(self, step: int) -> None:
+        """Measure the speed of the next row from here, so as to leave out what was before."""
+        self.at = step, time.perf_counter()
+
+
+def summary(window: list[dict[str, Any]], step: int) -> dict[str, float]:
+    """Means over the metrics of the steps up to `step`, fetched from the devices at once.
+
+    Raises:
+      FloatingPointError: if a loss is not finite; names the step.
+    """
+    rows = jax.device_get(window)
+    for i, row in enumerate(rows):
+        if not np.isfinite(row["loss"]):
+            at = step - len(rows) + 1 + i
+            raise FloatingPointError(f"the loss is {row['loss']} at step {at}")
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+
+def read(workdir: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics, oldest first; a last line cut short by a kill is left out."""
+    path = workdir / ROWS
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,58 @@
+"""A residual multilayer perceptron for vectors: (x_t, log_snr, cond) -> a vector."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from ..types import Array, Cond
+from .unet import level_embedding
+
+
+@dataclasses.dataclass(frozen=True)
+class MLPConfig:
+    """Every choice the MLP leaves open."""
+
+    width: int = 128
+    """Channels of each layer."""
+    blocks: int = 3
+    """Residual blocks."""
+    dropout: float = 0.0
+    """Probability of dropping an activation inside a block."""
+    labels: int = 0
+    """Number of classes that `cond["label"]` takes; 0: no label."""
+    null_label: bool = False
+    """Add one class that means "no label", index `labels`, for classifier-free guidance."""
+
+    def check_input(self, shape: tuple[int, ...]) -> None:
+        """Raise a ValueError unless an example of this shape fits: a vector."""
+        if len(shape) != 1:
+            raise ValueError(f"examples of shape {shape}: an MLP needs vectors, [features]")
+
+
+class MLP(nn.Module):
+    """A network for two-dimensional toy sets and other vectors, `[batch, features]`.
+
+    Dropout is on exactly when `apply` is given a "dropout" key.
+
+    >>> import jax
+    >>> x = jnp.zeros((4, 2))
+    >>> params = MLP(MLPConfig()).init(jax.random.key(0), x, jnp.zeros(4), None)
+    >>> MLP(MLPConfig()).apply(params, x, jnp.zeros(4), None).shape
+    (4, 2)
+    """
+
+    config: MLPConfig
+
+    @nn.compact
+    def __call__(self, x_t: Array, log_snr: Array, cond: Cond) -> Array:
+        c = self.config
+        c.check_input(x_t.shape[1:])
+        h = nn.Dense(c.width)(x_t) + nn.Dense(c.width)(level_embedding(log_snr, c.width))
+        if c.labels:
+            h += nn.Embed(c.labels + c.null_label, c.width)(cond["label"])
+        for _ in range(c.blocks):
+            r = nn.silu(nn.Dense(c.width)(nn.silu(nn.LayerNorm()(h))))
+            r = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))(r)
+            h += nn.Dense(c.width)(r)
+        return nn.Dense(x_t.shape[-1], kernel_init=nn.initializers.zeros_init())(nn.silu(h))

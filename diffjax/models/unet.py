@@ -1,0 +1,238 @@
+"""The U-Net of DDPM and its descendants: (x_t, log_snr, cond) -> an image of the same size.
+
+One `Block` is two 3x3 convolutions with the noise level added between them; a level is a few
+blocks, with self-attention where the image is small enough; the way down keeps every activation
+and the way up concatenates them. The options span Ho et al. 2020 (DDPM), Nichol & Dhariwal 2021
+(improved DDPM) and Dhariwal & Nichol 2021 (ADM).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ..types import Array, Cond
+
+Init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+Zero = nn.initializers.zeros_init()  # the last layer of every residual branch starts at zero
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """Every choice the U-Net leaves open. The defaults are DDPM's network for CIFAR-10."""
+
+    width: int = 128
+    """Channels of the first level."""
+    mults: tuple[int, ...] = (1, 2, 2, 2)
+    """Channels of each level, in units of `width`; each level halves the image."""
+    blocks: int = 2
+    """Residual blocks per level on the way down; one more on the way up."""
+    attention: tuple[int, ...] = (16,)
+    """Image heights at which blocks are followed by self-attention."""
+    heads: int = 1
+    """Attention heads."""
+    head_width: int | None = None
+    """Channels per attention head, instead of a fixed number of heads (ADM: 64)."""
+    groups: int = 32
+    """Groups of each group normalisation."""
+    dropout: float = 0.1
+    """Probability of dropping an activation inside a block."""
+    scale_shift: bool = False
+    """Let the noise level scale and shift (ADM), not only shift (DDPM)."""
+    resblock_updown: bool = False
+    """Change resolution inside a residual block (ADM), not by a convolution (DDPM)."""
+    out_channels: int | None = None
+    """Channels of the output; None: as many as x_t has."""
+    labels: int = 0
+    """Number of classes that `cond["label"]` takes; 0: no label."""
+    null_label: bool = False
+    """Add one class that means "no label", index `labels`, for classifier-free guidance."""
+    image_cond: bool = False
+    """Concatenate `cond["image"]`, of the height and width of x_t, to the input."""
+    remat: bool = False
+    """Recompute blocks in the backward pass: less memory, about a third more time."""
+    bfloat16: bool = False
+    """Compute in bfloat16; parameters, normalisation statistics and softmax stay float32."""
+
+    def __post_init__(self) -> None:
+        for mult in self.mults:
+            channels = self.width * mult
+            if channels % self.groups:
+                raise ValueError(
+                    f"groups={self.groups} must divide the channels of every level: "
+                    f"width {self.width} x {mult} = {channels}"
+                )
+            if channels % (self.head_width or self.heads):
+                raise ValueError(
+                    f"heads={self.heads} or head_width={self.head_width} must divide the channels "
+                    f"of every level: width {self.width} x {mult} = {channels}"
+                )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: must be in [0, 1)")
+
+    def check_input(self, shape: tuple[int, ...]) -> None:
+        """Raise a ValueError unless an example of this shape fits: an image that halves evenly."""
+        halvings = 2 ** (len(self.mults) - 1)
+        if len(shape) != 3 or shape[0] % halvings or shape[1] % halvings:
+            raise ValueError(
+                f"examples of shape {shape}: a U-Net of {len(self.mults)} levels needs "
+                f"[height, width, channels] with height and width divisible by {halvings}; "
+                f"give `mults` fewer levels, or crop or pad the images"
+            )
+
+
+class UNet(nn.Module):
+    """The network. Dropout is on exactly when `apply` is given a "dropout" key.
+
+    Call with x_t `[batch, height, width, channels]`, log_snr `[batch]`, and a dict `cond` with
+    `label` `[batch]` integers and `image` `[batch, height, width, any]` as the config asks (None
+    if it asks for neither). Returns `[batch, height, width, out_channels]`, float32 or wider.
+
+    >>> model = UNet(UNetConfig(width=8, mults=(1, 2), groups=4, attention=(4,)))
+    >>> x = jnp.zeros((1, 8, 8, 3))
+    >>> params = model.init(jax.random.key(0), x, jnp.zeros(1), None)
+    >>> model.apply(params, x, jnp.zeros(1), None).shape
+    (1, 8, 8, 3)
+    """
+
+    config: UNetConfig
+
+    @nn.compact
+    def __call__(self, x_t: Array, log_snr: Array, cond: Cond) -> Array:
+        c = self.config
+        c.check_input(x_t.shape[1:])
+        dtype = jnp.bfloat16 if c.bfloat16 else x_t.dtype
+        conv = functools.partial(nn.Conv, kernel_size=(3, 3), kernel_init=Init, dtype=dtype)
+        block = functools.partial(nn.remat(Block) if c.remat else Block, c, dtype)
+
+        emb = level_embedding(log_snr, c.width).astype(dtype)
+        emb = nn.Dense(4 * c.width, kernel_init=Init, dtype=dtype, name="embed_0")(emb)
+        emb = nn.Dense(4 * c.width, kernel_init=Init, dtype=dtype, name="embed_1")(nn.silu(emb))
+        if c.labels:
+            rows = c.labels + c.null_label
+            emb += nn.Embed(rows, 4 * c.width, dtype=dtype, name="label")(cond["label"])
+
+        x = x_t.astype(dtype)
+        if c.image_cond:
+            x = jnp.concatenate([x, cond["image"].astype(dtype)], axis=-1)
+        h = conv(c.width, name="conv_in")(x)
+        skips = [h]
+        last = len(c.mults) - 1
+        for level, mult in enumerate(c.mults):
+            for i in range(c.blocks):
+                h = block(c.width * mult, name=f"down_{level}_{i}")(h, emb)
+                skips.append(h)
+            if level != last:
+                name = f"down_{level}_half"
+                if c.resblock_updown:
+                    h = block(c.width * mult, resize=halve, name=name)(h, emb)
+                else:
+                    h = conv(c.width * mult, strides=2, name=name)(h)
+                skips.append(h)
+
+        h = block(c.width * c.mults[-1], attend=True, name="middle_0")(h, emb)
+        h = block(c.width * c.mults[-1], attend=False, name="middle_1")(h, emb)
+
+        for level, mult in reversed(list(enumerate(c.mults))):
+            for i in range(c.blocks + 1):
+                h = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = block(c.width * mult, name=f"up_{level}_{i}")(h, emb)
+            if level != 0:
+                name = f"up_{level}_double"
+                if c.resblock_updown:
+                    h = block(c.width * mult, resize=double, name=name)(h, emb)
+                else:
+                    h = conv(c.width * mult, name=name)(double(h))
+
+        h = nn.silu(nn.GroupNorm(c.groups, dtype=dtype, name="norm_out")(h))
+        h = conv(c.out_channels or x_t.shape[-1], kernel_init=Zero, name="conv_out")(h)
+        return h.astype(x_t.dtype)
+
+
+class Block(nn.Module):
+    """Two convolutions with the noise level between them, added to a shortcut; then attention.
+
+    `resize` halves or doubles the image on both branches (ADM's resampling blocks). `attend` is
+    by default whether the image's height is one of the config's `attention`, and never in a
+    resampling block.
+    """
+
+    config: UNetConfig
+    dtype: jnp.dtype
+    channels: int
+    resize: Callable[[Array], Array] | None = None
+    attend: bool | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, emb: Array) -> Array:
+        c = self.config
+        dense = functools.partial(nn.Dense, kernel_init=Init, dtype=self.dtype)
+        conv = functools.partial(nn.Conv, self.channels, (3, 3), dtype=self.dtype)
+        norm = functools.partial(nn.GroupNorm, c.groups, dtype=self.dtype)
+
+        h = nn.silu(norm(name="norm_0")(x))
+        if self.resize is not None:
+            h, x = self.resize(h), self.resize(x)
+        h = conv(kernel_init=Init, name="conv_0")(h)
+        level = dense(self.channels * (1 + c.scale_shift), name="level")(nn.silu(emb))
+        level = level[:, None, None]
+        if c.scale_shift:
+            scale, shift = jnp.split(level, 2, axis=-1)
+            h = norm(name="norm_1")(h) * (1 + scale) + shift
+        else:
+            h = norm(name="norm_1")(h + level)
+        h = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))(nn.silu(h))
+        h = conv(kernel_init=Zero, name="conv_1")(h)
+        if x.shape[-1] != self.channels:
+            x = dense(self.channels, name="shortcut")(x)
+        h = x + h
+
+        attend = self.attend
+        if attend is None:
+            attend = self.resize is None and h.shape[1] in c.attention
+        return Attention(c, self.dtype, name="attention")(h) if attend else h
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels, added to its input. Softmax in float32."""
+
+    config: UNetConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c = self.config
+        batch, height, width, channels = x.shape
+        heads = channels // c.head_width if c.head_width else c.heads
+        h = nn.GroupNorm(c.groups, dtype=self.dtype, name="norm")(x)
+        qkv = nn.Dense(3 * channels, kernel_init=Init, dtype=self.dtype, name="qkv")(h)
+        qkv = qkv.reshape(batch, height * width, 3, heads, channels // heads)
+        h = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        h = nn.Dense(channels, kernel_init=Zero, dtype=self.dtype, name="out")(h.reshape(x.shape))
+        return x + h
+
+
+def level_embedding(log_snr: Array, width: int) -> Array:
+    """Sinusoids of the log-SNR, `[batch]` -> `[batch, width]`.
+
+    Vaswani et al. 2017, section 3.5, as DDPM embeds its t = 0..1000: here log-SNR in [-20, 20]
+    covers the same 1000 units.
+    """
+    frequencies = jnp.exp(-jnp.log(1e4) * jnp.arange(width // 2) / (width // 2))
+    angles = 25 * log_snr[:, None] * frequencies.astype(log_snr.dtype)
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def halve(x: Array) -> Array:
+    """The mean of each 2x2 square of pixels."""
+    return nn.avg_pool(x, (2, 2), strides=(2, 2))
+
+
+def double(x: Array) -> Array:
+    """Each pixel as a 2x2 square."""
+    b, h, w, c = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c))
+    return x.reshape(b, 2 * h, 2 * w, c)

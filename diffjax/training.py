@@ -1,0 +1,144 @@
+"""One training step, a pure function of state and batch. Whoever calls it decides how to map it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from . import keys
+from .types import Array, Key
+
+Params = Any
+Batch = dict[str, Array]
+LossFn = Callable[[Key, Params, Batch], Array]
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Everything that training changes, and the key it draws from; arrays and nothing else.
+
+    Attributes:
+      step: steps taken, int32 `[]`.
+      params: the network's parameters.
+      ema_params: their exponential moving average, which samples are made with.
+      opt_state: the optimiser's state.
+      key: the run's key; step k draws from this folded with k, so it never changes.
+      extra: any pytree that a method carries along.
+    """
+
+    step: Array
+    params: Params
+    ema_params: Params
+    opt_state: optax.OptState
+    key: Key
+    extra: Any = ()
+
+
+def init_state(key: Key, params: Params, tx: optax.GradientTransformation) -> TrainState:
+    """The state before the first step.
+
+    Args:
+      key: the run's key, one.
+      params: initial parameters.
+      tx: the optimiser.
+
+    >>> state = init_state(jax.random.key(0), {"w": jnp.ones(3)}, optax.adam(1e-3))
+    >>> int(state.step)
+    0
+    """
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        # A copy: a donated state may not hold the same buffer twice.
+        ema_params=jax.tree.map(jnp.copy, params),
+        opt_state=tx.init(params),
+        key=keys.typed(key),
+    )
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    ema_decay: float | Callable[[Array], Array],
+    axis_name: str | None = None,
+    accumulate: int = 1,
+) -> tuple[TrainState, dict[str, Array]]:
+    """One step of gradient descent on the mean loss, and of the moving average.
+
+    Args:
+      state: the state so far.
+      batch: arrays `[batch, ...]`, among them `index`, each example's position in the global
+        batch, by which `loss_fn` gives it randomness of its own (`keys.fold_in(key, index)`).
+      loss_fn: (key of this step, params, batch) -> losses `[batch]`.
+      tx: the optimiser.
+      ema_decay: decay of the moving average in [0, 1), or a function of the step to it.
+      axis_name: the mapped axis to average over under `pmap` or `shard_map`; None under `jit`.
+      accumulate: how many equal parts of the batch to take one after the other, to save memory;
+        the result is the same.
+
+    Returns:
+      The new state, and metrics: `loss`, the mean over the global batch, and `grad_norm`, the
+      global norm of the gradient before the optimiser clips it.
+
+    Raises:
+      ValueError: if the batch does not split into `accumulate` equal parts.
+
+    >>> loss_fn = lambda key, params, batch: jnp.sum((batch["x"] - params) ** 2, -1)
+    >>> tx = optax.sgd(0.5)
+    >>> state = init_state(jax.random.key(0), jnp.zeros(2), tx)
+    >>> batch = {"x": jnp.ones((4, 2)), "index": jnp.arange(4)}
+    >>> state, metrics = train_step(state, batch, loss_fn=loss_fn, tx=tx, ema_decay=0.9)
+    >>> state.params.tolist(), float(metrics["loss"])
+    ([1.0, 1.0], 2.0)
+    """
+    key = keys.fold_in(state.key, state.step)
+
+    def loss_and_grads(batch):
+        return jax.value_and_grad(lambda p: jnp.mean(loss_fn(key, p, batch)))(state.params)
+
+    loss, grads = _mean_over_parts(loss_and_grads, batch, accumulate)
+    if axis_name is not None:
+        loss, grads = jax.lax.pmean((loss, grads), axis_name)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    decay = ema_decay(state.step) if callable(ema_decay) else ema_decay
+    state = state.replace(
+        step=state.step + 1,
+        params=params,
+        ema_params=optax.incremental_update(params, state.ema_params, 1 - decay),
+        opt_state=opt_state,
+    )
+    return state, {"loss": loss, "grad_norm": optax.global_norm(grads)}
+
+
+def ema_warmup(decay: float) -> Callable[[Array], Array]:
+    """A moving average that starts short: min(decay, (1 + step) / (10 + step)).
+
+    So that the first parameters are forgotten in a short run too. Song et al. 2021's and
+    TensorFlow's `ExponentialMovingAverage(num_updates)`.
+
+    Raises:
+      ValueError: unless `0 <= decay < 1`.
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"ema {decay=}: must be in [0, 1)")
+    return lambda step: jnp.minimum(decay, (1 + step) / (10 + step))
+
+
+def _mean_over_parts(f, batch, parts):
+    size = len(batch["index"])
+    if size % parts:
+        raise ValueError(f"a batch of {size} per device does not split into {parts} equal parts")
+    if parts == 1:
+        return f(batch)
+    batches = jax.tree.map(lambda x: x.reshape(parts, size // parts, *x.shape[1:]), batch)
+    first = jax.tree.map(lambda x: x[0], batches)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(f, first))
+    add = lambda total, part: (jax.tree.map(jnp.add, total, f(part)), None)
+    total, _ = jax.lax.scan(add, zero, batches)
+    return jax.tree.map(lambda x: x / parts, total)

@@ -1,0 +1,63 @@
+"""The vocabulary: array shapes, keys, and the two functions everything else is made of.
+
+Arrays are `[batch, ...]`, images are NHWC, times are `[]` or `[batch]`. The shapes are checked
+in the tests (jaxtyping + beartype); at run time they are documentation and cost nothing.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+Array = jax.Array
+Key = jax.Array
+"""One `jax.random.key`, or one per example, `[batch]`."""
+
+Real = jax.Array | np.ndarray
+Data = Float[Real, "batch *data"]
+"""Clean or noisy examples, `[batch, ...]`."""
+Scale = float | int | Float[Real, "..."]
+"""alpha or sigma, already of a shape that broadcasts against the data (see `scales_at`)."""
+Time = float | int | Float[Real, ""] | Float[Real, "batch"]
+"""Diffusion time in [0, 1]: 0 is data, 1 is noise. One for the batch, or one per example."""
+Cond = Any
+"""Whatever the network is conditioned on: a pytree of arrays `[batch, ...]`, or None."""
+
+
+class Prediction(NamedTuple):
+    """What a denoiser knows about x_t: the clean data and the noise it was made of.
+
+    The two satisfy `x_t = alpha_t x_0 + sigma_t eps`; both are kept so that nobody divides by a
+    small alpha or sigma to get back what the network said.
+    """
+
+    x_0: Array
+    eps: Array
+
+
+class Network(Protocol):
+    """Any function of noisy data `[batch, ...]`, log-SNR `[batch]` and conditioning."""
+
+    def __call__(self, x_t: Array, log_snr: Array, cond: Cond, /) -> Array: ...
+
+
+class Denoiser(Protocol):
+    """A network with its meaning: noisy data and time to the `Prediction` of x_0 and eps."""
+
+    def __call__(self, x_t: Array, t: Time, cond: Cond = None) -> Prediction: ...
+
+
+def expand(value: Any, like: Any) -> Array:
+    """Broadcast per-example numbers, `[]` or `[batch]`, against data `[batch, ...]`.
+
+    Appends axes of length one and casts to the dtype of `like`. This is the only place where
+    anything in diffjax is broadcast by rank.
+
+    >>> import jax.numpy as jnp
+    >>> expand(jnp.ones(4), like=jnp.ones((4, 8, 8, 3))).shape
+    (4, 1, 1, 1)
+    """
+    value = jnp.asarray(value)
+    return value.reshape(value.shape + (1,) * (like.ndim - value.ndim)).astype(like.dtype)
