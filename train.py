@@ -25,10 +25,10 @@ import diffjax
 from diffjax import checkpoint, data, evaluation, experiment, keys, metrics, parallel, plots
 from diffjax.config import Config, parse
 from diffjax.models import MODELS, apply
-from diffjax.training import Batch, LossFn, ema_warmup, init_state, train_step
+from diffjax.training import Batch, ema_warmup, init_state, train_step
 
 
-def make_loss(config: Config, network: Callable) -> LossFn:
+def make_loss(config: Config, network: Callable) -> Callable[..., jax.Array]:
     """The loss of each example, a pure function; this is the place to try an idea.
 
     Example i draws from `key` folded with its position in the global batch, so that nothing
@@ -154,7 +154,11 @@ def train(config: Config, workdir: Path) -> None:
                 recorder.say(f"compiled, first step after {time.perf_counter() - began:.0f} s")
                 recorder.start(done)
             if done % config.log_every == 0 or last:
-                row = metrics.summary(window, done) | {"learning_rate": float(learning_rate(step))}
+                try:
+                    row = metrics.summary(window, done, learning_rate)
+                except FloatingPointError as error:
+                    manager.wait_until_finished()
+                    sys.exit(f"error: {error}; the last checkpoint: {manager.latest_step()}")
                 window = []
                 if done % config.eval_every == 0 or last:
                     row["eval_loss"] = float(in_batches(held_out_fn, held_out).mean())

@@ -6,17 +6,14 @@ starts; the `make_*` functions turn names and numbers into the functions they me
 """
 
 import dataclasses
-import functools
 import importlib.util
-import inspect
 import json
 import sys
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-import optax
 import tyro
 
 from . import samplers, schedules, targets, weightings
@@ -143,7 +140,7 @@ class Config:
     """Its options, as NAME VALUE pairs."""
     label_drop: float = 0.1
     """Probability of training without the label, where the model has a null label."""
-    model: UNetConfig | MLPConfig = UNetConfig()
+    model: UNetConfig | MLPConfig = UNetConfig()  # noqa: RUF009, it is frozen
     optimizer: Optimizer = Optimizer()
     ema: float = 0.999
     """Decay of the moving average of parameters."""
@@ -295,7 +292,9 @@ def differences(old: Config, new: Config) -> list[str]:
 def _flatten(tree, prefix=""):
     if not isinstance(tree, dict):
         return {prefix[:-1]: tree}
-    return {k: v for name, sub in tree.items() for k, v in _flatten(sub, f"{prefix}{name}.").items()}
+    return {
+        k: v for name, sub in tree.items() for k, v in _flatten(sub, f"{prefix}{name}.").items()
+    }
 
 
 def _from_dict(cls, tree):

@@ -87,7 +87,7 @@ def classifier_free(denoise: Denoiser, weight: Time, null: Cond) -> Denoiser:
         against cond's; None if the network takes None for it.
     """
 
-    def guided(x_t, t, cond):
+    def guided(x_t, t, cond=None):
         nothing = null
         if null is not None:
             nothing = jax.tree.map(lambda n, c: jnp.broadcast_to(n, c.shape), null, cond)

@@ -16,7 +16,8 @@ from .denoisers import classifier_free, clip_x_0, denoiser, unit_output
 from .models import UNetConfig
 from .parallel import RUNNERS
 from .process import prior_sample
-from .types import Array, Denoiser, Network
+from .types import Array, Data, Denoiser, Network
+
 
 def check(config: Config) -> None:
     """Refuse a config that cannot run, before anything is loaded or compiled.
@@ -117,9 +118,7 @@ def make_learning_rate(o: Optimizer) -> optax.Schedule:
 
 def make_optimizer(o: Optimizer) -> optax.GradientTransformation:
     """Clipping by global norm, then Adam (AdamW if there is weight decay)."""
-    adam = optax.adamw(
-        make_learning_rate(o), b1=o.beta_1, b2=o.beta_2, weight_decay=o.weight_decay
-    )
+    adam = optax.adamw(make_learning_rate(o), b1=o.beta_1, b2=o.beta_2, weight_decay=o.weight_decay)
     return adam if o.clip is None else optax.chain(optax.clip_by_global_norm(o.clip), adam)
 
 
@@ -138,7 +137,7 @@ def make_denoiser(config: Config, network: Network) -> Denoiser:
 
 def make_generate(
     config: Config, apply: Callable[..., Array], shape: tuple[int, ...]
-) -> Callable[[Any, dict[str, Array]], Array]:
+) -> Callable[[Any, dict[str, Array]], Data]:
     """A pure function (params, batch) -> samples `[batch, *shape]`.
 
     Sample i depends on the config, the parameters, `batch["index"][i]` and `batch["label"][i]`
@@ -175,5 +174,3 @@ def _call(kind, table, name, options, **given):
             f"it has {', '.join(names) or 'none'}"
         )
     return make(**given, **options)
-
-

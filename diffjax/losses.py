@@ -8,13 +8,13 @@ from . import keys
 from .process import scales_at
 from .schedules import Schedule
 from .targets import Row, encode, eps_per_out, unit_variance
-from .types import Array, Cond, Data, Key, Network, Real, Time
+from .types import Array, Cond, Data, Key, Network, Real, Scale, Time
 from .weightings import Weighting
 
 
 def sample_times(
-    key: Key, n: int, steps: int | None = None, index: Int[Real, "batch"] | None = None
-) -> Float[Array, "batch"]:
+    key: Key, n: int, steps: int | None = None, index: Int[Real, " batch"] | None = None
+) -> Float[Array, " batch"]:
     """Random times in (0, 1], stratified: one in each n-th of the interval.
 
     All n share one uniform offset, t_i = 1 - frac(u + i / n), so that each is uniform by itself
@@ -58,7 +58,7 @@ def loss_weight(
     t: Time,
     weight: Weighting | None = None,
     steps: int | None = None,
-) -> Array:
+) -> Scale:
     """The factor on the squared error in the target's own space that `weight` amounts to.
 
     Args:
@@ -89,7 +89,7 @@ def diffusion_loss(
     weight: Weighting | None = None,
     t: Time | None = None,
     steps: int | None = None,
-) -> Float[Array, "batch"]:
+) -> Float[Real, " batch"]:
     """The weighted denoising loss of each example: one noise, one time, one squared error.
 
     Args:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +69,32 @@ class Recorder:
         self.at = step, time.perf_counter()
 
 
-def summary(window: list[dict[str, Any]], step: int) -> dict[str, float]:
+def summary(
+    window: list[dict[str, Any]], step: int, learning_rate: Callable[[int], Any]
+) -> dict[str, float]:
     """Means over the metrics of the steps up to `step`, fetched from the devices at once.
 
+    Args:
+      window: metrics of consecutive steps, arrays on the devices.
+      step: steps taken when the last of them was made.
+      learning_rate: of the number of steps taken before.
+
+    Returns:
+      The mean of each metric, and the `learning_rate` of the last step.
+
     Raises:
-      FloatingPointError: if a loss is not finite; names the step.
+      FloatingPointError: if a loss is not finite; names the step and its learning rate.
     """
     rows = jax.device_get(window)
     for i, row in enumerate(rows):
         if not np.isfinite(row["loss"]):
-            at = step - len(rows) + 1 + i
-            raise FloatingPointError(f"the loss is {row['loss']} at step {at}")
-    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+            at = step - len(rows) + i
+            rate = float(learning_rate(at))
+            raise FloatingPointError(
+                f"the loss is {row['loss']} at step {at + 1}, learning rate {rate:.3g}"
+            )
+    means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    return means | {"learning_rate": float(learning_rate(step - 1))}
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:

@@ -70,23 +70,28 @@ def local_slots(batch_size: int) -> slice:
 
 def pmap() -> Runner:
     """Map over devices by `jax.pmap`."""
-    devices = jax.local_device_count()
+    devices = [d for d in _devices() if d.process_index == jax.process_index()]
     # With remote devices a donated replicated argument is deleted under the next call's feet.
     donate = 0 if jax.process_count() == 1 else ()
 
     def split(x):
-        return np.reshape(x, (devices, -1, *np.shape(x)[1:]))
+        return np.reshape(x, (len(devices), -1, *np.shape(x)[1:]))
 
     def step(f):
         def on_device(state, batch):
             return f(state, batch, axis_name=AXIS)
 
         return jax.pmap(
-            on_device, AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=donate
+            on_device,
+            AXIS,
+            in_axes=(None, 0),
+            out_axes=None,
+            devices=_devices(),
+            donate_argnums=donate,
         )
 
     def mapped(f):
-        g = jax.pmap(f, AXIS, in_axes=(None, 0))
+        g = jax.pmap(f, AXIS, in_axes=(None, 0), devices=_devices())
 
         def call(params, batch):
             return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), g(params, batch))
@@ -155,4 +160,9 @@ def _replicate(f):
 
 
 def _mesh():
-    return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
+    devices = _devices()
+    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def _devices():
+    return jax.devices()

@@ -40,7 +40,9 @@ def save_samples(x: np.ndarray, classes: int, path: Path) -> None:
         picture = scatter(x)
     elif classes:
         columns = len(x) // classes
-        picture = image_grid(x.reshape(columns, classes, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape), columns)
+        picture = image_grid(
+            x.reshape(columns, classes, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape), columns
+        )
     else:
         picture = image_grid(x, int(len(x) ** 0.5))
     picture.save(path)

@@ -71,9 +71,7 @@ def q_transition(schedule: Schedule, x_s: Data, s: Time, t: Time) -> tuple[Data,
     return alpha_t / alpha_s * x_s, sigma_t * expand(_forgotten(schedule, t, s), x_s)
 
 
-def q_posterior(
-    schedule: Schedule, x_0: Data, x_t: Data, t: Time, s: Time
-) -> tuple[Data, Scale]:
+def q_posterior(schedule: Schedule, x_0: Data, x_t: Data, t: Time, s: Time) -> tuple[Data, Scale]:
     """Mean and standard deviation of q(x_s | x_t, x_0), s <= t: the step a decoder must imitate.
 
     Args:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Float
 
 from . import keys
@@ -25,7 +26,7 @@ from .types import Array, Data, Denoiser, Key, Prediction, Real, Time, expand
 class State(NamedTuple):
     """Where a walk is: the sample, and the prediction that the last step was made with."""
 
-    x: Array
+    x: Data
     prediction: Prediction
 
 
@@ -35,7 +36,7 @@ class Sampler(NamedTuple):
     `key` is one key, or one per example `[batch]`; deterministic samplers ignore it.
     """
 
-    init: Callable[[Array], State]
+    init: Callable[[Data], State]
     step: Callable[[Key, State, Time, Time], State]
 
 
@@ -43,9 +44,9 @@ def sample(
     key: Key,
     sampler: Sampler,
     x_1: Data,
-    ts: Float[Real, "times"],
+    ts: Float[Real, " times"],
     observe: Callable[[State, Array], Any] | None = None,
-) -> tuple[Array, Any]:
+) -> tuple[Data, Any]:
     """Walk from `x_1` along the times `ts`, in one `lax.scan`.
 
     Args:
@@ -72,7 +73,7 @@ def sample(
     >>> bool(jnp.abs(x_0).max() < 0.01)
     True
     """
-    if not isinstance(ts, jax.core.Tracer):
+    if not isinstance(ts, Tracer):
         _check_times(np.asarray(ts))
     example_keys = keys.per_example(key, x_1.shape[0])
     ts = jnp.asarray(ts)
@@ -157,7 +158,7 @@ def ddim(denoise: Denoiser, schedule: Schedule, *, eta: float = 0.0) -> Sampler:
         alpha_s, sigma_s = scales_at(schedule, s, x)
         eps = prediction.eps
         if eta > 0:
-            fresh = -eta**2 * jnp.expm1(schedule.log_snr(t) - schedule.log_snr(s))
+            fresh = -(eta**2) * jnp.expm1(schedule.log_snr(t) - schedule.log_snr(s))
             z = keys.normal(key, x.shape, x.dtype)
             eps = expand(jnp.sqrt(1 - fresh), x) * eps + expand(jnp.sqrt(fresh), x) * z
         return State(alpha_s * prediction.x_0 + sigma_s * eps, prediction)
@@ -165,7 +166,7 @@ def ddim(denoise: Denoiser, schedule: Schedule, *, eta: float = 0.0) -> Sampler:
     return Sampler(init, step)
 
 
-def uniform_times(n: int) -> Float[Array, "times"]:
+def uniform_times(n: int) -> Float[Array, " times"]:
     """n steps of equal length: n + 1 times from exactly 1 to exactly 0.
 
     >>> uniform_times(4).tolist()
@@ -175,14 +176,14 @@ def uniform_times(n: int) -> Float[Array, "times"]:
     return jnp.linspace(1.0, 0.0, n + 1)
 
 
-def log_snr_times(schedule: Schedule, n: int) -> Float[Array, "times"]:
+def log_snr_times(schedule: Schedule, n: int) -> Float[Array, " times"]:
     """n steps of equal length in log-SNR, from exactly 1 to exactly 0 (Lu et al. 2022)."""
     _check_steps(n)
     ends = schedule.log_snr(1.0), schedule.log_snr(0.0)
     return _times_at(schedule, jnp.linspace(*ends, n + 1))
 
 
-def karras_times(schedule: Schedule, n: int, rho: float = 7.0) -> Float[Array, "times"]:
+def karras_times(schedule: Schedule, n: int, rho: float = 7.0) -> Float[Array, " times"]:
     """n steps of equal length in (sigma/alpha)^(1/rho), from exactly 1 to exactly 0.
 
     Karras et al. 2022, equation 5. Theirs are n times from sigma_max to sigma_min and then zero;
@@ -193,7 +194,7 @@ def karras_times(schedule: Schedule, n: int, rho: float = 7.0) -> Float[Array, "
     return _times_at(schedule, -2 * rho * jnp.log(jnp.linspace(high, low, n + 1)))
 
 
-def discrete_times(steps: int, n: int) -> Float[Array, "times"]:
+def discrete_times(steps: int, n: int) -> Float[Array, " times"]:
     """n steps along the grid i/T, T = `steps`, as evenly spaced as it allows, from 1 to 0.
 
     Raises:

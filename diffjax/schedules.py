@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from .types import Array, Time
+from .types import Array, Scalar, Time
 
 Scales = Callable[[Array], tuple[Array, Array]]
 
@@ -72,9 +72,7 @@ def flow(log_snr: Array) -> tuple[Array, Array]:
     return jax.nn.sigmoid(log_snr / 2), jax.nn.sigmoid(-log_snr / 2)
 
 
-def cosine(
-    log_snr_min: float = -15.0, log_snr_max: float = 15.0, scales: Scales = vp
-) -> Schedule:
+def cosine(log_snr_min: Scalar = -15.0, log_snr_max: Scalar = 15.0, scales: Scales = vp) -> Schedule:
     """The cosine schedule, alpha_t = cos(pi t / 2), between two finite ends.
 
     log_snr(t) = -2 log tan(a) with a(t) linear in t (Nichol & Dhariwal 2021, equation 17, without
@@ -95,7 +93,7 @@ def _cosine(log_snr_min, log_snr_max, t):
     return 2 * (jnp.log(jnp.sin(last + (1 - t) * span)) - jnp.log(jnp.sin(first + t * span)))
 
 
-def linear(beta_min: float = 0.1, beta_max: float = 20.0, log_snr_max: float = 20.0) -> Schedule:
+def linear(beta_min: Scalar = 0.1, beta_max: Scalar = 20.0, log_snr_max: Scalar = 20.0) -> Schedule:
     """The VP-SDE with beta(t) linear in t: alpha_t^2 = exp(-B(t)), B' = beta.
 
     Song et al. 2021, "Score-based generative modeling through SDEs", equations 32 and 33. The
@@ -121,11 +119,11 @@ def _linear(beta_min, beta_max, log_snr_max, t):
 
 
 def sigmoid(
-    start: float = -3.0,
-    end: float = 3.0,
-    tau: float = 1.0,
-    log_snr_min: float = -15.0,
-    log_snr_max: float = 15.0,
+    start: Scalar = -3.0,
+    end: Scalar = 3.0,
+    tau: Scalar = 1.0,
+    log_snr_min: Scalar = -15.0,
+    log_snr_max: Scalar = 15.0,
     scales: Scales = vp,
 ) -> Schedule:
     """The sigmoid schedule: alpha_t^2 falls as a piece of the logistic curve from start to end.
@@ -162,9 +160,7 @@ def _sigmoid(start, end, tau, log_snr_min, log_snr_max, t):
     return snr_at_middle + jnp.log(-jnp.expm1(-to_high)) - jnp.log(-jnp.expm1(-from_low))
 
 
-def log_uniform(
-    sigma_min: float = 0.002, sigma_max: float = 80.0, scales: Scales = ve
-) -> Schedule:
+def log_uniform(sigma_min: Scalar = 0.002, sigma_max: Scalar = 80.0, scales: Scales = ve) -> Schedule:
     """sigma / alpha geometric in t, from `sigma_min` at t = 0 to `sigma_max` at t = 1.
 
     Song et al. 2021, equation 31 (VE-SDE); the defaults are those of Karras et al. 2022 (EDM).
@@ -183,7 +179,7 @@ def _log_uniform(sigma_min, sigma_max, t):
 
 
 def rectified_flow(
-    log_snr_min: float = -14.0, log_snr_max: float = 14.0, scales: Scales = flow
+    log_snr_min: Scalar = -14.0, log_snr_max: Scalar = 14.0, scales: Scales = flow
 ) -> Schedule:
     """The straight line x_t = (1 - t) x_0 + t eps, with t rescaled to finite ends.
 
@@ -202,7 +198,7 @@ def _rectified_flow(log_snr_min, log_snr_max, t):
     return 2 * (jnp.log(last + (1 - t) * span) - jnp.log(first + t * span))
 
 
-def shift(schedule: Schedule, by: float) -> Schedule:
+def shift(schedule: Schedule, by: Scalar) -> Schedule:
     """The same schedule with `by` added to its log-SNR at every t.
 
     For images `r` times larger than those a schedule was tuned on, `by = -2 log(r)` keeps the
@@ -306,4 +302,3 @@ def _require_decreasing(log_snr_min, log_snr_max):
     if isinstance(log_snr_min, Real) and isinstance(log_snr_max, Real):
         if log_snr_min >= log_snr_max:
             raise ValueError(f"{log_snr_min=} must be below {log_snr_max=}")
-

@@ -17,7 +17,7 @@ the other. This is the only place in the repository that knows one target from a
 
 from collections.abc import Callable
 
-from .types import Array, Data, Prediction, Scale
+from .types import Data, Prediction, Scale
 
 Row = Callable[[Scale, Scale], tuple[Scale, Scale]]
 

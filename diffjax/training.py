@@ -12,7 +12,7 @@ from . import keys
 from .types import Array, Key
 
 Params = Any
-Batch = dict[str, Array]
+Batch = dict[str, Any]
 LossFn = Callable[[Key, Params, Batch], Array]
 
 
@@ -113,7 +113,7 @@ def train_step(
         ema_params=optax.incremental_update(params, state.ema_params, 1 - decay),
         opt_state=opt_state,
     )
-    return state, {"loss": loss, "grad_norm": optax.global_norm(grads)}
+    return state, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
 
 
 def ema_warmup(decay: float) -> Callable[[Array], Array]:

@@ -4,7 +4,7 @@ Arrays are `[batch, ...]`, images are NHWC, times are `[]` or `[batch]`. The sha
 in the tests (jaxtyping + beartype); at run time they are documentation and cost nothing.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,10 @@ Data = Float[Real, "batch *data"]
 """Clean or noisy examples, `[batch, ...]`."""
 Scale = float | int | Float[Real, "..."]
 """alpha or sigma, already of a shape that broadcasts against the data (see `scales_at`)."""
-Time = float | int | Float[Real, ""] | Float[Real, "batch"]
+Time = float | int | Float[Real, ""] | Float[Real, " batch"]
 """Diffusion time in [0, 1]: 0 is data, 1 is noise. One for the batch, or one per example."""
+Scalar = float | int | Float[Real, ""]
+"""A number that may be traced: a schedule's parameter, a guidance weight."""
 Cond = Any
 """Whatever the network is conditioned on: a pytree of arrays `[batch, ...]`, or None."""
 
@@ -33,20 +35,22 @@ class Prediction(NamedTuple):
     small alpha or sigma to get back what the network said.
     """
 
-    x_0: Array
-    eps: Array
+    x_0: Data
+    eps: Data
 
 
+@runtime_checkable
 class Network(Protocol):
     """Any function of noisy data `[batch, ...]`, log-SNR `[batch]` and conditioning."""
 
-    def __call__(self, x_t: Array, log_snr: Array, cond: Cond, /) -> Array: ...
+    def __call__(self, x_t: Data, log_snr: Array, cond: Cond, /) -> Data: ...
 
 
+@runtime_checkable
 class Denoiser(Protocol):
     """A network with its meaning: noisy data and time to the `Prediction` of x_0 and eps."""
 
-    def __call__(self, x_t: Array, t: Time, cond: Cond = None) -> Prediction: ...
+    def __call__(self, x_t: Data, t: Time, cond: Cond = None) -> Prediction: ...
 
 
 def expand(value: Any, like: Any) -> Array:

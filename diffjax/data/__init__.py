@@ -36,7 +36,9 @@ class Dataset(NamedTuple):
 def _embedded(make):
     def load(path):
         if path is not None:
-            raise ValueError(f"data.path={str(path)!r}: this data set is built in, it takes no path")
+            raise ValueError(
+                f"data.path={str(path)!r}: this data set is built in, it takes no path"
+            )
         return make()
 
     return load

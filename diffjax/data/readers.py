@@ -17,7 +17,7 @@ def digits() -> tuple:
 
     Every sixth is held out (300), the rest (1,497) are to train on. See `digits.LICENSE`.
     """
-    with resources.files(__package__).joinpath("digits.npz").open("rb") as file:
+    with resources.files("diffjax.data").joinpath("digits.npz").open("rb") as file:
         arrays = np.load(file)
         x = np.round(arrays["x"] * (255 / 16)).astype(np.uint8)[..., None]
         label = arrays["label"]
@@ -118,7 +118,9 @@ def read_idx(path: Path) -> np.ndarray:
     start = 4 + 4 * raw[3]
     shape = np.frombuffer(raw[4:start], ">i4", count=min(raw[3], len(raw[4:start]) // 4))
     if len(raw) != start + np.prod(shape, dtype=np.int64):
-        raise ValueError(f"{path}: {len(raw)} bytes, not the {start} + {shape.tolist()} it declares")
+        raise ValueError(
+            f"{path}: {len(raw)} bytes, not the {start} + {shape.tolist()} it declares"
+        )
     return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
 
 

@@ -4,8 +4,11 @@ The core takes any function `network(x_t, log_snr, cond)`; these are the ones th
 `functools.partial(apply, module, params)` is such a function.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from ..types import Array, Cond, Key
 from .mlp import MLP, MLPConfig
@@ -18,7 +21,7 @@ __all__ = ["MLP", "MODELS", "MLPConfig", "UNet", "UNetConfig", "apply"]
 
 def apply(
     module: nn.Module,
-    params: dict,
+    params: Any,
     x_t: Array,
     log_snr: Array,
     cond: Cond = None,
@@ -31,7 +34,7 @@ def apply(
     depend on how the batch is split over devices.
     """
     if dropout is None:
-        return module.apply({"params": params}, x_t, log_snr, cond)
+        return jnp.asarray(module.apply({"params": params}, x_t, log_snr, cond))
 
     def one(x_t, log_snr, cond, key):
         x_t, log_snr, cond = jax.tree.map(lambda a: a[None], (x_t, log_snr, cond))

@@ -3,7 +3,6 @@
 import dataclasses
 
 import flax.linen as nn
-import jax.numpy as jnp
 
 from ..types import Array, Cond
 from .unet import level_embedding

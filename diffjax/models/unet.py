@@ -104,7 +104,7 @@ class UNet(nn.Module):
     def __call__(self, x_t: Array, log_snr: Array, cond: Cond) -> Array:
         c = self.config
         c.check_input(x_t.shape[1:])
-        dtype = jnp.bfloat16 if c.bfloat16 else x_t.dtype
+        dtype = jnp.dtype(jnp.bfloat16 if c.bfloat16 else x_t.dtype)
         conv = functools.partial(nn.Conv, kernel_size=(3, 3), kernel_init=Init, dtype=dtype)
         block = functools.partial(nn.remat(Block) if c.remat else Block, c, dtype)
 
@@ -222,7 +222,7 @@ def level_embedding(log_snr: Array, width: int) -> Array:
     covers the same 1000 units.
     """
     frequencies = jnp.exp(-jnp.log(1e4) * jnp.arange(width // 2) / (width // 2))
-    angles = 25 * log_snr[:, None] * frequencies.astype(log_snr.dtype)
+    angles = 25 * log_snr[:, None] * frequencies[None].astype(log_snr.dtype)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 

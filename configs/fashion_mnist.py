@@ -1,0 +1,33 @@
+"""Fashion-MNIST, 28x28, on a laptop's processor."""
+
+import dataclasses
+
+from diffjax.config import Config, Data, Optimizer, Sampling, UNetConfig, smoke, variant_of
+
+
+def get_config(variant: str = "") -> Config:
+    model = UNetConfig(
+        width=32,
+        mults=(1, 2, 2),
+        blocks=1,
+        attention=(7,),
+        groups=8,
+        dropout=0.0,
+        labels=10,
+        null_label=True,
+    )
+    config = Config(
+        data=Data("fashion_mnist", flip=False),
+        model=model,
+        optimizer=Optimizer(learning_rate=1e-3, warmup=100),
+        ema=0.995,
+        batch_size=64,
+        steps=2000,
+        log_every=50,
+        eval_every=500,
+        save_every=500,
+        sample_every=1000,
+        sampling=Sampling(steps=50, guidance=1.5),
+    )
+    tiny = dataclasses.replace(model, width=8, mults=(1, 1, 1), groups=4, attention=())
+    return variant_of(config, variant, smoke=lambda: smoke(config, model=tiny))

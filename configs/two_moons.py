@@ -1,0 +1,24 @@
+"""Two moons: points in the plane, a multilayer perceptron, half a minute on a laptop."""
+
+import dataclasses
+
+from diffjax.config import Config, Data, MLPConfig, Optimizer, Sampling, smoke, variant_of
+
+
+def get_config(variant: str = "") -> Config:
+    config = Config(
+        data=Data("two_moons"),
+        model=MLPConfig(width=128, blocks=3),
+        optimizer=Optimizer(learning_rate=1e-3),
+        # Points have no clip_x_0 to rescue a small alpha: shorter ends.
+        schedule_options={"log_snr_min": -10.0, "log_snr_max": 10.0},
+        batch_size=512,
+        steps=4000,
+        log_every=200,
+        eval_every=1000,
+        save_every=2000,
+        sample_every=2000,
+        sampling=Sampling(steps=100, columns=64),
+    )
+    tiny = dataclasses.replace(config.model, width=16, blocks=1)
+    return variant_of(config, variant, smoke=lambda: smoke(config, model=tiny))

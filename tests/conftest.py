@@ -1,0 +1,24 @@
+"""Strictness: shapes are checked, rank promotion raises, warnings are errors (pyproject)."""
+
+import os
+
+# Before anything starts JAX. Eight devices, so that layouts can be compared on any machine.
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+os.environ["JAX_PLATFORMS"] = "cpu"
+# Programs here run briefly: compiling them is most of the time.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+import jax
+import jaxtyping
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jaxtyping.install_import_hook("diffjax", "beartype.beartype")
+
+import pytest
+
+
+@pytest.fixture
+def x64():
+    """Double precision, for the tests whose oracle is sharper than float32."""
+    with jax.enable_x64(True):
+        yield

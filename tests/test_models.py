@@ -1,0 +1,223 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffjax.models import MLP, MLPConfig, UNet, UNetConfig, apply
+from diffjax.models.unet import double, halve, level_embedding
+
+TINY = UNetConfig(width=8, mults=(1, 2), blocks=1, attention=(4,), groups=4, dropout=0.0)
+
+
+def inputs(shape, batch=2, dtype=jnp.float32):
+    x = jax.random.normal(jax.random.key(0), (batch, *shape), dtype)
+    return x, jnp.linspace(-5, 5, batch)
+
+
+
+def init(config, shape, cond=None):
+    x, log_snr = inputs(shape)
+    params = jax.jit(UNet(config).init)(jax.random.key(1), x, log_snr, cond)["params"]
+    # The last layers start at zero: shake everything, so that every path matters.
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    noise = [0.1 * jax.random.normal(k, p.shape) for k, p in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, [p + n for p, n in zip(leaves, noise, strict=True)])
+
+
+def count(config, size, channels=3):
+    x = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
+    one = jax.ShapeDtypeStruct((1,), jnp.float32)
+    cond = {"label": jax.ShapeDtypeStruct((1,), jnp.int32), "image": x}
+    params = jax.eval_shape(UNet(config).init, jax.random.key(0), x, one, cond)
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+ADM_64 = UNetConfig(
+    width=192,
+    mults=(1, 2, 3, 4),
+    blocks=3,
+    attention=(32, 16, 8),
+    head_width=64,
+    scale_shift=True,
+    resblock_updown=True,
+    out_channels=6,
+    labels=1000,
+)
+
+
+def test_it_is_ddpms_network_for_cifar_10():
+    assert count(UNetConfig(), 32) == 35_746_307
+
+
+def test_it_is_adms_network_for_imagenet_64():
+    assert count(ADM_64, 64) == 295_904_454
+
+
+def test_the_null_label_is_one_more_row():
+    with_null = dataclasses.replace(ADM_64, null_label=True)
+    assert count(with_null, 64) - count(ADM_64, 64) == 4 * 192
+
+
+def test_the_conditioning_image_is_more_input_channels():
+    with_image = dataclasses.replace(UNetConfig(), image_cond=True)
+    assert count(with_image, 32) - count(UNetConfig(), 32) == 3 * 3 * 3 * 128
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"scale_shift": True},
+        {"resblock_updown": True},
+        {"heads": 2},
+        {"head_width": 4},
+        {"mults": (1,)},
+        {"mults": (1, 1, 2)},
+        {"attention": ()},
+        {"out_channels": 5},
+    ],
+    ids=str,
+)
+def test_any_option_any_size(change):
+    config = dataclasses.replace(TINY, **change)
+    for shape in ((8, 8, 1), (28, 28, 3), (12, 8, 2)):
+        x, log_snr = inputs(shape)
+        out = jax.eval_shape(
+            lambda x, l, c=config: UNet(c).init_with_output(jax.random.key(0), x, l, None)[0],
+            x,
+            log_snr,
+        )
+        assert out.shape == (2, *shape[:2], config.out_channels or shape[2])
+        assert out.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("option", ["scale_shift", "resblock_updown"])
+def test_every_input_matters(option):
+    """The output changes with x_t, the noise level, the label and the image."""
+    config = dataclasses.replace(TINY, labels=3, null_label=True, image_cond=True, **{option: True})
+    x, log_snr = inputs((8, 8, 1))
+    cond = {"label": jnp.array([0, 1]), "image": jnp.ones((2, 8, 8, 2))}
+    params = init(config, (8, 8, 1), cond)
+    f = jax.jit(lambda *a: apply(UNet(config), params, *a))
+    base = f(x, log_snr, cond)
+    for changed in (
+        (x + 0.1, log_snr, cond),
+        (x, log_snr + 1, cond),
+        (x, log_snr, cond | {"label": jnp.array([3, 3])}),
+        (x, log_snr, cond | {"image": 0 * cond["image"]}),
+    ):
+        assert (jnp.abs(f(*changed) - base).max(axis=(1, 2, 3)) > 1e-4).all()
+
+
+def test_a_fresh_network_says_zero():
+    x, log_snr = inputs((8, 8, 1))
+    make = jax.jit(lambda: UNet(TINY).init_with_output(jax.random.key(0), x, log_snr, None)[0])
+    assert not make().any()
+
+
+def test_an_example_does_not_depend_on_its_batch_mates():
+    params = init(TINY, (8, 8, 1))
+    x, log_snr = inputs((8, 8, 1), batch=4)
+    f = jax.jit(lambda x, l: apply(UNet(TINY), params, x, l))
+    whole, part = f(x, log_snr), f(x[2:3], log_snr[2:3])
+    np.testing.assert_allclose(whole[2:3], part, atol=1e-5)
+
+
+def test_remat_changes_memory_and_nothing_else():
+    params = init(TINY, (8, 8, 1))
+    x, log_snr = inputs((8, 8, 1))
+
+    def loss(config):
+        return jax.jit(jax.grad(lambda p: jnp.mean(apply(UNet(config), p, x, log_snr) ** 2)))
+
+    plain, remat = loss(TINY)(params), loss(dataclasses.replace(TINY, remat=True))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, remat)
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_parameters_in_float32():
+    config = dataclasses.replace(TINY, bfloat16=True)
+    params = init(config, (8, 8, 1))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    x, log_snr = inputs((8, 8, 1))
+    low, high = (jax.jit(lambda c=c: apply(UNet(c), params, x, log_snr))() for c in (config, TINY))
+    assert low.dtype == jnp.float32
+    gap = jnp.abs(low - high).max() / jnp.abs(high).max()
+    assert 1e-6 < gap < 0.05
+    text = jax.make_jaxpr(lambda p: apply(UNet(config), p, x, log_snr))(params).pretty_print()
+    convolutions = [line for line in text.splitlines() if "conv_general_dilated" in line]
+    assert convolutions and all("bf16" in line for line in convolutions)
+
+
+def test_dropout_of_an_example_depends_on_its_key_alone():
+    config = dataclasses.replace(TINY, dropout=0.5)
+    params = init(config, (8, 8, 1))
+    x, log_snr = inputs((8, 8, 1), batch=4)
+    keys = jax.random.split(jax.random.key(3), 4)
+    f = jax.jit(lambda x, l, keys: apply(UNet(config), params, x, l, dropout=keys))
+    whole = f(x, log_snr, keys)
+    part = f(x[1:3], log_snr[1:3], keys[1:3])
+    np.testing.assert_allclose(whole[1:3], part, atol=1e-5)
+    without = jax.jit(lambda: apply(UNet(config), params, x, log_snr))()
+    assert jnp.abs(whole - without).max() > 1e-2
+    assert jnp.abs(f(x, log_snr, keys[::-1]) - whole).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((30, 32, 3), "height and width divisible by 4"),
+        ((32, 31, 3), "height and width divisible by 4"),
+        ((2,), "examples of shape"),
+    ],
+)
+def test_an_image_that_does_not_halve_is_refused(shape, message):
+    config = dataclasses.replace(TINY, mults=(1, 1, 1))
+    with pytest.raises(ValueError, match=message):
+        config.check_input(shape)
+    with pytest.raises(ValueError, match=message):
+        UNet(config).init(jax.random.key(0), *inputs(shape), None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"groups": 3}, "groups=3 must divide"),
+        ({"heads": 3}, "heads=3"),
+        ({"head_width": 5}, "head_width=5"),
+        ({"dropout": 1.0}, r"dropout=1\.0"),
+    ],
+)
+def test_a_config_that_does_not_divide_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **change)
+
+
+def test_halve_inverts_double():
+    x, _ = inputs((6, 4, 3))
+    assert double(x).shape == (2, 12, 8, 3)
+    np.testing.assert_allclose(halve(double(x)), x, rtol=1e-6)
+
+
+def test_level_embedding_tells_levels_apart():
+    emb = np.asarray(level_embedding(jnp.linspace(-20, 20, 401), 32))
+    gaps = np.linalg.norm(emb[:, None] - emb[None], axis=-1)
+    np.fill_diagonal(gaps, np.inf)
+    assert gaps.min() > 0.2
+
+
+def test_mlp_takes_labels_and_drops_out():
+    config = MLPConfig(width=16, blocks=1, dropout=0.5, labels=3)
+    x, log_snr = jnp.ones((4, 2)), jnp.zeros(4)
+    label = {"label": jnp.array([0, 1, 2, 0])}
+    params = MLP(config).init(jax.random.key(0), x, log_snr, label)["params"]
+    params = jax.tree.map(lambda p: p + 0.1, params)
+    out = apply(MLP(config), params, x, log_snr, label)
+    np.testing.assert_allclose(out[0], out[3], rtol=1e-6)
+    assert (jnp.abs(out[0] - out[1]) > 1e-5).any()
+    keys = jax.random.split(jax.random.key(1), 4)
+    assert (apply(MLP(config), params, x, log_snr, label, dropout=keys)[0] != out[0]).any()
+    with pytest.raises(ValueError, match="an MLP needs vectors"):
+        config.check_input((8, 8, 1))

@@ -1,0 +1,318 @@
+"""The scripts as their users run them: every config, resumption, and refusals."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from test_data import write_cifar, write_mnist
+
+import train
+from diffjax import checkpoint, config as config_lib, experiment, metrics, parallel
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "--config=configs/digits.py:smoke",
+    *("--config.model.mults", "1"),
+    *("--config.model.attention", "8"),
+]
+
+
+@pytest.fixture(autouse=True)
+def compile_once(tmp_path_factory):
+    """Runs of the same experiment share their compiled programs."""
+    cache = tmp_path_factory.getbasetemp() / "cache"
+    with jax.enable_compilation_cache(True):
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        yield
+        jax.config.update("jax_compilation_cache_dir", None)
+
+
+def run(workdir, *argv):
+    train.train(*config_lib.parse([*argv, f"--workdir={workdir}"]))
+
+
+def rows_of(workdir):
+    """The metrics without what depends on the clock."""
+    return [
+        {k: v for k, v in row.items() if k != "img_per_s"} for row in metrics.read(workdir)
+    ]
+
+
+def newest(workdir):
+    """The newest checkpoint's arrays."""
+    config = config_lib.from_json((workdir / "config.json").read_text())
+    with checkpoint.open_run(workdir, config) as manager:
+        return manager.latest_step(), manager.restore(
+            manager.latest_step(), args=checkpoint.ocp.args.StandardRestore()
+        )
+
+
+def assert_bitwise_equal(a, b):
+    raw = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(raw(x), raw(y)), a, b)
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "configs").glob("*.py")))
+def test_every_config_runs_its_smoke_variant(name, tmp_path, capsys):
+    argv = [f"--config=configs/{name}.py:smoke"]
+    if name == "fashion_mnist":
+        write_mnist(tmp_path)
+        argv.append(f"--config.data.path={tmp_path}")
+    if name == "cifar10":
+        write_cifar(tmp_path)
+        argv.append(f"--config.data.path={tmp_path}")
+    run(tmp_path / "run", *argv, "--config.steps=40")
+    out = capsys.readouterr().out
+    assert "step 40/40" in out and "img_per_s" in out
+    rows = metrics.read(tmp_path / "run")
+    assert [row["step"] for row in rows] == [10, 20, 30, 40]
+    assert all(np.isfinite(row["loss"]) and row["img_per_s"] > 0 for row in rows)
+    assert all({"grad_norm", "learning_rate"} <= set(row) for row in rows)
+    assert "eval_loss" in rows[1]
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["20", "40"]
+    for picture in ("samples.png", "loss.png"):
+        assert np.asarray(Image.open(tmp_path / "run" / picture)).std() > 1
+
+
+def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path, capsys):
+    run(tmp_path / "whole", *TINY, "--config.steps=60")
+    run(tmp_path / "parts", *TINY, "--config.steps=40")
+    capsys.readouterr()
+    # A row after the restored step, as a kill leaves it, is dropped.
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 50, "loss": 1.0}\n{"step": 60, "lo')
+    run(tmp_path / "parts", *TINY, "--config.steps=60")
+    assert "resumed from the checkpoint of step 40" in capsys.readouterr().out
+    assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
+    (step_a, a), (step_b, b) = newest(tmp_path / "whole"), newest(tmp_path / "parts")
+    assert step_a == step_b == 60
+    assert_bitwise_equal(a, b)
+    pictures = [(tmp_path / n / "samples.png").read_bytes() for n in ("whole", "parts")]
+    assert pictures[0] == pictures[1]
+
+
+def test_the_runner_may_change_at_resumption(tmp_path):
+    run(tmp_path / "a", *TINY, "--config.steps=20")
+    run(tmp_path / "a", *TINY, "--config.steps=40", "--config.parallel=sharded")
+    run(tmp_path / "b", *TINY, "--config.steps=40", "--config.parallel=sharded")
+    losses = [[row["loss"] for row in metrics.read(tmp_path / n)] for n in ("a", "b")]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_a_run_is_read_back_in_two_lines(tmp_path):
+    run(tmp_path, *TINY, "--config.steps=20", "--config.target=score")
+    network, params, config = checkpoint.load(tmp_path)
+    assert config.target == "score" and config.batch_size == 16
+    out = network(params, jnp.ones((2, 8, 8, 1)), jnp.zeros(2), {"label": jnp.zeros(2, int)})
+    assert out.shape == (2, 8, 8, 1) and np.isfinite(out).all()
+    assert_bitwise_equal(params, newest(tmp_path)[1]["ema_params"])
+    with pytest.raises(FileNotFoundError, match="not the directory of a run"):
+        checkpoint.load(tmp_path / "elsewhere")
+
+
+def test_empty_and_foreign_numeric_folders_are_ignored(tmp_path):
+    run(tmp_path, *TINY, "--config.steps=20")
+    (tmp_path / "checkpoints" / "99").mkdir()
+    (tmp_path / "checkpoints" / "98" / "default").mkdir(parents=True)
+    assert newest(tmp_path)[0] == 20
+
+
+def test_another_experiment_in_the_same_directory_is_refused(tmp_path, capsys):
+    run(tmp_path, *TINY, "--config.steps=20")
+    for change, line in (
+        ("--config.target=x_0", "target: the run has 'eps', asked for 'x_0'"),
+        ("--config.model.width=16", "model.width: the run has 8, asked for 16"),
+        ("--config.batch-size=32", "batch_size: the run has 16, asked for 32"),
+        ("--config.optimizer.learning-rate=0.1", "optimizer.learning_rate: the run has 0.002"),
+    ):
+        with pytest.raises(SystemExit, match=re.escape(line)):
+            run(tmp_path, *TINY, "--config.steps=20", change)
+
+
+def test_a_nan_stops_the_run_says_where_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    make_loss = train.make_loss
+
+    def breaks(config, network):
+        loss_fn = make_loss(config, network)
+
+        def broken(key, params, batch, train=True):
+            losses = loss_fn(key, params, batch, train)
+            # The weights blow up at some step: here when Adam has moved far enough.
+            far = jnp.abs(params["conv_out"]["bias"]).max() > 0.02
+            return jnp.where(far, jnp.nan, losses)
+
+        return broken
+
+    monkeypatch.setattr(train, "make_loss", breaks)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, *TINY, "--config.steps=200")
+    found = re.fullmatch(
+        r"error: the loss is nan at step (\d+), learning rate (\S+); the last checkpoint: (\d+)",
+        str(stop.value),
+    )
+    assert found, stop.value
+    at, rate, kept = int(found[1]), float(found[2]), int(found[3])
+    config = config_lib.from_file("configs/digits.py:smoke")
+    schedule = experiment.make_learning_rate(config.optimizer)
+    np.testing.assert_allclose(rate, schedule(at - 1), rtol=1e-2)
+    step, arrays = newest(tmp_path)
+    assert step == kept == (at - 1) // 20 * 20 > 0
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(arrays["params"]))
+
+
+def test_the_loop_compiles_the_step_once_and_looks_at_nothing_between_log_points(
+    tmp_path, monkeypatch
+):
+    """Each device array that becomes a number on the host is counted."""
+    fetched, compiled = [], []
+    summary = metrics.summary
+
+    def counted(window, *rest):
+        fetched.append(len(window))
+        with jax.transfer_guard_device_to_host("allow"):
+            return summary(window, *rest)
+
+    monkeypatch.setattr(metrics, "summary", counted)
+    pmap = parallel.pmap
+
+    def watched():
+        runner = pmap()
+
+        def step(f):
+            g = runner.step(lambda *args, **kw: compiled.append(None) or f(*args, **kw))
+
+            def guarded(state, batch):
+                with jax.transfer_guard_device_to_host("disallow"):
+                    return g(state, batch)
+
+            return guarded
+
+        return runner._replace(step=step)
+
+    monkeypatch.setitem(parallel.RUNNERS, "pmap", watched)
+    run(tmp_path, *TINY, "--config.steps=30")
+    assert fetched == [10, 10, 10]
+    assert len(compiled) == 1
+
+
+BAD = {
+    "target": (["--config.target=epsilon"], "unknown target 'epsilon': one of x_0, eps"),
+    "schedule": (["--config.schedule=cosin"], "unknown schedule 'cosin': one of cosine, linear"),
+    "schedule option": (
+        ["--config.schedule-options", "beta", "1.0"],
+        "schedule cosine has no option beta; it has log_snr_min, log_snr_max, scales",
+    ),
+    "sampler": (["--config.sampling.sampler=dim"], "unknown sampler 'dim': one of ddim"),
+    "sampler option": (
+        ["--config.sampling.options", "eta", "2.0"],
+        "eta=2.0: must be in [0, 1]",
+    ),
+    "weighting": (["--config.weighting=snr"], "unknown weighting 'snr': one of unit"),
+    "data": (["--config.data.name=cifar"], "unknown data set 'cifar': one of digits"),
+    "runner": (["--config.parallel=ddp"], "unknown runner 'ddp': one of pmap, sharded"),
+    "image size": (
+        ["--config.model.mults", "1", "1", "1", "1", "1"],
+        "height and width divisible by 16",
+    ),
+    "batch": (["--config.batch-size=12"], "batch_size=12 must be a positive multiple of 8 devices"),
+    "large batch": (["--config.batch-size=2048"], "batch_size=2048 exceeds the 1497 examples"),
+    "path": (
+        ["--config.data.name=mnist", "--config.data.path=/nowhere"],
+        "/nowhere/train-images-idx3-ubyte.gz is not there",
+    ),
+    "labels": (["--config.model.labels=5"], "the data has labels up to 9"),
+    "guidance": (["--config.model.null-label=False"], "needs model.null_label=True"),
+    "saving": (["--config.save-every=15"], "must be multiples of log_every=10"),
+    "ema": (["--config.ema=1.0"], "ema=1.0: must be in [0, 1)"),
+    "decay": (["--config.optimizer.decay-steps=5"], "must exceed warmup=100"),
+    "flip": (["--config.data.name=two_moons"], "examples of shape (2,)"),
+}
+
+
+@pytest.mark.parametrize(("argv", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_clear_line_before_anything_is_compiled(
+    tmp_path, monkeypatch, argv, message
+):
+    monkeypatch.setattr(parallel, "_replicate", lambda f: pytest.fail("went on to compile"))
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "run", *TINY[:1], *argv)
+    assert message in str(stop.value) and str(stop.value).startswith("error: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SystemExit, match="error: .*file"):
+        run(tmp_path / "file" / "run", *TINY)
+
+
+def test_checkpoints_without_a_config_are_refused(tmp_path):
+    (tmp_path / "checkpoints" / "7").mkdir(parents=True)
+    with pytest.raises(SystemExit, match=r"holds checkpoints but no config\.json"):
+        run(tmp_path, *TINY)
+
+
+def test_an_unknown_key_is_answered_with_a_guess(capsys):
+    with pytest.raises(SystemExit):
+        config_lib.parse(["--config.tagret=eps"])
+    out = capsys.readouterr()
+    text = re.sub(r"\s+", " ", out.out + out.err)
+    assert "--config.target" in text and "erhaps you meant" in text
+
+
+def test_an_unknown_config_or_variant_is_answered_with_the_choices():
+    with pytest.raises(SystemExit, match=r"no config configs/digit\.py; .*configs/digits\.py"):
+        config_lib.parse(["--config=configs/digit.py"])
+    with pytest.raises(SystemExit, match="no variant 'smok': one of smoke"):
+        config_lib.parse(["--config=configs/digits.py:smok"])
+
+
+def test_help_lists_every_field_with_its_choices():
+    done = subprocess.run(
+        [sys.executable, "train.py", "--help"], capture_output=True, text=True, cwd=ROOT
+    )
+    text = re.sub(r"[\s│]+", " ", done.stdout)
+    names = set()
+
+    def collect(cls, prefix):
+        for field in dataclasses.fields(cls):
+            value = getattr(cls, field.name)
+            if dataclasses.is_dataclass(value):
+                collect(value, f"{prefix}.{field.name}")
+            else:
+                names.add(f"{prefix}.{field.name}")
+
+    collect(config_lib.from_file("configs/digits.py"), "--config")
+    missing = [n for n in names if n not in text and n.replace("_", "-") not in text]
+    assert not missing
+    assert "--workdir" in text and "{x_0,eps,score,v,flow,F}" in text
+
+
+def test_the_config_survives_json():
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        for variant in ("", ":smoke"):
+            config = config_lib.from_file(f"{path}{variant}")
+            assert config_lib.from_json(config_lib.to_json(config)) == config
+
+
+def test_the_default_run_directory_is_named_after_the_config():
+    config, workdir = config_lib.parse([])
+    assert workdir == Path("runs/digits") and config.data.name == "digits"
+    _, workdir = config_lib.parse(["--config=configs/two_moons.py:smoke"])
+    assert workdir == Path("runs/two_moons")
+
+
+def test_the_learning_rate_is_constant_unless_a_decay_says_when_it_ends():
+    o = config_lib.Optimizer(learning_rate=0.5, warmup=10)
+    rate = experiment.make_learning_rate(o)
+    np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(10**6)], [0, 0.25, 0.5, 0.5])
+    rate = experiment.make_learning_rate(dataclasses.replace(o, decay_steps=110))
+    np.testing.assert_allclose([rate(10), rate(60), rate(110)], [0.5, 0.25, 0], atol=1e-6)
