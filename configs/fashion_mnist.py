@@ -29,5 +29,5 @@ def get_config(variant: str = "") -> Config:
         sample_every=1000,
         sampling=Sampling(steps=50, guidance=1.5),
     )
-    tiny = dataclasses.replace(model, width=8, mults=(1, 1, 1), groups=4, attention=())
+    tiny = dataclasses.replace(model, width=8, mults=(1, 1), groups=4, attention=())
     return variant_of(config, variant, smoke=lambda: smoke(config, model=tiny))

@@ -63,6 +63,27 @@ def one_of(table: dict[str, Any]) -> Any:
     return tyro.conf.arg(metavar="{" + ",".join(table) + "}")
 
 
+def _option(word: str) -> tuple[str, float | str]:
+    name, _, value = word.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        return name, value
+
+
+Options = Annotated[
+    dict[str, Any],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[NAME=VALUE ...]",
+        instance_from_str=lambda words: dict(_option(word) for word in words),
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda options: [f"{k}={v}" for k, v in options.items()],
+    ),
+]
+"""Keyword arguments of a schedule, weighting or sampler: numbers, or names."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Data:
     """What to train on."""
@@ -103,8 +124,8 @@ class Sampling:
 
     sampler: Annotated[str, one_of(SAMPLERS)] = "ddim"
     """The sampler."""
-    options: dict[str, float | str] = dataclasses.field(default_factory=dict)
-    """Its options, as NAME VALUE pairs."""
+    options: Options = dataclasses.field(default_factory=dict)
+    """Its options."""
     times: Annotated[str, one_of(TIMES)] = "uniform"
     """The grid of times."""
     steps: int = 50
@@ -128,16 +149,16 @@ class Config:
     """Scale the network's output to the target's size (a score then is eps in disguise)."""
     schedule: Annotated[str, one_of(SCHEDULES)] = "cosine"
     """The noise schedule."""
-    schedule_options: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Its options, as NAME VALUE pairs."""
+    schedule_options: Options = dataclasses.field(default_factory=dict)
+    """Its options."""
     schedule_shift: float = 0.0
     """Added to its log-SNR at every time."""
     time_steps: int | None = None
     """Train on the grid i/T of discrete time with this T; None: continuous time."""
     weighting: Annotated[str, one_of(WEIGHTINGS)] = "unit"
     """Weight of the loss over log-SNR; unit: each target scaled to variance one."""
-    weighting_options: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Its options, as NAME VALUE pairs."""
+    weighting_options: Options = dataclasses.field(default_factory=dict)
+    """Its options."""
     label_drop: float = 0.1
     """Probability of training without the label, where the model has a null label."""
     model: UNetConfig | MLPConfig = UNetConfig()  # noqa: RUF009, it is frozen
@@ -200,7 +221,7 @@ def parse(argv: Sequence[str], default: str = "configs/digits.py") -> tuple[Conf
     Raises:
       SystemExit: after printing what is wrong (or the help) in a few lines.
     """
-    file, rest = _option(argv, "--config", default)
+    file, rest = _take(argv, "--config", default)
     try:
         base = from_file(file)
     except (ValueError, FileNotFoundError) as error:
@@ -315,7 +336,7 @@ def _from_value(hint, value):
     return value
 
 
-def _option(argv, name, default):
+def _take(argv, name, default):
     """Take `name=VALUE` or `name VALUE` out of argv."""
     rest, value = [], default
     words = iter(argv)

@@ -29,10 +29,9 @@ TINY = [
 def compile_once(tmp_path_factory):
     """Runs of the same experiment share their compiled programs."""
     cache = tmp_path_factory.getbasetemp() / "cache"
-    with jax.enable_compilation_cache(True):
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        yield
-        jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
 
 
 def run(workdir, *argv):
@@ -207,12 +206,12 @@ BAD = {
     "target": (["--config.target=epsilon"], "unknown target 'epsilon': one of x_0, eps"),
     "schedule": (["--config.schedule=cosin"], "unknown schedule 'cosin': one of cosine, linear"),
     "schedule option": (
-        ["--config.schedule-options", "beta", "1.0"],
+        ["--config.schedule-options", "beta=1.0"],
         "schedule cosine has no option beta; it has log_snr_min, log_snr_max, scales",
     ),
     "sampler": (["--config.sampling.sampler=dim"], "unknown sampler 'dim': one of ddim"),
     "sampler option": (
-        ["--config.sampling.options", "eta", "2.0"],
+        ["--config.sampling.options", "eta=2.0"],
         "eta=2.0: must be in [0, 1]",
     ),
     "weighting": (["--config.weighting=snr"], "unknown weighting 'snr': one of unit"),

@@ -1,0 +1,34 @@
+# Two commands: `make train` ends with a picture, `make test` with the tests passed.
+# Needs python3 >= 3.11, pip and make; ARGS goes to train.py.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+# XLA asks for large buffers at every step; glibc's defaults hand them back to the kernel each time.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1
+
+.PHONY: train test lint clean
+
+train: $(VENV)/plots.stamp
+	$(BIN)/python train.py $(ARGS)
+
+test: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/lint.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "diffjax needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+
+# One environment, grown by the extras that a command needs.
+$(VENV)/%.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
