@@ -30,7 +30,7 @@ def get_config(variant: str = "") -> Config:
         eval_every=700,
         save_every=700,
         sample_every=700,
-        sampling=Sampling(steps=25, guidance=1.2, score=900),
+        sampling=Sampling(steps=20, guidance=1.2, score=800),
     )
     tiny = dataclasses.replace(model, width=8, groups=4)
     return variant_of(config, variant, smoke=lambda: smoke(config, model=tiny))

@@ -105,7 +105,7 @@ def _one_copy(x):
 
 def _manager(workdir, config):
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file
-    keep = [policy.LatestN(config.keep)]
+    keep: list[policy.PreservationPolicy] = [policy.LatestN(config.keep)]
     if config.keep_every is not None:
         keep.append(policy.EveryNSteps(config.keep_every))
     options = ocp.CheckpointManagerOptions(

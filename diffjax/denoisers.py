@@ -63,6 +63,12 @@ def clip_x_0(
 
     Ho et al. 2020, as in their code ("clip_denoised"); static thresholding in Saharia et al. 2022.
 
+    Args:
+      denoise: a denoiser.
+      schedule: its `Schedule`.
+      low: the least value of the data.
+      high: the greatest.
+
     Raises:
       ValueError: unless `low < high`.
     """

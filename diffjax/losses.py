@@ -89,7 +89,7 @@ def diffusion_loss(
     weight: Weighting | None = None,
     t: Time | None = None,
     steps: int | None = None,
-) -> Float[Real, " batch"]:
+) -> Float[Array, " batch"]:
     """The weighted denoising loss of each example: one noise, one time, one squared error.
 
     Args:
@@ -132,4 +132,4 @@ def diffusion_loss(
         raise ValueError(f"the network gave {out.shape} for data {x_0.shape}: must be equal")
     error = (out - encode(target, x_0, eps, alpha, sigma)).astype(t.dtype)
     mse = jnp.mean(error**2, axis=range(1, error.ndim))
-    return loss_weight(schedule, target, t, weight, steps) * mse
+    return mse * loss_weight(schedule, target, t, weight, steps)

@@ -72,7 +72,9 @@ def flow(log_snr: Array) -> tuple[Array, Array]:
     return jax.nn.sigmoid(log_snr / 2), jax.nn.sigmoid(-log_snr / 2)
 
 
-def cosine(log_snr_min: Scalar = -15.0, log_snr_max: Scalar = 15.0, scales: Scales = vp) -> Schedule:
+def cosine(
+    log_snr_min: Scalar = -15.0, log_snr_max: Scalar = 15.0, scales: Scales = vp
+) -> Schedule:
     """The cosine schedule, alpha_t = cos(pi t / 2), between two finite ends.
 
     log_snr(t) = -2 log tan(a) with a(t) linear in t (Nichol & Dhariwal 2021, equation 17, without
@@ -132,6 +134,14 @@ def sigmoid(
     (Jabri et al. 2022, "Scalable adaptive computation for iterative generation", Algorithm 5;
     Chen 2023), and t is rescaled to finite ends.
 
+    Args:
+      start: where on the logistic curve t = 0 lies.
+      end: where t = 1 lies.
+      tau: temperature; a smaller one makes the curve sharper.
+      log_snr_min: log-SNR at t = 1.
+      log_snr_max: log-SNR at t = 0.
+      scales: how log-SNR splits into alpha and sigma.
+
     Raises:
       ValueError: if `start >= end`, `tau <= 0` or `log_snr_min >= log_snr_max`.
     """
@@ -160,7 +170,9 @@ def _sigmoid(start, end, tau, log_snr_min, log_snr_max, t):
     return snr_at_middle + jnp.log(-jnp.expm1(-to_high)) - jnp.log(-jnp.expm1(-from_low))
 
 
-def log_uniform(sigma_min: Scalar = 0.002, sigma_max: Scalar = 80.0, scales: Scales = ve) -> Schedule:
+def log_uniform(
+    sigma_min: Scalar = 0.002, sigma_max: Scalar = 80.0, scales: Scales = ve
+) -> Schedule:
     """sigma / alpha geometric in t, from `sigma_min` at t = 0 to `sigma_max` at t = 1.
 
     Song et al. 2021, equation 31 (VE-SDE); the defaults are those of Karras et al. 2022 (EDM).

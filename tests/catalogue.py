@@ -35,4 +35,3 @@ SAMPLERS = {
     "ddim_half": lambda d, s: diffjax.ddim(d, s, eta=0.5),
     "ddim_one": lambda d, s: diffjax.ddim(d, s, eta=1.0),
 }
-

@@ -179,7 +179,10 @@ def test_fashion_mnist_says_how_to_get_it(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"x_train": np.full((4, 2), 1.5, np.float32)}, r"values from 1\.5 to 1\.5, need \[-1, 1\]"),
+        (
+            {"x_train": np.full((4, 2), 1.5, np.float32)},
+            r"values from 1\.5 to 1\.5, need \[-1, 1\]",
+        ),
         ({"x_train": np.full((4, 2), np.nan, np.float32)}, "values from nan"),
         ({"x_train": np.zeros((4, 2))}, "dtype float64, need uint8 or float32"),
         ({"x_train": np.zeros((0, 2), np.float32)}, "n > 0"),

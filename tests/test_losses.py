@@ -72,9 +72,7 @@ def test_the_optimal_network_reaches_the_least_loss(target, weight):
     total = alpha**2 * c**2 + sigma**2
 
     def optimal(x_t, log_snr, cond):
-        return diffjax.encode(
-            target, alpha * c**2 / total * x_t, sigma / total * x_t, alpha, sigma
-        )
+        return diffjax.encode(target, alpha * c**2 / total * x_t, sigma / total * x_t, alpha, sigma)
 
     x_0 = c * jax.random.normal(jax.random.key(0), (n, 1))
     loss = lambda network: jnp.mean(

@@ -16,7 +16,6 @@ def inputs(shape, batch=2, dtype=jnp.float32):
     return x, jnp.linspace(-5, 5, batch)
 
 
-
 def init(config, shape, cond=None):
     x, log_snr = inputs(shape)
     params = jax.jit(UNet(config).init)(jax.random.key(1), x, log_snr, cond)["params"]

@@ -244,7 +244,10 @@ def test_bad_times_are_refused(ts, message):
     ("make", "message"),
     [
         (lambda: diffjax.ddim(gaussian(None), diffjax.cosine(), eta=1.5), "eta=1.5"),
-        (lambda: diffjax.ancestral(gaussian(None), diffjax.cosine(), variance="large"), "unknown variance 'large'"),
+        (
+            lambda: diffjax.ancestral(gaussian(None), diffjax.cosine(), variance="large"),
+            "unknown variance 'large'",
+        ),
         (lambda: diffjax.uniform_times(0), "0 steps"),
         (lambda: diffjax.log_snr_times(diffjax.cosine(), -3), "-3 steps"),
     ],
@@ -261,9 +264,7 @@ def test_a_sampler_of_the_users_own_is_two_functions():
 
     def step(key, state, t, s):
         prediction = denoise(state.x, t)
-        return samplers.State(
-            state.x + (s - t) * (prediction.eps - prediction.x_0), prediction
-        )
+        return samplers.State(state.x + (s - t) * (prediction.eps - prediction.x_0), prediction)
 
     own = diffjax.Sampler(samplers.init, step)
     x_1 = diffjax.prior_sample(jax.random.key(0), schedule, (2000, 1))

@@ -79,7 +79,9 @@ def test_equals_the_papers_where_they_are_well_conditioned(x64, schedule, textbo
 )
 def test_float32_accuracy_stated_in_the_docstring(scales, textbook):
     log_snr = np.linspace(-20, 20, 2001).astype(np.float32)
-    for got, exact in zip(scales(jnp.asarray(log_snr)), textbook(np.exp(np.float64(log_snr))), strict=True):
+    for got, exact in zip(
+        scales(jnp.asarray(log_snr)), textbook(np.exp(np.float64(log_snr))), strict=True
+    ):
         np.testing.assert_allclose(got, exact, rtol=2e-6)
 
 

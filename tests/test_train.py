@@ -1,7 +1,6 @@
 """The scripts as their users run them: every config, resumption, and refusals."""
 
 import dataclasses
-import json
 import re
 import subprocess
 import sys
@@ -12,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from test_data import write_cifar, write_mnist
 
 import train
 from diffjax import checkpoint, config as config_lib, experiment, metrics, parallel
+from test_data import write_cifar, write_mnist
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -40,9 +39,7 @@ def run(workdir, *argv):
 
 def rows_of(workdir):
     """The metrics without what depends on the clock."""
-    return [
-        {k: v for k, v in row.items() if k != "img_per_s"} for row in metrics.read(workdir)
-    ]
+    return [{k: v for k, v in row.items() if k != "img_per_s"} for row in metrics.read(workdir)]
 
 
 def newest(workdir):

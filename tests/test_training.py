@@ -8,8 +8,7 @@ import optax
 import pytest
 
 import train
-from diffjax import config as config_lib
-from diffjax import data, experiment, keys, parallel
+from diffjax import config as config_lib, data, experiment, keys, parallel
 from diffjax.models import MODELS, apply
 from diffjax.training import ema_warmup, init_state, train_step
 
@@ -207,5 +206,7 @@ def test_training_learns_the_data(target):
     x = np.asarray(generate(state.params, {"index": np.arange(1000), "label": None}))
     real = train_set.x[:4000]
     nearest = np.sqrt(((x[:, None] - real[None]) ** 2).sum(-1).min(1))
-    noise = np.sqrt(((np.random.default_rng(0).uniform(-1, 1, (1000, 2))[:, None] - real) ** 2).sum(-1).min(1))
+    noise = np.sqrt(
+        ((np.random.default_rng(0).uniform(-1, 1, (1000, 2))[:, None] - real) ** 2).sum(-1).min(1)
+    )
     assert np.mean(nearest) < 0.35 * np.mean(noise)

@@ -1,0 +1,132 @@
+"""What the project promises of itself: layers, documentation, a README that runs."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+
+import diffjax
+from catalogue import SAMPLERS, SCHEDULES, TARGETS, WEIGHTINGS
+from diffjax import config, weightings
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "diffjax"
+
+CORE = ["types", "keys", "schedules", "process", "targets", "denoisers", "weightings", "losses"]
+CORE += ["samplers"]
+MAY_IMPORT = {
+    "types": set(),
+    "keys": {"types"},
+    "schedules": {"types"},
+    "weightings": {"types"},
+    "targets": {"types"},
+    "process": {"types", "keys", "schedules"},
+    "denoisers": {"types", "schedules", "process", "targets"},
+    "losses": {"types", "keys", "schedules", "process", "targets", "weightings"},
+    "samplers": {"types", "keys", "schedules", "process"},
+    "models": {"types", "models"},
+    "training": {"types", "keys"},
+    "data": {"data"},
+    "parallel": set(),
+    "metrics": set(),
+    "plots": set(),
+    "evaluation": set(),
+}
+"""Which of diffjax's modules a module may import; those above all others are not listed."""
+
+
+def imports_of(path):
+    """The modules of diffjax that a file imports, by their first name below the package."""
+    found = set()
+    depth = len(path.relative_to(PACKAGE).parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            inside = depth - node.level > 0  # of a sub-package such as models/
+            if inside:
+                found.add(path.relative_to(PACKAGE).parts[0])
+            elif node.module:
+                found.add(node.module.split(".")[0])
+            else:
+                found |= {alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("name", MAY_IMPORT)
+def test_layers(name):
+    path = PACKAGE / name
+    files = sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+    for file in files:
+        assert imports_of(file) <= MAY_IMPORT[name], file
+
+
+def test_importing_the_core_imports_nothing_heavy():
+    code = (
+        "import sys; before = set(sys.modules); import jax, numpy, jaxtyping; "
+        "known = {m.split('.')[0] for m in sys.modules}; import diffjax; "
+        "print(sorted({m.split('.')[0] for m in sys.modules} - known))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "['diffjax']", done.stdout + done.stderr
+
+
+def test_the_catalogue_is_complete():
+    """A public schedule, target, weighting or sampler that the tests do not cover is an error."""
+
+    def public(module, returns):
+        for name, f in vars(module).items():
+            if inspect.isfunction(f) and not name.startswith("_"):
+                hint = typing.get_type_hints(f).get("return")
+                if hint is returns:
+                    yield name
+
+    made = " ".join(inspect.getsource(sys.modules["catalogue"]).split())
+    for name in public(diffjax.schedules, diffjax.Schedule):
+        assert f"diffjax.{name}(" in made, name
+    for name in public(diffjax.samplers, diffjax.Sampler):
+        assert f"diffjax.{name}" in made, name
+    for name in ("constant", "elbo", *public(weightings, weightings.Weighting)):
+        assert f"weightings.{name}" in made, name
+    assert set(config.SCHEDULES) <= set(SCHEDULES)
+    assert set(config.SAMPLERS) <= set(SAMPLERS)
+    assert set(config.WEIGHTINGS) <= set(WEIGHTINGS)
+    assert set(diffjax.TARGETS) == set(TARGETS)
+
+
+def test_every_public_name_is_documented_with_its_arguments():
+    for name in diffjax.__all__:
+        item = getattr(diffjax, name)
+        if inspect.isfunction(item):
+            assert item.__doc__, name
+            parameters = inspect.signature(item).parameters
+            if len(parameters) > 3:
+                described = [p for p in parameters if re.search(rf"\b{p}\b", item.__doc__)]
+                assert len(described) == len(parameters), (name, set(parameters) - set(described))
+
+
+def test_the_switch_between_targets_is_written_once():
+    """No file but targets.py compares a target with a name."""
+    for path in [*PACKAGE.rglob("*.py"), ROOT / "train.py"]:
+        if path.name != "targets.py":
+            assert not re.search(r"target\w* (==|!=|in) ", path.read_text()), path
+
+
+def test_the_readmes_quickstart_runs(capsys):
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    assert len(block.strip().splitlines()) <= 30
+    scope = {}
+    exec(block, scope)
+    assert scope["samples"].shape == scope["mean"].shape == (256, 2)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        "x_0",
+        "eps",
+        "score",
+    ]
+
+
+def test_train_py_stays_a_story():
+    assert len((ROOT / "train.py").read_text().splitlines()) < 200
