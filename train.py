@@ -130,14 +130,15 @@ def train(config: Config, workdir: Path) -> None:
     held_out["index"] = np.arange(len(held_out["x"]), dtype=np.int32)
     slots = parallel.local_slots(config.batch_size)
 
-    with manager, metrics.Recorder(workdir, start, config.steps) as recorder:
+    devices = f"{jax.device_count()} {jax.default_backend()} devices"
+    with manager, metrics.Recorder(workdir, start, config.steps, f"{devices}  ") as recorder:
         count = sum(x.size for x in jax.tree.leaves(state.params))
         recorder.say(
             f"{workdir}: {config.data.name}, target {config.target}, {count:,} parameters, "
-            f"{jax.device_count()} {jax.default_backend()} devices by {config.parallel}"
+            f"{devices} by {config.parallel}"
         )
         if start:
-            recorder.say(f"resumed from the checkpoint of step {start}")
+            recorder.say(f"resumed from the checkpoint of step {start} of {config.steps}")
         window = []  # metrics still on the devices: nobody looks at them between log points
 
         for step in range(start, config.steps):

@@ -8,7 +8,8 @@ from diffjax.config import Config, Data, Optimizer, Sampling, UNetConfig, smoke,
 def get_config(variant: str = "") -> Config:
     model = UNetConfig(
         width=32,
-        mults=(1, 2, 2),
+        mults=(1, 2),
+        patch=2,
         blocks=1,
         attention=(7,),
         groups=8,
@@ -17,17 +18,19 @@ def get_config(variant: str = "") -> Config:
         null_label=True,
     )
     config = Config(
-        data=Data("fashion_mnist", flip=False),
+        data=Data("fashion_mnist"),
         model=model,
-        optimizer=Optimizer(learning_rate=1e-3, warmup=100),
+        optimizer=Optimizer(learning_rate=2e-3, warmup=100),
+        schedule_options={"log_snr_min": -10.0, "log_snr_max": 10.0},
+        weighting="min_snr",
         ema=0.995,
         batch_size=64,
         steps=2000,
         log_every=50,
         eval_every=500,
         save_every=500,
-        sample_every=1000,
-        sampling=Sampling(steps=50, guidance=1.5),
+        sample_every=2000,
+        sampling=Sampling(steps=30, guidance=1.5),
     )
     tiny = dataclasses.replace(model, width=8, mults=(1, 1), groups=4, attention=())
     return variant_of(config, variant, smoke=lambda: smoke(config, model=tiny))

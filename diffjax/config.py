@@ -1,8 +1,8 @@
 """Experiments as data: frozen dataclasses, from a file and the command line to JSON and back.
 
 A file `configs/NAME.py` defines `get_config(variant="") -> Config`; the command line overrides
-any field of it (`--config.target=x_0`). `check` refuses what cannot run, before anything long
-starts; the `make_*` functions turn names and numbers into the functions they mean.
+any field of it (`--config.target=x_0`). What its names mean, and what cannot run, is for
+`experiment.py` to say.
 """
 
 import dataclasses
@@ -216,7 +216,7 @@ def parse(argv: Sequence[str], default: str = "configs/digits.py") -> tuple[Conf
     """The command line `[--config=FILE[:variant]] [--workdir=DIR] [--config.FIELD=VALUE ...]`.
 
     Returns:
-      The config, checked, and the run's directory, `runs/<config name>` by default.
+      The config, not yet checked, and the run's directory, `runs/<config name>` by default.
 
     Raises:
       SystemExit: after printing what is wrong (or the help) in a few lines.

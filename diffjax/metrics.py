@@ -49,16 +49,18 @@ class Recorder:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def write(self, step: int, batch_size: int, **metrics: float) -> None:
-        """Write a row: the metrics given, and the speed since the last one."""
+        """Write a row: the metrics given, and the speed since the last one if there were steps."""
         last_step, last_time = self.at
         self.at = step, now = step, time.perf_counter()
-        speed = (step - last_step) / (now - last_time)
-        row = {"step": step, **metrics, "img_per_s": speed * batch_size}
+        row, left = {"step": step, **metrics}, ""
+        if step > last_step:
+            speed = (step - last_step) / (now - last_time)
+            row["img_per_s"] = speed * batch_size
+            left = f"  {_clock((self.steps - step) / speed)} left"
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        left = (self.steps - step) / speed
         numbers = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "step")
-        line = f"{self.title}step {step}/{self.steps}  {numbers}  {_clock(left)} left"
+        line = f"{self.title}step {step}/{self.steps}  {numbers}{left}"
         if self.live.is_started:
             self.live.update(line)
         else:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffjax.models import MLP, MLPConfig, UNet, UNetConfig, apply
-from diffjax.models.unet import double, halve, level_embedding
+from diffjax.models.unet import double, fold, halve, level_embedding, unfold
 
 TINY = UNetConfig(width=8, mults=(1, 2), blocks=1, attention=(4,), groups=4, dropout=0.0)
 
@@ -77,6 +77,7 @@ def test_the_conditioning_image_is_more_input_channels():
         {"mults": (1, 1, 2)},
         {"attention": ()},
         {"out_channels": 5},
+        {"patch": 2},
     ],
     ids=str,
 )
@@ -198,6 +199,14 @@ def test_halve_inverts_double():
     x, _ = inputs((6, 4, 3))
     assert double(x).shape == (2, 12, 8, 3)
     np.testing.assert_allclose(halve(double(x)), x, rtol=1e-6)
+
+
+def test_unfold_inverts_fold_and_keeps_neighbours_together():
+    x = jnp.arange(2 * 6 * 4 * 3.0).reshape(2, 6, 4, 3)
+    folded = fold(x, 2)
+    assert folded.shape == (2, 3, 2, 12)
+    assert sorted(folded[1, 2, 1].tolist()) == sorted(x[1, 4:6, 2:4].ravel().tolist())
+    assert jnp.array_equal(unfold(folded, 2), x)
 
 
 def test_level_embedding_tells_levels_apart():

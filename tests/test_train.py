@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,10 +25,10 @@ TINY = [
 ]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def compile_once(tmp_path_factory):
     """Runs of the same experiment share their compiled programs."""
-    cache = tmp_path_factory.getbasetemp() / "cache"
+    cache = tmp_path_factory.mktemp("cache")
     jax.config.update("jax_compilation_cache_dir", str(cache))
     yield
     jax.config.update("jax_compilation_cache_dir", None)
@@ -54,6 +55,19 @@ def newest(workdir):
 def assert_bitwise_equal(a, b):
     raw = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(raw(x), raw(y)), a, b)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of 20 steps, to be copied by who would change it."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    run(workdir, *TINY, "--config.steps=20")
+    return workdir
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "copied")
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "configs").glob("*.py")))
@@ -95,34 +109,30 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path, capsys):
     assert pictures[0] == pictures[1]
 
 
-def test_the_runner_may_change_at_resumption(tmp_path):
-    run(tmp_path / "a", *TINY, "--config.steps=20")
-    run(tmp_path / "a", *TINY, "--config.steps=40", "--config.parallel=sharded")
-    run(tmp_path / "b", *TINY, "--config.steps=40", "--config.parallel=sharded")
-    losses = [[row["loss"] for row in metrics.read(tmp_path / n)] for n in ("a", "b")]
+def test_the_runner_may_change_at_resumption(copied, tmp_path):
+    run(copied, *TINY, "--config.steps=40", "--config.parallel=sharded")
+    run(tmp_path / "whole", *TINY, "--config.steps=40")
+    losses = [[row["loss"] for row in metrics.read(d)] for d in (copied, tmp_path / "whole")]
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
-def test_a_run_is_read_back_in_two_lines(tmp_path):
-    run(tmp_path, *TINY, "--config.steps=20", "--config.target=score")
-    network, params, config = checkpoint.load(tmp_path)
-    assert config.target == "score" and config.batch_size == 16
+def test_a_run_is_read_back_in_two_lines(copied):
+    network, params, config = checkpoint.load(copied)
+    assert config.steps == 20 and config.batch_size == 16
     out = network(params, jnp.ones((2, 8, 8, 1)), jnp.zeros(2), {"label": jnp.zeros(2, int)})
     assert out.shape == (2, 8, 8, 1) and np.isfinite(out).all()
-    assert_bitwise_equal(params, newest(tmp_path)[1]["ema_params"])
+    assert_bitwise_equal(params, newest(copied)[1]["ema_params"])
     with pytest.raises(FileNotFoundError, match="not the directory of a run"):
-        checkpoint.load(tmp_path / "elsewhere")
+        checkpoint.load(copied / "elsewhere")
 
 
-def test_empty_and_foreign_numeric_folders_are_ignored(tmp_path):
-    run(tmp_path, *TINY, "--config.steps=20")
-    (tmp_path / "checkpoints" / "99").mkdir()
-    (tmp_path / "checkpoints" / "98" / "default").mkdir(parents=True)
-    assert newest(tmp_path)[0] == 20
+def test_empty_and_foreign_numeric_folders_are_ignored(copied):
+    (copied / "checkpoints" / "99").mkdir()
+    (copied / "checkpoints" / "98" / "default").mkdir(parents=True)
+    assert newest(copied)[0] == 20
 
 
-def test_another_experiment_in_the_same_directory_is_refused(tmp_path, capsys):
-    run(tmp_path, *TINY, "--config.steps=20")
+def test_another_experiment_in_the_same_directory_is_refused(copied):
     for change, line in (
         ("--config.target=x_0", "target: the run has 'eps', asked for 'x_0'"),
         ("--config.model.width=16", "model.width: the run has 8, asked for 16"),
@@ -130,7 +140,7 @@ def test_another_experiment_in_the_same_directory_is_refused(tmp_path, capsys):
         ("--config.optimizer.learning-rate=0.1", "optimizer.learning_rate: the run has 0.002"),
     ):
         with pytest.raises(SystemExit, match=re.escape(line)):
-            run(tmp_path, *TINY, "--config.steps=20", change)
+            run(copied, *TINY, "--config.steps=20", change)
 
 
 def test_a_nan_stops_the_run_says_where_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):

@@ -30,8 +30,10 @@ class UNetConfig:
     """Channels of each level, in units of `width`; each level halves the image."""
     blocks: int = 2
     """Residual blocks per level on the way down; one more on the way up."""
+    patch: int = 1
+    """Fold squares of this many pixels a side into channels first: a smaller, cheaper image."""
     attention: tuple[int, ...] = (16,)
-    """Image heights at which blocks are followed by self-attention."""
+    """Heights of the (folded) image at which blocks are followed by self-attention."""
     heads: int = 1
     """Attention heads."""
     head_width: int | None = None
@@ -70,17 +72,19 @@ class UNetConfig:
                     f"heads={self.heads} or head_width={self.head_width} must divide the channels "
                     f"of every level: width {self.width} x {mult} = {channels}"
                 )
+        if self.patch < 1:
+            raise ValueError(f"patch={self.patch}: must be at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: must be in [0, 1)")
 
     def check_input(self, shape: tuple[int, ...]) -> None:
         """Raise a ValueError unless an example of this shape fits: an image that halves evenly."""
-        halvings = 2 ** (len(self.mults) - 1)
+        halvings = self.patch * 2 ** (len(self.mults) - 1)
         if len(shape) != 3 or shape[0] % halvings or shape[1] % halvings:
             raise ValueError(
-                f"examples of shape {shape}: a U-Net of {len(self.mults)} levels needs "
-                f"[height, width, channels] with height and width divisible by {halvings}; "
-                f"give `mults` fewer levels, or crop or pad the images"
+                f"examples of shape {shape}: a U-Net of {len(self.mults)} levels and patch "
+                f"{self.patch} needs [height, width, channels] with height and width divisible by "
+                f"{halvings}; give `mults` fewer levels, or crop or pad the images"
             )
 
 
@@ -118,7 +122,7 @@ class UNet(nn.Module):
         x = x_t.astype(dtype)
         if c.image_cond:
             x = jnp.concatenate([x, cond["image"].astype(dtype)], axis=-1)
-        h = conv(c.width, name="conv_in")(x)
+        h = conv(c.width, name="conv_in")(fold(x, c.patch))
         skips = [h]
         last = len(c.mults) - 1
         for level, mult in enumerate(c.mults):
@@ -148,8 +152,9 @@ class UNet(nn.Module):
                     h = conv(c.width * mult, name=name)(double(h))
 
         h = nn.silu(nn.GroupNorm(c.groups, dtype=dtype, name="norm_out")(h))
-        h = conv(c.out_channels or x_t.shape[-1], kernel_init=Zero, name="conv_out")(h)
-        return h.astype(x_t.dtype)
+        channels = c.patch**2 * (c.out_channels or x_t.shape[-1])
+        h = conv(channels, kernel_init=Zero, name="conv_out")(h)
+        return unfold(h, c.patch).astype(x_t.dtype)
 
 
 class Block(nn.Module):
@@ -236,3 +241,17 @@ def double(x: Array) -> Array:
     b, h, w, c = x.shape
     x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c))
     return x.reshape(b, 2 * h, 2 * w, c)
+
+
+def fold(x: Array, side: int) -> Array:
+    """Squares of side x side pixels into channels: `[b, h, w, c]` -> `[b, h/s, w/s, s s c]`."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // side, side, w // side, side, c).swapaxes(2, 3)
+    return x.reshape(b, h // side, w // side, side * side * c)
+
+
+def unfold(x: Array, side: int) -> Array:
+    """The inverse of `fold`."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h, w, side, side, c // side**2).swapaxes(2, 3)
+    return x.reshape(b, h * side, w * side, c // side**2)
