@@ -92,12 +92,12 @@ def train(config: Config, workdir: Path) -> None:
     learning_rate = jax.jit(experiment.make_learning_rate(config.optimizer))
     tx = experiment.make_optimizer(config.optimizer)
 
+    streams = experiment.make_streams(config)
+
     def initial_state():
-        key_params, key_run = jax.random.split(jax.random.key(config.seed))
-        label = jnp.zeros(1, jnp.int32)
-        x = jnp.zeros((1, *shape))
-        params = module.init(key_params, x, jnp.zeros(1), {"label": label})["params"]
-        return init_state(key_run, params, tx)
+        x, cond = jnp.zeros((1, *shape)), {"label": jnp.zeros(1, jnp.int32)}
+        params = module.init(streams.params, x, jnp.zeros(1), cond)["params"]
+        return init_state(streams.train, params, tx)
 
     # The same functions on every device there is.
     runner = parallel.RUNNERS[config.parallel]()
@@ -111,7 +111,7 @@ def train(config: Config, workdir: Path) -> None:
         )
     )
     held_out_fn = runner.map(
-        lambda params, batch: loss_fn(jax.random.key(config.seed), params, batch, train=False)
+        lambda params, batch: loss_fn(streams.held_out, params, batch, train=False)
     )
     generate_fn = runner.map(experiment.make_generate(config, network, shape))
 

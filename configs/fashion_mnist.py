@@ -25,11 +25,11 @@ def get_config(variant: str = "") -> Config:
         weighting="min_snr",
         ema=0.995,
         batch_size=64,
-        steps=2000,
+        steps=1700,
         log_every=50,
         eval_every=500,
         save_every=500,
-        sample_every=2000,
+        sample_every=1700,
         sampling=Sampling(steps=30, guidance=1.5),
     )
     tiny = dataclasses.replace(model, width=8, mults=(1, 1), groups=4, attention=())

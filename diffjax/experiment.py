@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from .denoisers import classifier_free, clip_x_0, denoiser, unit_output
 from .models import UNetConfig
 from .parallel import RUNNERS
 from .process import prior_sample
-from .types import Array, Data, Denoiser, Network
+from .types import Array, Data, Denoiser, Key, Network
 
 
 def check(config: Config) -> None:
@@ -90,6 +90,20 @@ def check_data(config: Config, examples: Examples) -> None:
             )
 
 
+class Streams(NamedTuple):
+    """The run's keys, one for each use: nothing is drawn twice from the same bits."""
+
+    params: Key
+    train: Key
+    held_out: Key
+    samples: Key
+
+
+def make_streams(config: Config) -> Streams:
+    """The keys of a run, from its seed. Threefry, whose draws do not depend on the layout."""
+    return Streams(*jax.random.split(jax.random.key(config.seed, impl="threefry2x32"), 4))
+
+
 def make_schedule(config: Config) -> schedules.Schedule:
     """The noise schedule that the config names."""
     schedule = _call("schedule", SCHEDULES, config.schedule, config.schedule_options)
@@ -149,7 +163,7 @@ def make_generate(
         cond = {"label": batch["label"]} if config.model.labels else None
         denoise = make_denoiser(config, functools.partial(apply, params))
         sampler = make_sampler(config)(functools.partial(denoise, cond=cond), schedule)
-        key_prior, key_walk = jax.random.split(jax.random.key(config.seed))
+        key_prior, key_walk = jax.random.split(make_streams(config).samples)
         keys_prior, keys_walk = (keys.fold_in(k, batch["index"]) for k in (key_prior, key_walk))
         x_1 = prior_sample(keys_prior, schedule, (len(batch["index"]), *shape))
         ts = TIMES[config.sampling.times](schedule, config.sampling.steps)

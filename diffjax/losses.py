@@ -117,7 +117,6 @@ def diffusion_loss(
     (8,)
     """
     batch, key = x_0.shape[0], keys.typed(key)
-    example_keys = keys.per_example(key, batch)
     if t is not None:
         t = jnp.broadcast_to(jnp.asarray(t), (batch,))
     elif key.ndim == 0:
@@ -125,7 +124,8 @@ def diffusion_loss(
     else:
         t = jax.vmap(lambda k: sample_times(k, 1, steps)[0])(keys.fold_in(key, 1))
 
-    eps = keys.normal(example_keys, x_0.shape, x_0.dtype)
+    key_eps = keys.fold_in(keys.per_example(key, batch), 0)
+    eps = keys.normal(key_eps, x_0.shape, x_0.dtype)
     alpha, sigma = scales_at(schedule, t, x_0)
     out = network(alpha * x_0 + sigma * eps, schedule.log_snr(t), cond)
     if out.shape != x_0.shape:

@@ -156,12 +156,15 @@ def train_batch(
     index = batch_indices(seed, step, len(examples.x), batch_size)
     batch = take(examples, index[slots])
     if flip:
-        mirror = np.random.default_rng((seed, step)).random(batch_size)[slots] < 0.5
+        mirror = np.random.default_rng((seed, step, _FLIPS)).random(batch_size)[slots] < 0.5
         batch["x"] = np.where(mirror[:, None, None, None], batch["x"][:, :, ::-1], batch["x"])
     batch["index"] = np.arange(batch_size, dtype=np.int32)[slots]
     return batch
 
 
+_ORDER, _FLIPS = 0, 1  # which of a seed's generators
+
+
 @functools.lru_cache(maxsize=2)
 def _permutation(seed, epoch, n):
-    return np.random.default_rng((seed, epoch)).permutation(n)
+    return np.random.default_rng((seed, epoch, _ORDER)).permutation(n)
