@@ -24,7 +24,7 @@ import numpy as np
 import diffjax
 from diffjax import checkpoint, data, evaluation, experiment, keys, metrics, parallel, plots
 from diffjax.config import Config, parse
-from diffjax.models import MODELS, apply
+from diffjax.models import MODELS
 from diffjax.training import Batch, ema_warmup, init_state, train_step
 
 
@@ -54,8 +54,6 @@ def make_loss(config: Config, network: Callable) -> Callable[..., jax.Array]:
         net = functools.partial(network, params)
         if train and config.model.dropout:
             net = functools.partial(net, dropout=keys.fold_in(key_dropout, index))
-        if config.unit_output:
-            net = diffjax.unit_output(net, config.target, schedule)
         return diffjax.diffusion_loss(
             keys.fold_in(key_noise, index),
             net,
@@ -78,15 +76,14 @@ def train(config: Config, workdir: Path) -> None:
     # Whatever is wrong with the input is said now, before anything is compiled.
     with plainly():
         experiment.check(config)
-        parallel.setup(config.batch_size)
+        parallel.setup(config.batch_size, config.optimizer.accumulate)
         parallel.check_batch(config.batch_size, config.optimizer.accumulate)
         train_set, test_set = data.load(config.data.name, config.data.path)
-        experiment.check_data(config, train_set)
+        experiment.check_data(config, train_set, test_set)
         manager = checkpoint.open_run(workdir, config)
 
     # The network, its loss and its optimiser: pure functions.
-    module = MODELS[type(config.model)](config.model)
-    network = functools.partial(apply, module)
+    network = experiment.make_network(config)
     shape = train_set.x.shape[1:]
     loss_fn = make_loss(config, network)
     learning_rate = jax.jit(experiment.make_learning_rate(config.optimizer))
@@ -96,6 +93,7 @@ def train(config: Config, workdir: Path) -> None:
 
     def initial_state():
         x, cond = jnp.zeros((1, *shape)), {"label": jnp.zeros(1, jnp.int32)}
+        module = MODELS[type(config.model)](config.model)
         params = module.init(streams.params, x, jnp.zeros(1), cond)["params"]
         return init_state(streams.train, params, tx)
 
@@ -122,6 +120,12 @@ def train(config: Config, workdir: Path) -> None:
         index = np.arange(n, dtype=np.int32)
         label = index % config.model.labels if config.model.labels else None
         return in_batches(generate_fn, {"index": index, "label": label}), label
+
+    def draw() -> None:
+        classes = config.model.labels or config.sampling.columns
+        x, _ = generate(classes * config.sampling.columns)
+        plots.save_samples(x, config.model.labels, workdir / "samples.png")
+        plots.save_loss_curve(metrics.read(workdir), workdir / "loss.png")
 
     state = runner.replicate(initial_state)
     state = checkpoint.restore(manager, state) or state
@@ -166,13 +170,11 @@ def train(config: Config, workdir: Path) -> None:
                 recorder.write(done, config.batch_size, **row)
             if done % config.save_every == 0 or last:
                 checkpoint.save(manager, done, state)
-            if done % config.sample_every == 0 or last:
-                classes = config.model.labels or config.sampling.columns
-                x, _ = generate(classes * config.sampling.columns)
-                plots.save_samples(x, config.model.labels, workdir / "samples.png")
-                plots.save_loss_curve(metrics.read(workdir), workdir / "loss.png")
+            if done % config.sample_every == 0 and not last:
+                draw()
                 recorder.start(done)
 
+        draw()
         if config.sampling.score:
             real = data.in_range(data.Dataset(train_set, test_set))
             scores = evaluation.score(*generate(config.sampling.score), *real)

@@ -5,8 +5,8 @@ finished checkpoints are ever seen. The state is replicated, so it is written on
 onto any number of devices.
 """
 
-import functools
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
 from . import config as config_lib
 from .config import Config
-from .models import MODELS, apply
-from .types import Network
+from .experiment import make_network
+from .types import Data
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
+# A checkpoint counts once its commit file is there, not because its name is a number.
+ATOMICITY = AtomicityOptions(mode=AtomicityMode.COMMIT_FILE)
 
 
 def open_run(workdir: Path, config: Config) -> ocp.CheckpointManager:
@@ -34,7 +36,7 @@ def open_run(workdir: Path, config: Config) -> ocp.CheckpointManager:
     """
     path = workdir / CONFIG
     if path.exists():
-        differences = config_lib.differences(config_lib.from_json(path.read_text()), config)
+        differences = config_lib.differences(read_config(workdir), config)
         if differences:
             raise ValueError(
                 f"{workdir} holds a run of another config; choose another --workdir, or undo:\n  "
@@ -69,15 +71,18 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any) -> None:
         manager.save(step, args=ocp.args.StandardSave(jax.tree.map(_one_copy, state)))
 
 
-def load(workdir: Path | str) -> tuple[Network, Any, Config]:
+def load(workdir: Path | str) -> tuple[Callable[..., Data], Any, Config]:
     """A trained network from its run's directory.
 
+    The directory is only read, so the run may still be going.
+
     Returns:
-      `network`, a function (params, x_t, log_snr, cond) -> output; the moving average of its
-      parameters at the newest checkpoint; and the run's config.
+      `network`, a function (params, x_t, log_snr, cond) -> an estimate of `config.target`; the
+      moving average of its parameters at the newest checkpoint; and the run's config.
 
     Raises:
       FileNotFoundError: if there is no config or no finished checkpoint.
+      ValueError: if the config cannot be read.
 
     With `functools.partial(network, params)` the core is at home:
 
@@ -85,16 +90,32 @@ def load(workdir: Path | str) -> tuple[Network, Any, Config]:
         denoise = diffjax.denoiser(partial(network, params), make_schedule(config), config.target)
     """
     workdir = Path(workdir)
-    if not (workdir / CONFIG).is_file():
-        raise FileNotFoundError(f"{workdir} holds no {CONFIG}: not the directory of a run")
-    config = config_lib.from_json((workdir / CONFIG).read_text())
-    with _manager(workdir, config) as manager:
+    config = read_config(workdir)
+    if not (workdir / CHECKPOINTS).is_dir():
+        raise FileNotFoundError(f"{workdir} holds no {CHECKPOINTS}")
+    options = ocp.CheckpointManagerOptions(read_only=True, atomicity_options=ATOMICITY)
+    with ocp.CheckpointManager((workdir / CHECKPOINTS).absolute(), options=options) as manager:
         step = manager.latest_step()
         if step is None:
             raise FileNotFoundError(f"{workdir / CHECKPOINTS} holds no finished checkpoint")
         tree = manager.restore(step, args=ocp.args.StandardRestore())
-    params = jax.tree.map(jnp.asarray, tree["ema_params"])
-    return functools.partial(apply, MODELS[type(config.model)](config.model)), params, config
+    return make_network(config), jax.tree.map(jnp.asarray, tree["ema_params"]), config
+
+
+def read_config(workdir: Path) -> Config:
+    """The config of a run's directory.
+
+    Raises:
+      FileNotFoundError: if the directory is not that of a run.
+      ValueError: if the config is damaged, or of another version; names the file.
+    """
+    path = workdir / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{workdir} holds no {CONFIG}: not the directory of a run")
+    try:
+        return config_lib.from_json(path.read_text())
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is not a config of this diffjax: {error!r}") from error
 
 
 def _one_copy(x):
@@ -111,7 +132,6 @@ def _manager(workdir, config):
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policy.AnyPreservationPolicy(keep),
         cleanup_tmp_directories=True,
-        # A checkpoint counts once its commit file is there, not because its name is a number.
-        atomicity_options=AtomicityOptions(mode=AtomicityMode.COMMIT_FILE),
+        atomicity_options=ATOMICITY,
     )
     return ocp.CheckpointManager((workdir / CHECKPOINTS).absolute(), options=options)

@@ -64,7 +64,9 @@ def one_of(table: dict[str, Any]) -> Any:
 
 
 def _option(word: str) -> tuple[str, float | str]:
-    name, _, value = word.partition("=")
+    name, equals, value = word.partition("=")
+    if not equals:
+        raise ValueError(f"{word!r} is not NAME=VALUE")
     try:
         return name, float(value)
     except ValueError:
@@ -140,7 +142,7 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """An experiment. Fields from `steps` on may change when a run is resumed."""
+    """An experiment. When a run is resumed, what `CHANGEABLE` lists may be changed."""
 
     data: Data = Data()
     target: Annotated[str, one_of(targets.TARGETS)] = "eps"

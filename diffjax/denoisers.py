@@ -36,7 +36,7 @@ def denoiser(network: Network, schedule: Schedule, target: str | Row) -> Denoise
 
     def denoise(x_t, t, cond=None):
         log_snr = jnp.broadcast_to(schedule.log_snr(t), x_t.shape[:1])
-        out = network(x_t, log_snr, cond)
+        out = network(x_t, log_snr, cond).astype(x_t.dtype)
         return decode(target, out, x_t, *scales_at(schedule, t, x_t))
 
     return denoise
@@ -45,8 +45,9 @@ def denoiser(network: Network, schedule: Schedule, target: str | Row) -> Denoise
 def unit_output(network: Network, target: str | Row, schedule: Schedule) -> Network:
     """Scale a network's output by sqrt(a^2 + b^2), so that it need only produce numbers near one.
 
-    A score spans 1 to 1800 over log-SNR in [-15, 15]; this is score_sde's division by sigma (Song
-    et al. 2021, appendix G). Train and sample with the same wrapping.
+    A score spans 1 to 1800 over log-SNR in [-15, 15]; for it this is the division by sigma of Song
+    & Ermon 2020, "Improved techniques for training score-based generative models", technique 3.
+    Train and sample with the same wrapping.
     """
 
     def scaled(x_t, log_snr, cond):
@@ -91,12 +92,17 @@ def classifier_free(denoise: Denoiser, weight: Time, null: Cond) -> Denoiser:
         condition. (Ho & Salimans 2022, equation 6, with their w = this one - 1.)
       null: the conditioning that means "none", a pytree like `cond` whose leaves broadcast
         against cond's; None if the network takes None for it.
+
+    Raises:
+      ValueError: when called, if `cond` is not a pytree like `null`.
     """
 
     def guided(x_t, t, cond=None):
         nothing = null
         if null is not None:
-            nothing = jax.tree.map(lambda n, c: jnp.broadcast_to(n, c.shape), null, cond)
+            if jax.tree.structure(cond) != jax.tree.structure(null):
+                raise ValueError(f"guidance needs a cond like its null {null!r}, got {cond!r}")
+            nothing = jax.tree.map(lambda n, c: jnp.broadcast_to(n, jnp.shape(c)), null, cond)
         without, given = denoise(x_t, t, nothing), denoise(x_t, t, cond)
         w = expand(weight, x_t)
         return Prediction(*((1 - w) * u + w * c for u, c in zip(without, given, strict=True)))

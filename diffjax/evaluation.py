@@ -51,9 +51,12 @@ def nearest_neighbour(x: np.ndarray, label: np.ndarray) -> Callable[[np.ndarray]
     """
     flat = _flat(x)
 
+    def nearest(y):
+        return ((flat**2).sum(1) - 2 * y @ flat.T).argmin(1)
+
     def classify(y):
-        distance = (flat**2).sum(1) - 2 * _flat(y) @ flat.T
-        return label[distance.argmin(1)]
+        parts = np.array_split(_flat(y), -(-len(y) // 1000))  # 1000 rows of distances at a time
+        return label[np.concatenate([nearest(part) for part in parts])]
 
     return classify
 
@@ -78,9 +81,10 @@ def score(
     order = np.random.default_rng(0).permutation(len(real))
     one, other = order[: len(real) // 2], order[len(real) // 2 :]
     features = pca(real, 24)
+    n = min(len(x), len(one))  # the distance is biased by n: as many of either
     result = {
-        "frechet_pca24": frechet_distance(features(x), features(real[one])),
-        "frechet_pca24_real": frechet_distance(features(real[other]), features(real[one])),
+        "frechet_pca24": frechet_distance(features(x[:n]), features(real[one])),
+        "frechet_pca24_real": frechet_distance(features(real[other[:n]]), features(real[one])),
     }
     if label is not None and real_label is not None:
         classify = nearest_neighbour(real[other], real_label[other])

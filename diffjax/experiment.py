@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from . import keys, samplers, schedules, targets, weightings
 from .config import SAMPLERS, SCHEDULES, TIMES, WEIGHTINGS, Config, Optimizer
 from .data import DATASETS, Examples
 from .denoisers import classifier_free, clip_x_0, denoiser, unit_output
-from .models import UNetConfig
+from .models import MODELS, UNetConfig, apply
 from .parallel import RUNNERS
 from .process import prior_sample
 from .types import Array, Data, Denoiser, Key, Network
@@ -58,6 +59,23 @@ def check(config: Config) -> None:
             o.decay_steps is None or o.decay_steps > o.warmup,
             f"optimizer.decay_steps={o.decay_steps}: must exceed warmup={o.warmup}, or be None",
         ),
+        (config.seed >= 0, f"seed={config.seed}: must be at least 0"),
+        (math.isfinite(config.schedule_shift), "schedule_shift: must be finite"),
+        (o.warmup >= 0, f"optimizer.warmup={o.warmup}: must be at least 0"),
+        (o.weight_decay >= 0, f"optimizer.weight_decay={o.weight_decay}: must be at least 0"),
+        (
+            0 <= o.beta_1 < 1 and 0 <= o.beta_2 < 1,
+            f"optimizer.beta_1={o.beta_1}, beta_2={o.beta_2}: must be in [0, 1)",
+        ),
+        (math.isfinite(s.guidance), f"sampling.guidance={s.guidance}: must be finite"),
+        (s.score >= 0, f"sampling.score={s.score}: must be at least 0"),
+        (
+            config.time_steps is None
+            or not config.schedule.endswith("_betas")
+            or config.time_steps == config.schedule_options.get("steps", 1000),
+            f"time_steps={config.time_steps}: the table of {config.schedule} has "
+            f"{config.schedule_options.get('steps', 1000)} steps",
+        ),
         (s.steps >= 1, f"sampling.steps={s.steps}: must be at least 1"),
         (s.columns >= 1, f"sampling.columns={s.columns}: must be at least 1"),
         (
@@ -69,24 +87,36 @@ def check(config: Config) -> None:
             raise ValueError(what)
 
 
-def check_data(config: Config, examples: Examples) -> None:
+def check_data(config: Config, train: Examples, test: Examples) -> None:
     """Refuse data that the config's network cannot take.
 
     Raises:
       ValueError: naming the value and the constraint.
     """
-    config.model.check_input(examples.x.shape[1:])
-    if len(examples.x) < config.batch_size:
-        raise ValueError(f"batch_size={config.batch_size} exceeds the {len(examples.x)} examples")
-    if config.data.flip and examples.x.ndim != 4:
-        raise ValueError(f"data.flip=True needs images, not examples {examples.x.shape[1:]}")
-    if config.model.labels:
+    shape, model = train.x.shape[1:], config.model
+    model.check_input(shape)
+    if test.x.shape[1:] != shape:
+        raise ValueError(f"held-out examples of shape {test.x.shape[1:]}, others {shape}")
+    if len(shape) == 3 and shape[-1] not in (1, 3):
+        raise ValueError(f"images of {shape[-1]} channels: need 1 (grey) or 3 (colour)")
+    if len(shape) == 1 and shape[0] < 2:
+        raise ValueError(f"vectors of {shape[0]} feature: need at least 2 to draw them")
+    if isinstance(model, UNetConfig) and (model.out_channels or model.image_cond):
+        raise ValueError("train.py has no use for model.out_channels or model.image_cond")
+    if isinstance(model, UNetConfig):
+        heights = [shape[0] // model.patch // 2**level for level in range(len(model.mults))]
+        if not set(model.attention) <= set(heights):
+            raise ValueError(f"model.attention={model.attention}: the heights are {heights}")
+    if len(train.x) < config.batch_size:
+        raise ValueError(f"batch_size={config.batch_size} exceeds the {len(train.x)} examples")
+    if config.data.flip and len(shape) != 3:
+        raise ValueError(f"data.flip=True needs images, not examples {shape}")
+    for examples in (train, test) if model.labels else ():
         if examples.label is None:
-            raise ValueError(f"model.labels={config.model.labels}: the data has no labels")
-        if examples.label.max() >= config.model.labels:
+            raise ValueError(f"model.labels={model.labels}: the data has no labels")
+        if examples.label.max() >= model.labels:
             raise ValueError(
-                f"model.labels={config.model.labels}: the data has labels up to "
-                f"{examples.label.max()}"
+                f"model.labels={model.labels}: the data has labels up to {examples.label.max()}"
             )
 
 
@@ -136,11 +166,26 @@ def make_optimizer(o: Optimizer) -> optax.GradientTransformation:
     return adam if o.clip is None else optax.chain(optax.clip_by_global_norm(o.clip), adam)
 
 
+def make_network(config: Config) -> Callable[..., Data]:
+    """The network that the config names: (params, x_t, log_snr, cond) -> an estimate of the target.
+
+    With the keyword `dropout`, keys `[batch]`, in training mode (see `models.apply`).
+    """
+    module = MODELS[type(config.model)](config.model)
+    if not config.unit_output:
+        return functools.partial(apply, module)
+    schedule = make_schedule(config)
+
+    def network(params, x_t, log_snr, cond=None, **dropout):
+        plain = functools.partial(apply, module, params, **dropout)
+        return unit_output(plain, config.target, schedule)(x_t, log_snr, cond)
+
+    return network
+
+
 def make_denoiser(config: Config, network: Network) -> Denoiser:
     """The denoiser that samples are made with: guided, and clipped if the data is images."""
     schedule = make_schedule(config)
-    if config.unit_output:
-        network = unit_output(network, config.target, schedule)
     denoise = denoiser(network, schedule, config.target)
     if config.sampling.guidance != 1:
         denoise = classifier_free(
@@ -150,7 +195,7 @@ def make_denoiser(config: Config, network: Network) -> Denoiser:
 
 
 def make_generate(
-    config: Config, apply: Callable[..., Array], shape: tuple[int, ...]
+    config: Config, network: Callable[..., Data], shape: tuple[int, ...]
 ) -> Callable[[Any, dict[str, Array]], Data]:
     """A pure function (params, batch) -> samples `[batch, *shape]`.
 
@@ -161,7 +206,7 @@ def make_generate(
 
     def generate(params, batch):
         cond = {"label": batch["label"]} if config.model.labels else None
-        denoise = make_denoiser(config, functools.partial(apply, params))
+        denoise = make_denoiser(config, functools.partial(network, params))
         sampler = make_sampler(config)(functools.partial(denoise, cond=cond), schedule)
         key_prior, key_walk = jax.random.split(make_streams(config).samples)
         keys_prior, keys_walk = (keys.fold_in(k, batch["index"]) for k in (key_prior, key_walk))
@@ -180,11 +225,18 @@ def _lookup(kind, table, name):
 
 def _call(kind, table, name, options, **given):
     make = _lookup(kind, table, name)
-    names = [n for n in inspect.signature(make).parameters if n not in given]
-    unknown = set(options) - set(names)
-    if unknown:
-        raise ValueError(
-            f"{kind} {name} has no option {', '.join(sorted(unknown))}; "
-            f"it has {', '.join(names) or 'none'}"
-        )
+    # What is a function by default (a schedule's scales) is for Python, not for a config.
+    defaults = {
+        n: p.default
+        for n, p in inspect.signature(make).parameters.items()
+        if n not in given and not callable(p.default)
+    }
+    for option, value in options.items():
+        if option not in defaults:
+            raise ValueError(
+                f"{kind} {name} has no option {option}; it has {', '.join(defaults) or 'none'}"
+            )
+        number = not isinstance(defaults[option], str)
+        if number and not (isinstance(value, int | float) and math.isfinite(value)):
+            raise ValueError(f"{kind} {name}: {option}={value}: must be a finite number")
     return make(**given, **options)

@@ -6,6 +6,8 @@ micro-batches passes `fold_in(key, global_index)` instead, and every draw stays 
 for bit. That holds for JAX's default threefry keys; `rbg` keys draw differently under `vmap`.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
@@ -56,7 +58,13 @@ def per_example(key: Key, batch: int) -> Key:
     return key
 
 
-def normal(key: Key, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Float[Array, "..."]:
-    """Standard normal noise `[batch, ...]`, each example drawn from its own key."""
-    keys = per_example(key, shape[0])
+def normal(key: Key, shape: tuple[int, ...], dtype: Any = float) -> Float[Array, "..."]:
+    """Standard normal noise `[batch, ...]`, each example drawn from its own key.
+
+    Args:
+      key: one key, or one per example `[batch]`.
+      shape: `[batch, ...]`.
+      dtype: floating; by default JAX's own, float32 (float64 where that is enabled).
+    """
+    keys, dtype = per_example(key, shape[0]), jnp.result_type(dtype)
     return jax.vmap(lambda k: jax.random.normal(k, shape[1:], dtype))(keys)

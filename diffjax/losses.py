@@ -30,10 +30,18 @@ def sample_times(
     Returns:
       Times `[n]`, or one for each of `index`.
 
+    Raises:
+      ValueError: if `key` is several, or `n` or `steps` is below 1.
+
     >>> t = sample_times(jax.random.key(0), 4)
     >>> sorted((t * 4).astype(int).tolist())
     [0, 1, 2, 3]
     """
+    if keys.typed(key).ndim or n < 1 or (steps is not None and steps < 1):
+        raise ValueError(
+            f"{n=}, {steps=}, key of shape {key.shape}: need one key for the whole batch, n and "
+            "steps at least 1"
+        )
     index = jnp.arange(n) if index is None else index
     t = 1 - (jax.random.uniform(key) + index / n) % 1
     return t if steps is None else jnp.ceil(t * steps) / steps
@@ -45,7 +53,7 @@ def rate_at(schedule: Schedule, t: Time, steps: int | None = None) -> Array:
     -d log_snr / dt in continuous time; T expm1(log_snr_s - log_snr_t), s = t - 1/T, on the grid
     of T = `steps`, to which the former is the limit (Kingma et al. 2021, equations 14 and 17).
     """
-    t = jnp.asarray(t)
+    t = jnp.asarray(t, jnp.result_type(t, jnp.float32))
     if steps is None:
         return -jax.jvp(schedule.log_snr, (t,), (jnp.ones_like(t),))[1]
     s = (jnp.round(t * steps) - 1) / steps
@@ -108,6 +116,9 @@ def diffusion_loss(
     Returns:
       Losses `[batch]`, the mean over the data axes; with `weightings.elbo`, in nats per dimension.
 
+    Raises:
+      ValueError: if the target is unknown, or the network's output has another shape than `x_0`.
+
     Source: Ho et al. 2020, Algorithm 1; Kingma et al. 2021, equations 13 to 18.
 
     >>> import diffjax
@@ -118,7 +129,7 @@ def diffusion_loss(
     """
     batch, key = x_0.shape[0], keys.typed(key)
     if t is not None:
-        t = jnp.broadcast_to(jnp.asarray(t), (batch,))
+        t = jnp.broadcast_to(jnp.asarray(t, jnp.result_type(t, jnp.float32)), (batch,))
     elif key.ndim == 0:
         t = sample_times(keys.fold_in(key, batch), batch, steps)  # 0..batch-1 are the examples'
     else:

@@ -33,8 +33,8 @@ class Recorder:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         temporary.replace(self.path)
         self.console = Console()
-        self.live = Live(console=self.console, transient=True)
-        self.at = step, time.perf_counter()
+        self.live = Live(console=self.console)
+        self.began = self.at = step, time.perf_counter()
 
     def __enter__(self) -> "Recorder":
         if self.console.is_terminal:
@@ -49,14 +49,13 @@ class Recorder:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def write(self, step: int, batch_size: int, **metrics: float) -> None:
-        """Write a row: the metrics given, and the speed since the last one if there were steps."""
-        last_step, last_time = self.at
+        """Write a row: the metrics given, and the speed since the last one."""
+        # A first row right after the start has the run's whole beginning to be measured by.
+        last_step, last_time = self.at if step > self.at[0] else self.began
         self.at = step, now = step, time.perf_counter()
-        row, left = {"step": step, **metrics}, ""
-        if step > last_step:
-            speed = (step - last_step) / (now - last_time)
-            row["img_per_s"] = speed * batch_size
-            left = f"  {_clock((self.steps - step) / speed)} left"
+        speed = (step - last_step) / (now - last_time)
+        row = {"step": step, **metrics, "img_per_s": speed * batch_size}
+        left = f"  {_clock((self.steps - step) / speed)} left"
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         numbers = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "step")
@@ -85,16 +84,17 @@ def summary(
       The mean of each metric, and the `learning_rate` of the last step.
 
     Raises:
-      FloatingPointError: if a loss is not finite; names the step and its learning rate.
+      FloatingPointError: if a metric is not finite; names the step and its learning rate.
     """
     rows = jax.device_get(window)
     for i, row in enumerate(rows):
-        if not np.isfinite(row["loss"]):
-            at = step - len(rows) + i
-            rate = float(learning_rate(at))
-            raise FloatingPointError(
-                f"the loss is {row['loss']} at step {at + 1}, learning rate {rate:.3g}"
-            )
+        for name, value in row.items():
+            if not np.isfinite(value):
+                at = step - len(rows) + i
+                rate = float(learning_rate(at))
+                raise FloatingPointError(
+                    f"{name} is {value} at step {at + 1}, learning rate {rate:.3g}"
+                )
     means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
     return means | {"learning_rate": float(learning_rate(step - 1))}
 

@@ -1,5 +1,7 @@
 """Pictures: grids of samples by Pillow, curves by Matplotlib (the extra `plots`)."""
 
+import importlib.util
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +53,11 @@ def save_samples(x: np.ndarray, classes: int, path: Path) -> None:
 def save_loss_curve(rows: list[dict[str, Any]], path: Path) -> None:
     """The training loss and the held-out loss of rows of metrics, to a PNG file.
 
-    Raises:
-      ModuleNotFoundError: without Matplotlib.
+    Without Matplotlib there is no picture, and a warning.
     """
+    if importlib.util.find_spec("matplotlib") is None:
+        warnings.warn(f"no {path}: pip install 'diffjax[plots]' for curves", stacklevel=2)
+        return
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.5), layout="constrained")

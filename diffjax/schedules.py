@@ -20,6 +20,7 @@ against float64 (`tests/test_schedules.py`): alpha and sigma are within 2e-6 rel
 log-SNR, and log-SNR within 4e-6 for a given t (its own spacing at 20 is 1.9e-6).
 """
 
+import math
 from collections.abc import Callable
 from numbers import Real
 from typing import NamedTuple
@@ -102,11 +103,14 @@ def linear(beta_min: Scalar = 0.1, beta_max: Scalar = 20.0, log_snr_max: Scalar 
     log-SNR at t = 1 follows from the betas: -10.05 by default.
 
     Raises:
-      ValueError: if a beta is negative, or both are zero.
+      ValueError: if a beta is negative or both are zero, or they forget so little that the log-SNR
+        at t = 1 is not below `log_snr_max`.
     """
     if isinstance(beta_min, Real) and isinstance(beta_max, Real):
         if min(beta_min, beta_max) < 0 or beta_min + beta_max == 0:
             raise ValueError(f"beta_min={beta_min}, beta_max={beta_max}: must be >= 0, not both 0")
+        total = (beta_min + beta_max) / 2
+        _require_decreasing(-total - math.log(-math.expm1(-total)), log_snr_max)
     return Schedule(Partial(_linear, beta_min, beta_max, log_snr_max), Partial(vp))
 
 
@@ -158,7 +162,7 @@ def _sigmoid(start, end, tau, log_snr_min, log_snr_max, t):
     # sigmoid(x) - sigmoid(y) = sigmoid(x) sigmoid(-y) (1 - exp(y - x)) has no cancellation.
     low, high = start / tau, end / tau
     p_low, p_high = jax.nn.sigmoid(low), jax.nn.sigmoid(high)
-    rise = p_low * jax.nn.sigmoid(-high) * jnp.expm1(high - low)
+    rise = p_high * jax.nn.sigmoid(-low) * -jnp.expm1(low - high)
     # How far inside the ends the curve starts and stops, in units of u.
     d_max = rise * jax.nn.sigmoid(-log_snr_max)
     d_min = rise * jax.nn.sigmoid(log_snr_min)
@@ -303,7 +307,12 @@ def zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
 
     Lin et al. 2024, "Common diffusion noise schedules and sample steps are flawed", Algorithm 1:
     sqrt(abar) is shifted to end at 0 and scaled to keep its first value.
+
+    Raises:
+      ValueError: if there are fewer than two steps.
     """
+    if len(betas) < 2:
+        raise ValueError(f"{len(betas)} betas: need at least two to keep the first and end at 0")
     alpha = np.exp(0.5 * np.cumsum(np.log1p(-np.asarray(betas, np.float64))))
     alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
     return 1 - (alpha / np.concatenate([[1.0], alpha[:-1]])) ** 2
@@ -312,5 +321,5 @@ def zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
 def _require_decreasing(log_snr_min, log_snr_max):
     # Traced parameters (a vmapped or learned schedule) have no value to look at.
     if isinstance(log_snr_min, Real) and isinstance(log_snr_max, Real):
-        if log_snr_min >= log_snr_max:
+        if not log_snr_min < log_snr_max:
             raise ValueError(f"{log_snr_min=} must be below {log_snr_max=}")

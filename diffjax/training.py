@@ -136,7 +136,9 @@ def _mean_over_parts(f, batch, parts):
         raise ValueError(f"a batch of {size} per device does not split into {parts} equal parts")
     if parts == 1:
         return f(batch)
-    batches = jax.tree.map(lambda x: x.reshape(parts, size // parts, *x.shape[1:]), batch)
+    # Each part takes every parts-th example, so that a device finds its share in its own shard.
+    split = lambda x: x.reshape(size // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+    batches = jax.tree.map(split, batch)
     first = jax.tree.map(lambda x: x[0], batches)
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(f, first))
     add = lambda total, part: (jax.tree.map(jnp.add, total, f(part)), None)

@@ -59,9 +59,14 @@ def expand(value: Any, like: Any) -> Array:
     Appends axes of length one and casts to the dtype of `like`. This is the only place where
     anything in diffjax is broadcast by rank.
 
+    Raises:
+      TypeError: if `like` is not floating point: integers would round every scale to 0 or 1.
+
     >>> import jax.numpy as jnp
     >>> expand(jnp.ones(4), like=jnp.ones((4, 8, 8, 3))).shape
     (4, 1, 1, 1)
     """
-    value = jnp.asarray(value)
-    return value.reshape(value.shape + (1,) * (like.ndim - value.ndim)).astype(like.dtype)
+    value, dtype = jnp.asarray(value), jnp.result_type(like)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"data must be floating point, got {dtype}")
+    return value.reshape(value.shape + (1,) * (like.ndim - value.ndim)).astype(dtype)

@@ -58,9 +58,17 @@ def test_guidance_is_linear_in_its_weight_and_takes_one_per_example():
     null = {"label": jnp.int32(9)}
     at = lambda w: diffjax.classifier_free(denoise, w, null)(X, 0.4, COND).x_0
     np.testing.assert_allclose(at(3.0) - at(1.0), at(2.0) - at(0.0), rtol=1e-4, atol=1e-4)
+    assert jnp.abs(at(3.0) - at(1.0)).max() > 0.1
     mixed = at(jnp.array([0.0, 1.0, 3.0, 1.0]))
     np.testing.assert_allclose(mixed[2], at(3.0)[2], rtol=1e-6)
     np.testing.assert_allclose(mixed[0], at(0.0)[0], rtol=1e-6)
+
+
+def test_guidance_without_a_condition_is_refused():
+    denoise = diffjax.denoiser(labelled, diffjax.cosine(), "v")
+    guided = diffjax.classifier_free(denoise, 2.0, {"label": jnp.int32(9)})
+    with pytest.raises(ValueError, match="a cond like its null"):
+        guided(X, 0.4)
 
 
 def test_guided_prediction_still_explains_x_t():

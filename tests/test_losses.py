@@ -186,6 +186,25 @@ def test_unit_output_with_unit_variance_makes_the_score_network_the_eps_network(
     np.testing.assert_allclose(one, other, rtol=1e-4)
 
 
+def test_whole_numbers_are_times_too():
+    schedule, x_0 = diffjax.linear(), jnp.linspace(-1, 1, 6).reshape(2, 3)
+    network = lambda x_t, log_snr, cond: jnp.sin(x_t)
+    for weight in (None, weightings.elbo):
+        loss = lambda t, w=weight: diffjax.diffusion_loss(
+            jax.random.key(0), network, schedule, "eps", x_0, weight=w, t=t
+        )
+        assert jnp.array_equal(loss(1), loss(1.0))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"n": 0}, {"n": 4, "steps": 0}, {"n": 4, "key": jax.random.split(jax.random.key(0), 4)}],
+)
+def test_times_refuse_what_has_no_meaning(arguments):
+    with pytest.raises(ValueError, match="one key for the whole batch, n and steps at least 1"):
+        diffjax.sample_times(**({"key": jax.random.key(0)} | arguments))
+
+
 def test_a_network_of_another_output_shape_is_refused():
     bad = lambda x_t, log_snr, cond: jnp.concatenate([x_t, x_t], -1)
     with pytest.raises(ValueError, match=r"the network gave \(2, 6\) for data \(2, 3\)"):

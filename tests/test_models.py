@@ -185,6 +185,9 @@ def test_an_image_that_does_not_halve_is_refused(shape, message):
     ("change", "message"),
     [
         ({"groups": 3}, "groups=3 must divide"),
+        ({"groups": 0}, "at least 1"),
+        ({"mults": ()}, "mults not empty"),
+        ({"null_label": True}, "null_label=True needs labels"),
         ({"heads": 3}, "heads=3"),
         ({"head_width": 5}, "head_width=5"),
         ({"dropout": 1.0}, r"dropout=1\.0"),

@@ -146,6 +146,16 @@ def test_prior_sample_of_one_example_does_not_depend_on_the_others():
     assert jnp.array_equal(chosen, many[jnp.array([5, 1])])
 
 
+def test_prior_sample_is_in_double_precision_where_that_is_on(x64):
+    assert diffjax.prior_sample(jax.random.key(0), diffjax.cosine(), (2, 3)).dtype == jnp.float64
+
+
+def test_integer_data_is_refused():
+    pixels = jnp.ones((2, 3), jnp.int32)
+    with pytest.raises(TypeError, match="data must be floating point, got int32"):
+        diffjax.q_sample(diffjax.cosine(), pixels, 0.5, pixels)
+
+
 def test_keys_of_another_length_than_the_batch_are_refused():
     keys = jax.random.split(jax.random.key(0), 3)
     with pytest.raises(ValueError, match=r"keys of shape \(3,\) for a batch of 4"):

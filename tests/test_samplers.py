@@ -84,7 +84,7 @@ def test_samples_have_the_mean_and_variance_of_the_data(schedule, make):
 
 @every_schedule
 def test_ddim_with_eta_one_is_ancestral(x64, schedule):
-    x_1 = diffjax.prior_sample(jax.random.key(1), schedule, (4, 3)).astype(jnp.float64)
+    x_1 = diffjax.prior_sample(jax.random.key(1), schedule, (4, 3))
     ts = diffjax.uniform_times(20)
     one = walk(functools.partial(diffjax.ddim, eta=1.0), schedule, x_1, ts)
     other = walk(diffjax.ancestral, schedule, x_1, ts)
@@ -107,7 +107,7 @@ def test_ancestral_variances_bracket_the_truth(x64, variance):
             return diffjax.decode("x_0", gain * x_t, x_t, alpha, sigma)
 
         sampler = diffjax.ancestral(denoise, schedule, variance=variance)
-        x_1 = diffjax.prior_sample(jax.random.key(0), schedule, (50000, 1)).astype(jnp.float64)
+        x_1 = diffjax.prior_sample(jax.random.key(0), schedule, (50000, 1))
         ts = jnp.array([1.0, 0.75, 0.5, 0.25])
         x, _ = diffjax.sample(jax.random.key(1), sampler, x_1, ts)
         alpha, sigma = schedule(0.25)
@@ -182,6 +182,16 @@ def test_a_sample_does_not_depend_on_its_batch_mates(make):
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.array([4, 2]))
     chosen = walk(make, schedule, x_1[jnp.array([4, 2])], ts, keys)
     np.testing.assert_allclose(chosen, many[jnp.array([4, 2])], rtol=1e-6)
+
+
+@every_sampler
+def test_a_walk_keeps_the_precision_it_is_started_in(make):
+    schedule = diffjax.cosine()
+    network = lambda x_t, log_snr, cond: jnp.sin(x_t.astype(jnp.float32))
+    sampler = make(diffjax.denoiser(network, schedule, "v"), schedule)
+    x_1 = jnp.ones((2, 3), jnp.bfloat16)
+    x_0, _ = diffjax.sample(jax.random.key(0), sampler, x_1, diffjax.uniform_times(4))
+    assert x_0.dtype == jnp.bfloat16
 
 
 @every_sampler

@@ -27,6 +27,7 @@ def test_strictly_decreasing_and_finite(schedule):
         (diffjax.cosine(-3.0, 18.0, scales=diffjax.flow), 18, -3),
         (diffjax.sigmoid(log_snr_min=-19.0, log_snr_max=17.0), 17, -19),
         (diffjax.sigmoid(0.0, 3.0, 0.3, log_snr_min=-20.0, log_snr_max=20.0), 20, -20),
+        (diffjax.sigmoid(tau=0.05), 15, -15),
         (diffjax.rectified_flow(-20.0, 20.0), 20, -20),
         (diffjax.log_uniform(0.01, 50.0), -2 * np.log(0.01), -2 * np.log(50)),
         # B(1) = (0.1 + 20) / 2, and alpha^2 = exp(-B).
@@ -173,6 +174,10 @@ def test_vmaps_over_its_parameters_and_takes_gradients():
         (lambda: diffjax.sigmoid(tau=0.0), "tau > 0"),
         (lambda: diffjax.log_uniform(2.0, 1.0), "0 < sigma_min < sigma_max"),
         (lambda: diffjax.linear(-1.0, 2.0), "beta_min=-1.0"),
+        (lambda: diffjax.linear(log_snr_max=-20.0), "must be below log_snr_max=-20"),
+        (lambda: diffjax.linear(1e-10, 2e-10), "must be below"),
+        (lambda: diffjax.cosine(float("nan"), 5.0), "must be below"),
+        (lambda: diffjax.zero_terminal_snr(np.array([0.1])), "at least two"),
         (lambda: diffjax.from_betas(np.array([0.1, 1.5])), r"betas\[1\] = 1.5"),
         (lambda: diffjax.from_betas(np.array([1.0, 0.5])), r"betas\[0\] = 1.0"),
         (lambda: diffjax.from_betas(np.zeros((0,))), "at least one step"),

@@ -1,6 +1,7 @@
 """The scripts as their users run them: every config, resumption, and refusals."""
 
 import dataclasses
+import os
 import re
 import shutil
 import subprocess
@@ -93,14 +94,17 @@ def test_every_config_runs_its_smoke_variant(name, tmp_path, capsys):
 
 
 def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path, capsys):
+    """From the checkpoint of step 40, which was written while training went on."""
     run(tmp_path / "whole", *TINY, "--config.steps=60")
-    run(tmp_path / "parts", *TINY, "--config.steps=40")
-    capsys.readouterr()
-    # A row after the restored step, as a kill leaves it, is dropped.
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "60")
+    (tmp_path / "parts" / "samples.png").unlink()
+    # Rows after the restored step are dropped, and so is a line that a kill cut short.
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 50, "loss": 1.0}\n{"step": 60, "lo')
+        file.write('{"step": 70, "lo')
+    capsys.readouterr()
     run(tmp_path / "parts", *TINY, "--config.steps=60")
-    assert "resumed from the checkpoint of step 40" in capsys.readouterr().out
+    assert "resumed from the checkpoint of step 40 of 60" in capsys.readouterr().out
     assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
     (step_a, a), (step_b, b) = newest(tmp_path / "whole"), newest(tmp_path / "parts")
     assert step_a == step_b == 60
@@ -124,6 +128,43 @@ def test_a_run_is_read_back_in_two_lines(copied):
     assert_bitwise_equal(params, newest(copied)[1]["ema_params"])
     with pytest.raises(FileNotFoundError, match="not the directory of a run"):
         checkpoint.load(copied / "elsewhere")
+
+
+def test_reading_a_run_leaves_it_alone(copied):
+    """It may still be writing: what is in flight is not cleaned up."""
+    in_flight = copied / "checkpoints" / "40.orbax-checkpoint-tmp"
+    in_flight.mkdir()
+    checkpoint.load(copied)
+    assert in_flight.exists()
+
+
+def test_a_finished_run_draws_again_when_sampling_changes(copied):
+    before = (copied / "samples.png").read_bytes()
+    run(copied, *TINY, "--config.steps=20", "--config.sampling.steps=7")
+    assert (copied / "samples.png").read_bytes() != before
+
+
+def test_the_scaled_network_is_what_is_trained_drawn_and_read_back(copied):
+    """With unit_output the fresh score network's output is scaled; `load` knows."""
+    config = config_lib.from_json((copied / "config.json").read_text())
+    scaled = dataclasses.replace(config, target="score", unit_output=True)
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
+    cond = {"label": jnp.zeros(2, jnp.int32)}
+    _, params, _ = checkpoint.load(copied)
+    log_snr = jnp.array([-3.0, 5.0])
+    plain = experiment.make_network(config)(params, x, log_snr, cond)
+    out = experiment.make_network(scaled)(params, x, log_snr, cond)
+    sigma = jnp.sqrt(jax.nn.sigmoid(-log_snr))[:, None, None, None]
+    np.testing.assert_allclose(out * sigma, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model": {"kind": "ViT"}}'])
+def test_a_damaged_config_is_named(copied, text):
+    (copied / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json is not a config of this diffjax"):
+        checkpoint.load(copied)
+    with pytest.raises(SystemExit, match=r"config\.json is not a config of this diffjax"):
+        run(copied, *TINY)
 
 
 def test_empty_and_foreign_numeric_folders_are_ignored(copied):
@@ -151,9 +192,9 @@ def test_a_nan_stops_the_run_says_where_and_keeps_the_last_checkpoint(tmp_path, 
 
         def broken(key, params, batch, train=True):
             losses = loss_fn(key, params, batch, train)
-            # The weights blow up at some step: here when Adam has moved far enough.
-            far = jnp.abs(params["conv_out"]["bias"]).max() > 0.02
-            return jnp.where(far, jnp.nan, losses)
+            # At some step, when Adam has moved far enough: the loss is fine, its gradient not.
+            bias = jnp.abs(params["conv_out"]["bias"]).max()
+            return losses + 0 * jnp.sqrt(jnp.where(bias > 0.02, 0 * bias, 1.0))
 
         return broken
 
@@ -161,7 +202,7 @@ def test_a_nan_stops_the_run_says_where_and_keeps_the_last_checkpoint(tmp_path, 
     with pytest.raises(SystemExit) as stop:
         run(tmp_path, *TINY, "--config.steps=200")
     found = re.fullmatch(
-        r"error: the loss is nan at step (\d+), learning rate (\S+); the last checkpoint: (\d+)",
+        r"error: grad_norm is nan at step (\d+), learning rate (\S+); the last checkpoint: (\d+)",
         str(stop.value),
     )
     assert found, stop.value
@@ -174,19 +215,15 @@ def test_a_nan_stops_the_run_says_where_and_keeps_the_last_checkpoint(tmp_path, 
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(arrays["params"]))
 
 
-def test_the_loop_compiles_the_step_once_and_looks_at_nothing_between_log_points(
+def test_the_loop_compiles_the_step_once_and_fetches_nothing_between_log_points(
     tmp_path, monkeypatch
 ):
-    """Each device array that becomes a number on the host is counted."""
-    fetched, compiled = [], []
-    summary = metrics.summary
-
-    def counted(window, *rest):
-        fetched.append(len(window))
-        with jax.transfer_guard_device_to_host("allow"):
-            return summary(window, *rest)
-
-    monkeypatch.setattr(metrics, "summary", counted)
+    """Whatever turns a device array into numbers on the host goes through `_value`."""
+    array = type(jnp.zeros(()))
+    fetched, at_step, compiled = [], [], []
+    value = array._value
+    counted = property(lambda self: fetched.append(None) or value.fget(self))
+    monkeypatch.setattr(array, "_value", counted)
     pmap = parallel.pmap
 
     def watched():
@@ -194,19 +231,37 @@ def test_the_loop_compiles_the_step_once_and_looks_at_nothing_between_log_points
 
         def step(f):
             g = runner.step(lambda *args, **kw: compiled.append(None) or f(*args, **kw))
-
-            def guarded(state, batch):
-                with jax.transfer_guard_device_to_host("disallow"):
-                    return g(state, batch)
-
-            return guarded
+            return lambda state, batch: at_step.append(len(fetched)) or g(state, batch)
 
         return runner._replace(step=step)
 
     monkeypatch.setitem(parallel.RUNNERS, "pmap", watched)
     run(tmp_path, *TINY, "--config.steps=30")
-    assert fetched == [10, 10, 10]
     assert len(compiled) == 1
+    fetches = np.diff(at_step)  # after steps 1, 2, ... 29
+    assert fetches[9] > 0 and fetches[19] > 0  # the counter works: log points
+    assert not np.delete(fetches, [9, 19]).any()
+
+
+def test_a_cpus_cores_become_its_devices_unless_the_user_chose(monkeypatch):
+    code = "from diffjax import parallel; import jax; parallel.setup(%s); print(jax.device_count())"
+
+    def devices(batch, **environment):
+        env = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
+        done = subprocess.run(
+            [sys.executable, "-c", code % batch],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=env | environment,
+        )
+        return int(done.stdout)
+
+    cores = len(os.sched_getaffinity(0))
+    assert devices(cores * 6) == cores
+    assert devices(1) == 1
+    assert devices(cores * 6, JAX_NUM_CPU_DEVICES="3") == 3
+    assert devices(4, XLA_FLAGS="--xla_force_host_platform_device_count=4") == 4
 
 
 BAD = {
@@ -214,7 +269,7 @@ BAD = {
     "schedule": (["--config.schedule=cosin"], "unknown schedule 'cosin': one of cosine, linear"),
     "schedule option": (
         ["--config.schedule-options", "beta=1.0"],
-        "schedule cosine has no option beta; it has log_snr_min, log_snr_max, scales",
+        "schedule cosine has no option beta; it has log_snr_min, log_snr_max",
     ),
     "sampler": (["--config.sampling.sampler=dim"], "unknown sampler 'dim': one of ddim"),
     "sampler option": (
@@ -239,7 +294,21 @@ BAD = {
     "saving": (["--config.save-every=15"], "must be multiples of log_every=10"),
     "ema": (["--config.ema=1.0"], "ema=1.0: must be in [0, 1)"),
     "decay": (["--config.optimizer.decay-steps=5"], "must exceed warmup=100"),
-    "flip": (["--config.data.name=two_moons"], "examples of shape (2,)"),
+    "points": (["--config.data.name=two_moons"], "examples of shape (2,)"),
+    "flip": (
+        ["--config=configs/two_moons.py:smoke", "--config.data.flip=True"],
+        "data.flip=True needs images",
+    ),
+    "option": (["--config.schedule-options", "log_snr_min=nan"], "must be a finite number"),
+    "option text": (["--config.schedule-options", "log_snr_min=low"], "must be a finite number"),
+    "no labels": (["--config.model.labels=0", "--config.model.null-label=False"], "null_label"),
+    "seed": (["--config.seed=-1"], "seed=-1: must be at least 0"),
+    "attention": (["--config.model.attention", "16"], "model.attention=(16,): the heights are"),
+    "two Ts": (
+        ["--config.schedule=linear_betas", "--config.time-steps=500"],
+        "time_steps=500: the table of linear_betas has 1000 steps",
+    ),
+    "outputs": (["--config.model.out-channels=2"], "no use for model.out_channels"),
 }
 
 
@@ -252,6 +321,19 @@ def test_bad_input_is_one_clear_line_before_anything_is_compiled(
         run(tmp_path / "run", *TINY[:1], *argv)
     assert message in str(stop.value) and str(stop.value).startswith("error: ")
     assert not (tmp_path / "run").exists()
+
+
+def test_held_out_data_is_checked_too(tmp_path):
+    x = np.zeros((32, 8, 8), np.uint8)
+    y = np.arange(32) % 10
+    for held_out, message in (
+        ({"x_test": x}, "the data has no labels"),
+        ({"x_test": x, "y_test": y + 5}, "labels up to 14"),
+        ({"x_test": x[:, :4], "y_test": y}, "held-out examples of shape (4, 8, 1)"),
+    ):
+        np.savez(tmp_path / "a.npz", x_train=x, y_train=y, **held_out)
+        with pytest.raises(SystemExit, match=re.escape(message)):
+            run(tmp_path, *TINY, "--config.data.name=npz", f"--config.data.path={tmp_path}/a.npz")
 
 
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path):

@@ -66,7 +66,7 @@ def npz(path: Path | None) -> tuple:
     if path is None or not path.is_file():
         raise FileNotFoundError(f"npz: --config.data.path={path} must be the archive's path")
     try:
-        with np.load(path) as archive:
+        with zipfile.ZipFile(path), np.load(path) as archive:
             arrays = dict(archive)
     except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError) as error:
         raise ValueError(f"{path}: not a readable npz archive ({error})") from error

@@ -23,6 +23,14 @@ class MLPConfig:
     null_label: bool = False
     """Add one class that means "no label", index `labels`, for classifier-free guidance."""
 
+    def __post_init__(self) -> None:
+        if min(self.width // 2, self.blocks) < 1 or self.labels < 0:
+            raise ValueError(f"width must be at least 2, blocks at least 1: {self}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: must be in [0, 1)")
+        if self.null_label and not self.labels:
+            raise ValueError("null_label=True needs labels: there is nothing to leave out")
+
     def check_input(self, shape: tuple[int, ...]) -> None:
         """Raise a ValueError unless an example of this shape fits: a vector."""
         if len(shape) != 1:

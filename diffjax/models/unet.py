@@ -60,6 +60,11 @@ class UNetConfig:
     """Compute in bfloat16; parameters, normalisation statistics and softmax stay float32."""
 
     def __post_init__(self) -> None:
+        numbers = (self.width, self.blocks, self.patch, self.heads, self.groups, *self.mults)
+        if not self.mults or min(numbers) < 1 or (self.head_width or 1) < 1 or self.labels < 0:
+            raise ValueError(f"sizes and counts must be at least 1, mults not empty: {self}")
+        if self.null_label and not self.labels:
+            raise ValueError("null_label=True needs labels: there is nothing to leave out")
         for mult in self.mults:
             channels = self.width * mult
             if channels % self.groups:
@@ -72,8 +77,6 @@ class UNetConfig:
                     f"heads={self.heads} or head_width={self.head_width} must divide the channels "
                     f"of every level: width {self.width} x {mult} = {channels}"
                 )
-        if self.patch < 1:
-            raise ValueError(f"patch={self.patch}: must be at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: must be in [0, 1)")
 
