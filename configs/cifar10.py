@@ -35,5 +35,5 @@ def get_config(variant: str = "") -> Config:
             sampler="ancestral", options={"variance": "beta"}, steps=1000, columns=10
         ),
     )
-    tiny = dataclasses.replace(model, width=8, mults=(1, 1), blocks=1, groups=4, attention=())
+    tiny = dataclasses.replace(model, width=8, mults=(1,), blocks=1, groups=4, attention=())
     return variant_of(config, variant, smoke=lambda: smoke(config, model=tiny))

@@ -32,5 +32,5 @@ def get_config(variant: str = "") -> Config:
         sample_every=700,
         sampling=Sampling(steps=20, guidance=1.2, score=800),
     )
-    tiny = dataclasses.replace(model, width=8, groups=4)
+    tiny = dataclasses.replace(model, width=8, mults=(1,), attention=(8,), groups=4)
     return variant_of(config, variant, smoke=lambda: smoke(config, model=tiny))

@@ -53,7 +53,7 @@ def rate_at(schedule: Schedule, t: Time, steps: int | None = None) -> Array:
     -d log_snr / dt in continuous time; T expm1(log_snr_s - log_snr_t), s = t - 1/T, on the grid
     of T = `steps`, to which the former is the limit (Kingma et al. 2021, equations 14 and 17).
     """
-    t = jnp.asarray(t, jnp.result_type(t, jnp.float32))
+    t = _at_least_float32(t)
     if steps is None:
         return -jax.jvp(schedule.log_snr, (t,), (jnp.ones_like(t),))[1]
     s = (jnp.round(t * steps) - 1) / steps
@@ -129,7 +129,7 @@ def diffusion_loss(
     """
     batch, key = x_0.shape[0], keys.typed(key)
     if t is not None:
-        t = jnp.broadcast_to(jnp.asarray(t, jnp.result_type(t, jnp.float32)), (batch,))
+        t = jnp.broadcast_to(_at_least_float32(t), (batch,))
     elif key.ndim == 0:
         t = sample_times(keys.fold_in(key, batch), batch, steps)  # 0..batch-1 are the examples'
     else:
@@ -144,3 +144,8 @@ def diffusion_loss(
     error = (out - encode(target, x_0, eps, alpha, sigma)).astype(t.dtype)
     mse = jnp.mean(error**2, axis=range(1, error.ndim))
     return mse * loss_weight(schedule, target, t, weight, steps)
+
+
+def _at_least_float32(t):
+    t = jnp.asarray(t)
+    return t.astype(jnp.promote_types(t.dtype, jnp.float32))

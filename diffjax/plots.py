@@ -27,7 +27,8 @@ def image_grid(x: np.ndarray, columns: int, height: int = 56) -> Image.Image:
 
 
 def scatter(x: np.ndarray, size: int = 480) -> Image.Image:
-    """Points `[n, 2]` in [-1.25, 1.25] as a picture: the more points, the darker."""
+    """Points `[n, 2]` as a picture: the more, the darker; those beyond 1.25 are on its border."""
+    x = np.clip(x, -1.25, 1.25)
     counts, _, _ = np.histogram2d(-x[:, 1], x[:, 0], bins=size // 4, range=[[-1.25, 1.25]] * 2)
     ink = 255 * np.exp(-3 * counts / max(counts.max(), 1))
     return Image.fromarray(ink.astype(np.uint8).repeat(4, 0).repeat(4, 1))

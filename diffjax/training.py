@@ -88,7 +88,7 @@ def train_step(
     Raises:
       ValueError: if the batch does not split into `accumulate` equal parts.
 
-    >>> loss_fn = lambda key, params, batch: jnp.sum((batch["x"] - params) ** 2, -1)
+    >>> loss_fn = lambda key, params, batch: jnp.sum((batch["x"] - params[None]) ** 2, -1)
     >>> tx = optax.sgd(0.5)
     >>> state = init_state(jax.random.key(0), jnp.zeros(2), tx)
     >>> batch = {"x": jnp.ones((4, 2)), "index": jnp.arange(4)}

@@ -11,6 +11,9 @@ from diffjax.models.unet import double, fold, halve, level_embedding, unfold
 TINY = UNetConfig(width=8, mults=(1, 2), blocks=1, attention=(4,), groups=4, dropout=0.0)
 
 
+SMALL = dataclasses.replace(TINY, mults=(1,), attention=(8,))
+
+
 def inputs(shape, batch=2, dtype=jnp.float32):
     x = jax.random.normal(jax.random.key(0), (batch, *shape), dtype)
     return x, jnp.linspace(-5, 5, batch)
@@ -94,10 +97,10 @@ def test_any_option_any_size(change):
         assert out.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("option", ["scale_shift", "resblock_updown"])
-def test_every_input_matters(option):
+def test_every_input_matters():
     """The output changes with x_t, the noise level, the label and the image."""
-    config = dataclasses.replace(TINY, labels=3, null_label=True, image_cond=True, **{option: True})
+    extras = dict(scale_shift=True, resblock_updown=True, labels=3, null_label=True)
+    config = dataclasses.replace(TINY, image_cond=True, **extras)
     x, log_snr = inputs((8, 8, 1))
     cond = {"label": jnp.array([0, 1]), "image": jnp.ones((2, 8, 8, 2))}
     params = init(config, (8, 8, 1), cond)
@@ -119,30 +122,30 @@ def test_a_fresh_network_says_zero():
 
 
 def test_an_example_does_not_depend_on_its_batch_mates():
-    params = init(TINY, (8, 8, 1))
+    params = init(SMALL, (8, 8, 1))
     x, log_snr = inputs((8, 8, 1), batch=4)
-    f = jax.jit(lambda x, l: apply(UNet(TINY), params, x, l))
+    f = jax.jit(lambda x, l: apply(UNet(SMALL), params, x, l))
     whole, part = f(x, log_snr), f(x[2:3], log_snr[2:3])
     np.testing.assert_allclose(whole[2:3], part, atol=1e-5)
 
 
 def test_remat_changes_memory_and_nothing_else():
-    params = init(TINY, (8, 8, 1))
+    params = init(SMALL, (8, 8, 1))
     x, log_snr = inputs((8, 8, 1))
 
     def loss(config):
         return jax.jit(jax.grad(lambda p: jnp.mean(apply(UNet(config), p, x, log_snr) ** 2)))
 
-    plain, remat = loss(TINY)(params), loss(dataclasses.replace(TINY, remat=True))(params)
+    plain, remat = loss(SMALL)(params), loss(dataclasses.replace(SMALL, remat=True))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, remat)
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_parameters_in_float32():
-    config = dataclasses.replace(TINY, bfloat16=True)
+    config = dataclasses.replace(SMALL, bfloat16=True)
     params = init(config, (8, 8, 1))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     x, log_snr = inputs((8, 8, 1))
-    low, high = (jax.jit(lambda c=c: apply(UNet(c), params, x, log_snr))() for c in (config, TINY))
+    low, high = (jax.jit(lambda c=c: apply(UNet(c), params, x, log_snr))() for c in (config, SMALL))
     assert low.dtype == jnp.float32
     gap = jnp.abs(low - high).max() / jnp.abs(high).max()
     assert 1e-6 < gap < 0.05
@@ -152,7 +155,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_parameters_in_float32():
 
 
 def test_dropout_of_an_example_depends_on_its_key_alone():
-    config = dataclasses.replace(TINY, dropout=0.5)
+    config = dataclasses.replace(SMALL, dropout=0.5)
     params = init(config, (8, 8, 1))
     x, log_snr = inputs((8, 8, 1), batch=4)
     keys = jax.random.split(jax.random.key(3), 4)

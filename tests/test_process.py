@@ -151,9 +151,8 @@ def test_prior_sample_is_in_double_precision_where_that_is_on(x64):
 
 
 def test_integer_data_is_refused():
-    pixels = jnp.ones((2, 3), jnp.int32)
     with pytest.raises(TypeError, match="data must be floating point, got int32"):
-        diffjax.q_sample(diffjax.cosine(), pixels, 0.5, pixels)
+        diffjax.types.expand(0.5, jnp.ones((2, 3), jnp.int32))
 
 
 def test_keys_of_another_length_than_the_batch_are_refused():

@@ -19,11 +19,7 @@ from diffjax import checkpoint, config as config_lib, experiment, metrics, paral
 from test_data import write_cifar, write_mnist
 
 ROOT = Path(__file__).parents[1]
-TINY = [
-    "--config=configs/digits.py:smoke",
-    *("--config.model.mults", "1"),
-    *("--config.model.attention", "8"),
-]
+TINY = ["--config=configs/digits.py:smoke"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -280,7 +276,7 @@ BAD = {
     "data": (["--config.data.name=cifar"], "unknown data set 'cifar': one of digits"),
     "runner": (["--config.parallel=ddp"], "unknown runner 'ddp': one of pmap, sharded"),
     "image size": (
-        ["--config.model.mults", "1", "1", "1", "1", "1"],
+        ["--config.model.mults", *"11111"],
         "height and width divisible by 16",
     ),
     "batch": (["--config.batch-size=12"], "batch_size=12 must be a positive multiple of 8 devices"),
@@ -305,7 +301,10 @@ BAD = {
     "seed": (["--config.seed=-1"], "seed=-1: must be at least 0"),
     "attention": (["--config.model.attention", "16"], "model.attention=(16,): the heights are"),
     "two Ts": (
-        ["--config.schedule=linear_betas", "--config.time-steps=500"],
+        [
+            "--config=configs/cifar10.py:smoke",
+            "--config.time-steps=500",
+        ],
         "time_steps=500: the table of linear_betas has 1000 steps",
     ),
     "outputs": (["--config.model.out-channels=2"], "no use for model.out_channels"),
@@ -318,7 +317,7 @@ def test_bad_input_is_one_clear_line_before_anything_is_compiled(
 ):
     monkeypatch.setattr(parallel, "_replicate", lambda f: pytest.fail("went on to compile"))
     with pytest.raises(SystemExit) as stop:
-        run(tmp_path / "run", *TINY[:1], *argv)
+        run(tmp_path / "run", *TINY, *argv)
     assert message in str(stop.value) and str(stop.value).startswith("error: ")
     assert not (tmp_path / "run").exists()
 

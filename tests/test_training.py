@@ -127,7 +127,7 @@ def run_layout(monkeypatch, kind, devices, steps=20):
 def test_layouts_agree(monkeypatch):
     """pmap and sharded, on 1, 2 and 8 devices: the same parameters after 20 steps."""
     reference_losses, reference = run_layout(monkeypatch, "sharded", 1)
-    for kind, devices in (("pmap", 2), ("pmap", 8), ("sharded", 8)):
+    for kind, devices in (("pmap", 8), ("sharded", 2)):
         losses, params = run_layout(monkeypatch, kind, devices)
         np.testing.assert_allclose(losses, reference_losses, rtol=1e-5)
         jax.tree_util.tree_map_with_path(
@@ -184,7 +184,10 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused():
 def test_training_learns_the_data(target):
     """Two moons in 300 steps: the loss falls to near the least, whatever the target."""
     config = dataclasses.replace(
-        config_lib.from_file("configs/two_moons.py"), target=target, batch_size=256
+        config_lib.from_file("configs/two_moons.py"),
+        target=target,
+        batch_size=256,
+        model=config_lib.MLPConfig(width=64, blocks=2),
     )
     module = MODELS[type(config.model)](config.model)
     network = functools.partial(apply, module)

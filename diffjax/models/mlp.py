@@ -42,7 +42,7 @@ class MLP(nn.Module):
 
     Dropout is on exactly when `apply` is given a "dropout" key.
 
-    >>> import jax
+    >>> import jax, jax.numpy as jnp
     >>> x = jnp.zeros((4, 2))
     >>> params = MLP(MLPConfig()).init(jax.random.key(0), x, jnp.zeros(4), None)
     >>> MLP(MLPConfig()).apply(params, x, jnp.zeros(4), None).shape

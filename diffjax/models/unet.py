@@ -99,9 +99,9 @@ class UNet(nn.Module):
     if it asks for neither). Returns `[batch, height, width, out_channels]`, float32 or wider.
 
     >>> model = UNet(UNetConfig(width=8, mults=(1, 2), groups=4, attention=(4,)))
-    >>> x = jnp.zeros((1, 8, 8, 3))
-    >>> params = model.init(jax.random.key(0), x, jnp.zeros(1), None)
-    >>> model.apply(params, x, jnp.zeros(1), None).shape
+    >>> inputs = jnp.zeros((1, 8, 8, 3)), jnp.zeros(1), None
+    >>> out, params = jax.eval_shape(model.init_with_output, jax.random.key(0), *inputs)
+    >>> out.shape
     (1, 8, 8, 3)
     """
 
