@@ -1,4 +1,4 @@
-"""Two moons: points in the plane and a multilayer perceptron, in about a minute on a laptop.
+"""Two moons: points in the plane and a multilayer perceptron. Not timed yet.
 
     python train.py --config=configs/two_moons.py
 

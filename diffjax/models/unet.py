@@ -55,7 +55,7 @@ class UNetConfig:
     image_cond: bool = False
     """Concatenate `cond["image"]`, of the height and width of x_t, to the input."""
     remat: bool = False
-    """Recompute blocks in the backward pass: less memory, about a third more time."""
+    """Recompute blocks in the backward pass: less memory, more time."""
     bfloat16: bool = False
     """Compute in bfloat16; parameters, normalisation statistics and softmax stay float32."""
 
