@@ -8,7 +8,7 @@ noise to data. Importing this imports jax and numpy only; networks are in `diffj
 training in `diffjax.training`.
 """
 
-from . import weightings
+from . import oracles, samplers, weightings
 from .denoisers import classifier_free, clip_x_0, denoiser, unit_output
 from .losses import diffusion_loss, sample_times
 from .process import prior_sample, q_posterior, q_sample, q_transition, scales_at
@@ -17,10 +17,19 @@ from .samplers import (
     ancestral,
     ddim,
     discrete_times,
+    dpm_solver_pp_2m,
+    dpm_solver_pp_2m_sde,
+    dpm_solver_pp_3m,
+    edm,
+    euler_maruyama,
+    heun,
     karras_times,
+    lms,
     log_snr_times,
+    predictor_corrector,
     sample,
     uniform_times,
+    unipc,
 )
 from .schedules import (
     Schedule,
@@ -35,6 +44,7 @@ from .schedules import (
     scaled_linear_betas,
     shift,
     sigmoid,
+    time_at,
     ve,
     vp,
     zero_terminal_snr,
@@ -60,14 +70,23 @@ __all__ = [
     "denoiser",
     "diffusion_loss",
     "discrete_times",
+    "dpm_solver_pp_2m",
+    "dpm_solver_pp_2m_sde",
+    "dpm_solver_pp_3m",
+    "edm",
     "encode",
+    "euler_maruyama",
     "flow",
     "from_betas",
+    "heun",
     "karras_times",
     "linear",
     "linear_betas",
+    "lms",
     "log_snr_times",
     "log_uniform",
+    "oracles",
+    "predictor_corrector",
     "prior_sample",
     "q_posterior",
     "q_sample",
@@ -75,11 +94,14 @@ __all__ = [
     "rectified_flow",
     "sample",
     "sample_times",
+    "samplers",
     "scaled_linear_betas",
     "scales_at",
     "shift",
     "sigmoid",
+    "time_at",
     "uniform_times",
+    "unipc",
     "unit_output",
     "ve",
     "vp",

@@ -50,7 +50,19 @@ WEIGHTINGS: dict[str, Callable] = {
     "elbo": lambda: weightings.elbo,
     "min_snr": weightings.min_snr,
 }
-SAMPLERS: dict[str, Callable] = {"ddim": samplers.ddim, "ancestral": samplers.ancestral}
+SAMPLERS: dict[str, Callable] = {
+    "ancestral": samplers.ancestral,
+    "ddim": samplers.ddim,
+    "dpm_solver_pp_2m": samplers.dpm_solver_pp_2m,
+    "dpm_solver_pp_2m_sde": samplers.dpm_solver_pp_2m_sde,
+    "dpm_solver_pp_3m": samplers.dpm_solver_pp_3m,
+    "edm": samplers.edm,
+    "euler_maruyama": samplers.euler_maruyama,
+    "heun": samplers.heun,
+    "lms": samplers.lms,
+    "predictor_corrector": samplers.predictor_corrector,
+    "unipc": samplers.unipc,
+}
 TIMES: dict[str, Callable] = {
     "uniform": lambda schedule, n: samplers.uniform_times(n),
     "log_snr": samplers.log_snr_times,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from . import keys
 from .schedules import Schedule
-from .types import Array, Data, Key, Scale, Time, expand
+from .types import Array, Data, Key, LearnedPrediction, Prediction, Scale, Time, expand
 
 
 def scales_at(schedule: Schedule, t: Time, like: Data) -> tuple[Array, Array]:
@@ -92,6 +92,59 @@ def q_posterior(schedule: Schedule, x_0: Data, x_t: Data, t: Time, s: Time) -> t
     c = expand(jnp.exp(schedule.log_snr(t) - schedule.log_snr(s)), x_0)
     mean = alpha_s * (x_0 + c * (x_t / alpha_t - x_0))
     return mean, sigma_s * expand(_forgotten(schedule, t, s), x_0)
+
+
+VARIANCES = ("posterior", "beta", "learned")
+"""What the decoder's variance may be: see `decoder`."""
+
+
+def decoder(
+    schedule: Schedule,
+    prediction: Prediction | LearnedPrediction,
+    x_t: Data,
+    t: Time,
+    s: Time,
+    variance: str = "posterior",
+) -> tuple[Data, Scale]:
+    """Mean and standard deviation of p(x_s | x_t), the posterior with a prediction for x_0.
+
+    Args:
+      schedule: a `Schedule`.
+      prediction: what a denoiser says of x_t.
+      x_t: noisy data `[batch, ...]`.
+      t: later times, `[]` or `[batch]`.
+      s: earlier times, `[]` or `[batch]`.
+      variance: "posterior", that of q(x_s | x_t, x_0), right for data at a single point; "beta",
+        that of q(x_t | x_s), right for data that is standard normal; or "learned", between the
+        two, by the prediction's `fraction`.
+
+    Returns:
+      The mean, of the shape of `x_t`, and the standard deviation, which broadcasts against it.
+
+    Raises:
+      ValueError: if `variance` is none of these, or learned and the prediction has none.
+
+    Source: Ho et al. 2020, section 3.2; Nichol & Dhariwal 2021, equation 15.
+    """
+    check_variance(variance)
+    mean, posterior = q_posterior(schedule, prediction.x_0, x_t, t, s)
+    if variance == "posterior":
+        return mean, posterior
+    beta = q_transition(schedule, x_t, s, t)[1]
+    if variance == "beta":
+        return mean, beta
+    if not isinstance(prediction, LearnedPrediction):
+        raise ValueError(
+            "variance='learned' needs a denoiser that has learned one: "
+            "denoiser(..., learned_variance=True) of a network of twice the channels"
+        )
+    return mean, posterior * (beta / posterior) ** prediction.fraction
+
+
+def check_variance(variance: str) -> None:
+    """Raise a ValueError unless `variance` is one of `VARIANCES`."""
+    if variance not in VARIANCES:
+        raise ValueError(f"unknown variance {variance!r}: one of {', '.join(VARIANCES)}")
 
 
 def prior_sample(key: Key, schedule: Schedule, shape: tuple[int, ...]) -> Data:

@@ -39,6 +39,18 @@ class Prediction(NamedTuple):
     eps: Data
 
 
+class LearnedPrediction(NamedTuple):
+    """A `Prediction` by a network that has learned the decoder's variance too.
+
+    `fraction` says where log std^2 lies between that of the posterior, 0, and "beta", that of
+    q(x_t | x_s), 1; for each element of the data (Nichol & Dhariwal 2021, equation 15).
+    """
+
+    x_0: Data
+    eps: Data
+    fraction: Data
+
+
 @runtime_checkable
 class Network(Protocol):
     """Any function of noisy data `[batch, ...]`, log-SNR `[batch]` and conditioning."""
@@ -50,7 +62,7 @@ class Network(Protocol):
 class Denoiser(Protocol):
     """A network with its meaning: noisy data and time to the `Prediction` of x_0 and eps."""
 
-    def __call__(self, x_t: Data, t: Time, cond: Cond = None) -> Prediction: ...
+    def __call__(self, x_t: Data, t: Time, cond: Cond = None) -> Prediction | LearnedPrediction: ...
 
 
 def expand(value: Any, like: Any) -> Array:

@@ -3,6 +3,8 @@
 The tests are parametrised over these; `test_catalogue_is_complete` compares with what is public.
 """
 
+import functools
+
 import diffjax
 from diffjax import weightings
 
@@ -30,8 +32,24 @@ WEIGHTINGS = {
 }
 SAMPLERS = {
     "ancestral": diffjax.ancestral,
-    "ancestral_beta": lambda d, s: diffjax.ancestral(d, s, variance="beta"),
+    "ancestral_beta": functools.partial(diffjax.ancestral, variance="beta"),
     "ddim": diffjax.ddim,
-    "ddim_half": lambda d, s: diffjax.ddim(d, s, eta=0.5),
-    "ddim_one": lambda d, s: diffjax.ddim(d, s, eta=1.0),
+    "ddim_half": functools.partial(diffjax.ddim, eta=0.5),
+    "ddim_one": functools.partial(diffjax.ddim, eta=1.0),
+    "dpm_solver_pp_2m": diffjax.dpm_solver_pp_2m,
+    "dpm_solver_pp_2m_sde": diffjax.dpm_solver_pp_2m_sde,
+    "dpm_solver_pp_3m": diffjax.dpm_solver_pp_3m,
+    "edm": diffjax.edm,
+    "edm_churn": functools.partial(diffjax.edm, s_churn=10.0, s_max=50.0),
+    "euler_maruyama": diffjax.euler_maruyama,
+    "heun": diffjax.heun,
+    "lms": diffjax.lms,
+    "predictor_corrector": diffjax.predictor_corrector,
+    "unipc": diffjax.unipc,
+    "unipc_third": functools.partial(diffjax.unipc, order=3),
+}
+DETERMINISTIC = {
+    name: make
+    for name, make in SAMPLERS.items()
+    if not make(diffjax.oracles.gaussian(SCHEDULES["cosine"], [0.0], 1.0), SCHEDULES["cosine"])[2]
 }

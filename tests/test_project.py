@@ -17,8 +17,6 @@ from diffjax import config, weightings
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "diffjax"
 
-CORE = ["types", "keys", "schedules", "process", "targets", "denoisers", "weightings", "losses"]
-CORE += ["samplers"]
 MAY_IMPORT = {
     "types": set(),
     "keys": {"types"},
@@ -28,7 +26,9 @@ MAY_IMPORT = {
     "process": {"types", "keys", "schedules"},
     "denoisers": {"types", "schedules", "process", "targets"},
     "losses": {"types", "keys", "schedules", "process", "targets", "weightings"},
-    "samplers": {"types", "keys", "schedules", "process"},
+    "ode": {"types", "schedules", "process"},
+    "oracles": {"types", "keys", "schedules", "process", "ode"},
+    "samplers": {"types", "keys", "schedules", "process", "ode", "samplers"},
     "models": {"types", "models"},
     "training": {"types", "keys"},
     "data": {"data"},

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import diffjax
-from catalogue import SAMPLERS, SCHEDULES
-from diffjax import samplers
+from catalogue import DETERMINISTIC, SAMPLERS, SCHEDULES
+from diffjax import oracles, samplers
 
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 every_sampler = pytest.mark.parametrize("make", SAMPLERS.values(), ids=SAMPLERS)
@@ -19,27 +19,23 @@ GRIDS = {
 }
 every_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 MEAN, STD = 0.4, 0.6
+SPREAD = {name: SCHEDULES[name] for name in ("cosine", "log_uniform", "rectified_flow")}
+FEW = SPREAD | {name: SCHEDULES[name] for name in ("cosine_betas", "zero_terminal_snr")}
+MIXTURE = (
+    np.array([0.3, 0.7]),
+    np.array([[-1.0, 0.5], [0.8, -0.3]]),
+    np.array([[[0.1, 0.05], [0.05, 0.2]], [[0.3, -0.1], [-0.1, 0.1]]]),
+)
 
 
 def gaussian(schedule):
-    """The exact denoiser of data N(MEAN, STD^2)."""
+    """The exact denoiser of data N(MEAN, STD^2), in any number of dimensions."""
 
     def denoise(x_t, t, cond=None):
-        alpha, sigma = diffjax.scales_at(schedule, t, x_t)
-        gain = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2)
-        x_0 = MEAN + gain * (x_t - alpha * MEAN)
-        return diffjax.decode("x_0", x_0, x_t, alpha, sigma)
+        d = x_t.shape[1]
+        return oracles.gaussian(schedule, np.full(d, MEAN), STD**2)(x_t, t)
 
     return denoise
-
-
-def standardise(schedule, x_t, t):
-    """Where x_t lies in its marginal N(alpha MEAN, alpha^2 STD^2 + sigma^2).
-
-    The probability flow of a Gaussian keeps this number: its exact solution in closed form.
-    """
-    alpha, sigma = schedule(t)
-    return (x_t - alpha * MEAN) / jnp.sqrt(alpha**2 * STD**2 + sigma**2)
 
 
 def walk(make, schedule, x_1, ts, key=jax.random.key(0)):
@@ -49,16 +45,85 @@ def walk(make, schedule, x_1, ts, key=jax.random.key(0)):
 @every_schedule
 def test_ddim_converges_to_the_exact_probability_flow_at_first_order(x64, schedule):
     """Between t = 0.9 and 0.1, where no schedule's end is felt."""
-    z = jnp.linspace(-2, 2, 9)[:, None]
-    alpha, sigma = schedule(0.9)
-    x = z * jnp.sqrt(alpha**2 * STD**2 + sigma**2) + alpha * MEAN
+    oracle = oracles.gaussian(schedule, [MEAN], STD**2)
+    x = schedule(0.9)[1] * jnp.linspace(-2, 2, 9)[:, None]
     steps = np.array([80, 160, 320, 640])
     errors = []
     for n in steps:
         got = walk(diffjax.ddim, schedule, x, jnp.linspace(0.9, 0.1, n + 1))
-        errors.append(float(jnp.abs(standardise(schedule, got, 0.1) - z).max()))
+        errors.append(float(jnp.abs(got - oracle.flow_map(x, 0.9, 0.1)).max()))
     order = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
     assert 0.85 < order < 1.2, (order, errors)
+
+
+ORDERS = {
+    "ddim": (diffjax.ddim, 1),
+    "heun": (diffjax.heun, 2),
+    "edm": (diffjax.edm, 2),
+    "dpm_solver_pp_2m": (diffjax.dpm_solver_pp_2m, 2),
+    "dpm_solver_pp_3m": (diffjax.dpm_solver_pp_3m, 3),
+    "unipc_1": (functools.partial(diffjax.unipc, order=1), 2),
+    "unipc_2": (diffjax.unipc, 3),
+    "unipc_3": (functools.partial(diffjax.unipc, order=3), 4),
+    "lms_1": (functools.partial(diffjax.lms, order=1), 1),
+    "lms_2": (functools.partial(diffjax.lms, order=2), 2),
+    "lms_3": (functools.partial(diffjax.lms, order=3), 3),
+    "lms_4": (diffjax.lms, 4),
+}
+
+
+@pytest.mark.parametrize(("make", "order"), ORDERS.values(), ids=ORDERS)
+def test_order_of_convergence_on_a_mixture(x64, make, order):
+    """Against the exact probability flow, on uniform log-SNR over nearly all of the noise.
+
+    The first steps of a multistep method are of a lower order; where the walk starts, at log-SNR
+    -7, the prediction hardly changes, so that they do not show.
+    """
+    schedule = diffjax.cosine(-7.0, 7.0)
+    oracle = oracles.gaussian_mixture(schedule, *MIXTURE)
+    x_1 = diffjax.prior_sample(jax.random.key(0), schedule, (16, 2))
+    exact = oracle.flow_map(x_1, 1.0, 0.0)
+    errors = []
+    for n in (80, 160):
+        got, _ = diffjax.sample(
+            jax.random.key(0), make(oracle, schedule), x_1, diffjax.log_snr_times(schedule, n)
+        )
+        errors.append(float(jnp.abs(got - exact).max()))
+    measured = np.log2(errors[0] / errors[1])
+    assert order - 0.3 < measured < order + 0.5, (measured, errors)
+
+
+@every_sampler
+def test_a_walk_depends_on_log_snr_alone_not_on_how_it_splits_into_scales(x64, make):
+    """The same log-SNR with other scales is the same walk in other units, noise included."""
+    if make in (diffjax.euler_maruyama, SAMPLERS["ancestral_beta"]):
+        pytest.skip("the one freezes x_t, the other takes the noise of x_t for x_s: units matter")
+    ends = []
+    for scales in (diffjax.vp, diffjax.ve, diffjax.flow):
+        schedule = diffjax.cosine(-12.0, 12.0, scales=scales)
+        oracle = oracles.gaussian_mixture(schedule, *MIXTURE)
+        start = jax.random.normal(jax.random.key(0), (4, 2))
+        x_1 = start * jnp.hypot(*schedule(1.0))
+        x_0, _ = diffjax.sample(
+            jax.random.key(1), make(oracle, schedule), x_1, diffjax.uniform_times(6)
+        )
+        ends.append(x_0 / jnp.hypot(*schedule(0.0)))
+    np.testing.assert_allclose(ends[1], ends[0], rtol=1e-6)
+    np.testing.assert_allclose(ends[2], ends[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("make", DETERMINISTIC.values(), ids=DETERMINISTIC)
+def test_data_is_encoded_and_decoded_again(x64, make):
+    """x_0 -> x_1 -> x_0, and x_1 is where the exact flow takes x_0."""
+    schedule = diffjax.cosine(-7.0, 7.0)
+    oracle = oracles.gaussian_mixture(schedule, *MIXTURE)
+    x_0 = oracle.sample(jax.random.key(0), 8)
+    sampler, ts = make(oracle, schedule), diffjax.log_snr_times(schedule, 200)
+    x_1, _ = diffjax.sample(jax.random.key(0), sampler, x_0, ts[::-1])
+    back, _ = diffjax.sample(jax.random.key(0), sampler, x_1, ts)
+    tolerance = 0.1 if make is diffjax.ddim else 3e-3
+    np.testing.assert_allclose(x_1, oracle.flow_map(x_0, 0.0, 1.0), atol=tolerance)
+    np.testing.assert_allclose(back, x_0, atol=tolerance)
 
 
 @every_schedule
@@ -70,12 +135,12 @@ def test_ddim_encodes_and_comes_back(x64, schedule):
     np.testing.assert_allclose(back, x_0, atol=0.02)
 
 
-@every_schedule
-@pytest.mark.parametrize("make", SAMPLERS.values(), ids=SAMPLERS)
+@pytest.mark.parametrize("schedule", FEW.values(), ids=FEW)
+@every_sampler
 def test_samples_have_the_mean_and_variance_of_the_data(schedule, make):
-    """Weak convergence: to sampling error, and the bias of 300 steps."""
+    """Weak convergence: to sampling error, and the bias of 200 steps."""
     x_1 = diffjax.prior_sample(jax.random.key(1), schedule, (4000, 1))
-    x_0 = walk(make, schedule, x_1, diffjax.uniform_times(300), jax.random.key(2))
+    x_0 = walk(make, schedule, x_1, diffjax.uniform_times(200), jax.random.key(2))
     # x_1 is drawn without the data's mean, as is usual; what alpha_1 leaves of it shows.
     left = schedule(1.0)[0] / schedule(1.0)[1]
     np.testing.assert_allclose(jnp.mean(x_0), MEAN, atol=0.05 + left)
@@ -126,7 +191,7 @@ def test_beta_variance_adds_no_noise_in_the_last_step():
     assert not jnp.array_equal(a, b)
 
 
-@every_schedule
+@pytest.mark.parametrize("schedule", FEW.values(), ids=FEW)
 @every_sampler
 def test_finite_over_the_whole_of_every_grid(schedule, make):
     x_1 = diffjax.prior_sample(jax.random.key(1), schedule, (8, 2))
@@ -213,6 +278,226 @@ def test_the_loop_the_scan_and_the_jit_agree(make):
     np.testing.assert_allclose(jitted, scanned, rtol=2e-5, atol=1e-6)
 
 
+def published_unipc(denoise, schedule, x, ts, order):
+    """Zhao et al. 2023, Algorithms 5 to 8 with B_2, coefficients from the linear system R a = b."""
+    lam = np.asarray(schedule.log_snr(ts)) / 2
+    alpha, sigma = (np.asarray(v) for v in schedule(ts))
+
+    def move(x, base, rest, i, j):
+        h = lam[j] - lam[i]
+        r = np.array([(lam[k] - lam[i]) / h for k, _ in rest])
+        basis = np.expm1(-h)
+        b, phi, factorial = [], np.expm1(-h) / -h - 1, 1
+        for n in range(1, len(rest) + 1):
+            b.append(phi * factorial / basis)
+            factorial *= n + 1
+            phi = phi / -h - 1 / factorial
+        system = np.array([r ** (n - 1) for n in range(1, len(rest) + 1)])
+        a = [0.5] if len(rest) < 2 else np.linalg.solve(system, np.array(b))
+        mix = sum(c * (m - base) / q for c, q, (_, m) in zip(a, r, rest, strict=False))
+        return sigma[j] / sigma[i] * x - alpha[j] * basis * (base + mix)
+
+    past, corrected = [], x
+    for i in range(len(ts) - 1):
+        m = np.asarray(denoise(jnp.asarray(x), ts[i]).x_0)
+        if past:
+            used = min(order, len(past))
+            rest = [*past[-used:-1], (i, m)]
+            x = move(corrected, past[-1][1], rest, i - 1, i)
+        corrected = x
+        past.append((i, m))
+        used = min(order, len(past))
+        x = move(x, m, past[-used:-1], i, i + 1)
+    return x
+
+
+def published_lms(denoise, schedule, x, ts, order):
+    """k-diffusion's `sample_lms` with its integrals done by numpy's polynomials."""
+    alpha, sigma = (np.asarray(v) for v in schedule(ts))
+    rho, y, past = sigma / alpha, x / alpha[0], []
+    for i in range(len(ts) - 1):
+        past.insert(0, (rho[i], np.asarray(denoise(jnp.asarray(y * alpha[i]), ts[i]).eps)))
+        past = past[:order]
+        for j, (node, eps) in enumerate(past):
+            basis = np.poly1d([1.0])
+            for k, (other, _) in enumerate(past):
+                if k != j:
+                    basis = basis * np.poly1d([1.0, -other]) / (node - other)
+            area = basis.integ()
+            y = y + (area(rho[i + 1]) - area(rho[i])) * eps
+    return y * alpha[-1]
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_unipc_is_the_published_one(x64, order):
+    schedule = diffjax.linear()
+    oracle = oracles.gaussian_mixture(schedule, *MIXTURE)
+    ts = diffjax.log_snr_times(schedule, 9)
+    x_1 = diffjax.prior_sample(jax.random.key(0), schedule, (3, 2))
+    sampler = diffjax.unipc(oracle, schedule, order=order)
+    got, _ = diffjax.sample(jax.random.key(0), sampler, x_1, ts)
+    expected = published_unipc(oracle, schedule, np.asarray(x_1), ts, order)
+    np.testing.assert_allclose(got, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_lms_is_the_published_one(x64, order):
+    schedule = diffjax.log_uniform()
+    oracle = oracles.gaussian_mixture(schedule, *MIXTURE)
+    ts = diffjax.karras_times(schedule, 9)
+    x_1 = diffjax.prior_sample(jax.random.key(0), schedule, (3, 2))
+    sampler = diffjax.lms(oracle, schedule, order=order)
+    got, _ = diffjax.sample(jax.random.key(0), sampler, x_1, ts)
+    expected = published_lms(oracle, schedule, np.asarray(x_1), ts, order)
+    np.testing.assert_allclose(got, expected, rtol=1e-9)
+
+
+def test_third_order_dpm_solver_is_unipc_without_correction_and_2m_its_second_order(x64):
+    """Two derivations of one method: divided differences here, a linear system there."""
+    schedule = diffjax.cosine()
+    oracle = oracles.gaussian_mixture(schedule, *MIXTURE)
+    ts = diffjax.log_snr_times(schedule, 3)
+    x_1 = diffjax.prior_sample(jax.random.key(0), schedule, (3, 2))
+    for make, order in ((diffjax.dpm_solver_pp_2m, 2), (diffjax.dpm_solver_pp_3m, 3)):
+        state, past = make(oracle, schedule).init(x_1), []
+        lam = schedule.log_snr(ts) / 2
+        for i in range(3):
+            x, m = state.x, np.asarray(oracle(state.x, ts[i]).x_0)
+            past = [m, *past][:order]
+            state = make(oracle, schedule).step(None, state, ts[i], ts[i + 1])
+        h = lam[3] - lam[2]  # equal steps: differences are those of Newton's backward formula
+        first = past[0] - past[1]
+        second = past[0] - 2 * past[1] + past[2] if order == 3 else 0
+        u = np.linspace(0, 1, 20001)[:, None, None]
+        weight = float(h) * np.exp(float(h) * (u - 1))
+        slope = u if order == 3 else 0.5
+        curve = past[0] + slope * first + u * (u + 1) / 2 * second
+        (_, sigma), (alpha_s, sigma_s) = schedule(ts[2]), schedule(ts[3])
+        expected = sigma_s / sigma * np.asarray(x) + alpha_s * np.trapezoid(
+            weight * curve, u, axis=0
+        )
+        np.testing.assert_allclose(state.x, expected, rtol=1e-7)
+
+
+def test_edms_churn_is_algorithm_2(x64):
+    """Karras et al. 2022, Algorithm 2 in its own sigma, with the sampler's own noise."""
+    schedule = diffjax.log_uniform(0.002, 80.0)
+    oracle = oracles.gaussian_mixture(schedule, *MIXTURE)
+    n, churn, noise = 8, 2.0, 1.003
+    ts = diffjax.karras_times(schedule, n)[1:]
+    x_1 = diffjax.prior_sample(jax.random.key(0), schedule, (3, 2))
+    options = dict(s_churn=churn, s_min=0.05, s_max=50.0, s_noise=noise, steps=n)
+    sampler = diffjax.edm(oracle, schedule, **options)
+    key = jax.random.key(1)
+    got, _ = diffjax.sample(key, sampler, x_1, ts)
+
+    sigmas, x = schedule(ts)[1], x_1
+    denoise = lambda x, sigma: oracle(x, diffjax.time_at(schedule, -2 * jnp.log(sigma))).x_0
+    for k in range(len(ts) - 1):
+        gamma = min(churn / n, 2**0.5 - 1) if 0.05 <= sigmas[k] <= 50 else 0.0
+        hat = sigmas[k] * (1 + gamma)
+        keys = jax.vmap(lambda i, k=k: jax.random.fold_in(jax.random.fold_in(key, i), k))
+        z = jax.vmap(lambda key: jax.random.normal(key, (2,)))(keys(jnp.arange(3)))
+        x = x + jnp.sqrt(jnp.maximum(hat**2 - sigmas[k] ** 2, 0)) * noise * z
+        d = (x - denoise(x, hat)) / hat
+        x_next = x + (sigmas[k + 1] - hat) * d
+        d_next = (x_next - denoise(x_next, sigmas[k + 1])) / sigmas[k + 1]
+        x = x + (sigmas[k + 1] - hat) * (d + d_next) / 2
+    np.testing.assert_allclose(got, x, rtol=1e-8)
+
+
+def test_long_steps_of_a_multistep_sampler_are_of_first_order(x64):
+    """20 uniform steps of DDPM's table: its ends are steps many times the length of the others."""
+    schedule = diffjax.from_betas(diffjax.linear_betas(1000))
+    oracle = oracles.gaussian_mixture(schedule, *MIXTURE)
+    x_1 = diffjax.prior_sample(jax.random.key(0), schedule, (16, 2))
+    exact = oracle.flow_map(x_1, 1.0, 0.0)
+    error = lambda make: float(
+        jnp.abs(
+            diffjax.sample(
+                jax.random.key(0), make(oracle, schedule), x_1, diffjax.uniform_times(20)
+            )[0]
+            - exact
+        ).max()
+    )
+    for make in (diffjax.dpm_solver_pp_2m, diffjax.dpm_solver_pp_3m, diffjax.unipc):
+        assert error(make) < error(diffjax.ddim)
+
+
+@every_sampler
+def test_a_sample_is_the_same_on_any_number_of_devices(make):
+    """Under pmap and under jit with sharded arrays, with keys folded by the global index."""
+    schedule = diffjax.cosine(-6.0, 6.0)
+    ts = diffjax.uniform_times(4)
+    index = jnp.arange(8)
+    x_1 = diffjax.prior_sample(jax.random.key(0), schedule, (8, 2))
+
+    def generate(x_1, index):
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(1), i))(index)
+        return walk(make, schedule, x_1, ts, keys)
+
+    one = jax.jit(generate)(x_1, index)
+    apart = jax.pmap(generate)(x_1.reshape(8, 1, 2), index.reshape(8, 1)).reshape(8, 2)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]), "data")
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    sharded = jax.jit(generate)(*jax.device_put((x_1, index), spread))
+    np.testing.assert_allclose(apart, one, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(sharded, one, rtol=1e-5, atol=1e-6)
+
+
+@every_sampler
+def test_gradients_through_a_walk_are_finite_and_those_of_differences(x64, make):
+    """Also with respect to the schedule, whose ends the samplers must not make singular."""
+
+    def end(x, low):
+        schedule = diffjax.cosine(low, 6.0)
+        return walk(make, schedule, x[None, None], jnp.linspace(0.9, 0.1, 4))[0, 0]
+
+    at, h = (0.3, -6.0), 1e-6
+    slopes = jax.grad(end, (0, 1))(*map(jnp.asarray, at))
+    for i, slope in enumerate(slopes):
+        up, down = ([v + d * (j == i) for j, v in enumerate(at)] for d in (h, -h))
+        difference = (end(*map(jnp.asarray, up)) - end(*map(jnp.asarray, down))) / (2 * h)
+        np.testing.assert_allclose(slope, difference, rtol=1e-4, atol=1e-7)
+
+
+def test_options_may_be_traced_and_vmapped():
+    schedule = diffjax.cosine()
+    oracle = oracles.gaussian(schedule, [MEAN], STD**2)
+    x_1 = diffjax.prior_sample(jax.random.key(0), schedule, (3, 1))
+
+    def run(make):
+        return lambda option: diffjax.sample(
+            jax.random.key(1), make(option), x_1, diffjax.uniform_times(4)
+        )[0]
+
+    for make in (
+        lambda eta: diffjax.ddim(oracle, schedule, eta=eta),
+        lambda eta: diffjax.dpm_solver_pp_2m_sde(oracle, schedule, eta=eta),
+        lambda churn: diffjax.edm(oracle, schedule, s_churn=churn),
+        lambda snr: diffjax.predictor_corrector(oracle, schedule, snr=snr),
+    ):
+        many = jax.vmap(run(make))(jnp.array([0.25, 1.0]))
+        np.testing.assert_allclose(many[1], run(make)(1.0), rtol=1e-5, atol=1e-6)
+        assert not jnp.allclose(many[0], many[1])
+
+
+def test_langevin_corrections_mend_what_a_coarse_predictor_got_wrong():
+    """20 steps of DDIM from the wrong spread; corrections bring it back to the data's."""
+    schedule = diffjax.cosine()
+    denoise = gaussian(schedule)
+    x_1 = 0.2 * diffjax.prior_sample(jax.random.key(1), schedule, (4000, 1))
+    off = []
+    for corrections in (1, 8):
+        sampler = diffjax.predictor_corrector(
+            denoise, schedule, predictor=diffjax.ddim, corrections=corrections
+        )
+        x_0, _ = diffjax.sample(jax.random.key(2), sampler, x_1, diffjax.uniform_times(20))
+        off.append(abs(float(jnp.std(x_0)) - STD))
+    plain = abs(float(jnp.std(walk(diffjax.ddim, schedule, x_1, diffjax.uniform_times(20)))) - STD)
+    assert plain > 2 * off[0] > 3 * off[1], (plain, off)
+
+
 def test_gradients_flow_through_a_whole_walk(x64):
     """d x_0 / d x_1 of the exact flow of a Gaussian is the ratio of the marginals' widths."""
     schedule = diffjax.cosine(-8.0, 8.0)
@@ -227,7 +512,7 @@ def test_observe_records_each_step_where_it_arrives():
     sampler = diffjax.ddim(gaussian(schedule), schedule)
     x_1 = diffjax.prior_sample(jax.random.key(0), schedule, (3, 2))
     ts = diffjax.uniform_times(5)
-    look = lambda state, t: (state.x, t, state.prediction.x_0)
+    look = lambda state, t: (state.x, t, state.x_0)
     x_0, (path, at, predicted) = diffjax.sample(jax.random.key(1), sampler, x_1, ts, look)
     assert path.shape == predicted.shape == (5, 3, 2)
     assert jnp.array_equal(path[-1], x_0)
@@ -251,6 +536,9 @@ def test_bad_times_are_refused(ts, message):
         diffjax.sample(jax.random.key(0), sampler, jnp.ones((1, 1)), jnp.array(ts))
 
 
+COSINE = gaussian(diffjax.cosine()), diffjax.cosine()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -259,6 +547,20 @@ def test_bad_times_are_refused(ts, message):
             lambda: diffjax.ancestral(gaussian(None), diffjax.cosine(), variance="large"),
             "unknown variance 'large'",
         ),
+        (
+            lambda: diffjax.ancestral(gaussian(s := diffjax.cosine()), s, variance="learned").step(
+                jax.random.key(0), samplers.init(jnp.ones((2, 1))), 0.5, 0.4
+            ),
+            "needs a denoiser that has learned one",
+        ),
+        (lambda: diffjax.unipc(*COSINE, order=4), "unipc of order 4: there are orders 1 to 3"),
+        (lambda: diffjax.lms(*COSINE, order=0), "lms of order 0: there are orders 1 to 4"),
+        (lambda: diffjax.edm(*COSINE, s_churn=-1.0), "s_churn=-1.0"),
+        (lambda: diffjax.edm(*COSINE, s_min=2.0, s_max=1.0), "s_min <= s_max"),
+        (lambda: diffjax.edm(*COSINE, steps=0), "steps=0"),
+        (lambda: diffjax.dpm_solver_pp_2m_sde(*COSINE, eta=-0.1), "eta=-0.1"),
+        (lambda: diffjax.predictor_corrector(*COSINE, corrections=0), "corrections=0"),
+        (lambda: diffjax.predictor_corrector(*COSINE, snr=-1.0), "snr=-1.0"),
         (lambda: diffjax.uniform_times(0), "0 steps"),
         (lambda: diffjax.log_snr_times(diffjax.cosine(), -3), "-3 steps"),
     ],
@@ -268,6 +570,20 @@ def test_bad_options_are_refused(make, message):
         make()
 
 
+@every_sampler
+def test_stochastic_samplers_refuse_to_encode(make):
+    schedule = diffjax.cosine()
+    sampler = make(gaussian(schedule), schedule)
+    encode = lambda: diffjax.sample(
+        jax.random.key(0), sampler, jnp.ones((1, 1)), jnp.array([0.0, 0.5])
+    )
+    if make in DETERMINISTIC.values():
+        assert jnp.isfinite(encode()[0]).all()
+    else:
+        with pytest.raises(ValueError, match="a stochastic sampler cannot"):
+            encode()
+
+
 def test_a_sampler_of_the_users_own_is_two_functions():
     """Euler's method on the flow ODE of x_0, written as a user would."""
     schedule = diffjax.rectified_flow()
@@ -275,7 +591,8 @@ def test_a_sampler_of_the_users_own_is_two_functions():
 
     def step(key, state, t, s):
         prediction = denoise(state.x, t)
-        return samplers.State(state.x + (s - t) * (prediction.eps - prediction.x_0), prediction)
+        x = state.x + (s - t) * (prediction.eps - prediction.x_0)
+        return samplers.State(x, prediction.x_0)
 
     own = diffjax.Sampler(samplers.init, step)
     x_1 = diffjax.prior_sample(jax.random.key(0), schedule, (2000, 1))

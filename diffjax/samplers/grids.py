@@ -1,0 +1,61 @@
+"""Grids of times: where a walk sets its feet. Each sampler's docstring says which one it wants."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from ..schedules import Schedule, time_at
+from ..types import Array
+
+
+def uniform_times(n: int) -> Float[Array, " times"]:
+    """n steps of equal length: n + 1 times from exactly 1 to exactly 0.
+
+    >>> uniform_times(4).tolist()
+    [1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    _check_steps(n)
+    return jnp.linspace(1.0, 0.0, n + 1)
+
+
+def log_snr_times(schedule: Schedule, n: int) -> Float[Array, " times"]:
+    """n steps of equal length in log-SNR, from exactly 1 to exactly 0 (Lu et al. 2022)."""
+    _check_steps(n)
+    ends = schedule.log_snr(1.0), schedule.log_snr(0.0)
+    return _between(schedule, jnp.linspace(*ends, n + 1))
+
+
+def karras_times(schedule: Schedule, n: int, rho: float = 7.0) -> Float[Array, " times"]:
+    """n steps of equal length in (sigma/alpha)^(1/rho), from exactly 1 to exactly 0.
+
+    Karras et al. 2022, equation 5. Theirs are n times from sigma_max to sigma_min and then zero;
+    these end at the schedule's own finite end.
+    """
+    _check_steps(n)
+    high, low = (jnp.exp(-schedule.log_snr(t) / (2 * rho)) for t in (1.0, 0.0))
+    return _between(schedule, -2 * rho * jnp.log(jnp.linspace(high, low, n + 1)))
+
+
+def discrete_times(steps: int, n: int) -> Float[Array, " times"]:
+    """n steps along the grid i/T, T = `steps`, as evenly spaced as it allows, from 1 to 0.
+
+    Raises:
+      ValueError: unless `1 <= n <= steps`.
+
+    >>> (discrete_times(10, 4) * 10).tolist()
+    [10.0, 8.0, 5.0, 2.0, 0.0]
+    """
+    _check_steps(n)
+    if n > steps:
+        raise ValueError(f"{n} steps on a grid of {steps}: there are only {steps}")
+    return jnp.asarray(np.round(np.linspace(steps, 0, n + 1)) / steps, jnp.result_type(float))
+
+
+def _check_steps(n):
+    if n < 1:
+        raise ValueError(f"{n} steps: need at least 1")
+
+
+def _between(schedule, log_snr):
+    """Times of a falling log-SNR whose ends are those of the schedule, at exactly 1 and 0."""
+    return time_at(schedule, log_snr).at[0].set(1.0).at[-1].set(0.0)

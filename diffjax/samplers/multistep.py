@@ -1,0 +1,252 @@
+r"""Multistep samplers: what earlier steps saw tells how the prediction is about to change.
+
+All of them are one idea. The probability-flow ODE is linear but for the prediction; in the step
+from t to s it is replaced by the polynomial through its values at t and at times before, and that
+is integrated exactly. With lambda = log_snr / 2 and h = lambda_s - lambda_t,
+
+    x_s = sigma_s/sigma_t x_t + alpha_s int_0^1 h e^{h (u - 1)} P(u) du,        P = x_0(lambda),
+
+is DPM-Solver++ and UniPC; in rho = sigma / alpha it is the linear multistep method
+
+    x_s / alpha_s = x_t / alpha_t + (rho_s - rho_t) int_0^1 P(u) du,            P = eps(rho).
+
+u runs from 0 at t to 1 at s, so that earlier nodes are negative. P is in Newton's form: each
+divided difference more is one order more.
+
+A step more than three times as long (in log-SNR) as the one before it extrapolates further than
+its memory reaches; such a step starts afresh, at first order. So do both ends of many grids.
+"""
+
+import itertools
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from .. import keys
+from ..process import scales_at
+from ..schedules import Schedule
+from ..types import Array, Data, Denoiser, Scalar, expand
+from .walk import Sampler, State, in_use
+
+
+class Node(NamedTuple):
+    """A time that a walk has been at: its log-SNR, and the prediction there."""
+
+    log_snr: Array
+    value: Data
+
+
+class History(NamedTuple):
+    """The nodes before, newest first, and how many of them count."""
+
+    nodes: tuple[Node, ...]
+    count: Array
+
+
+def dpm_solver_pp_2m(denoise: Denoiser, schedule: Schedule) -> Sampler:
+    """DPM-Solver++(2M): second order from one evaluation a step.
+
+    Lu et al. 2022, "DPM-Solver++", Algorithm 2. Deterministic; wants uniform log-SNR.
+
+    Args:
+      denoise: a `Denoiser`.
+      schedule: its `Schedule`.
+    """
+    return _dpm_solver_pp(denoise, schedule, 2)
+
+
+def dpm_solver_pp_3m(denoise: Denoiser, schedule: Schedule) -> Sampler:
+    """DPM-Solver++(3M): third order from one evaluation a step.
+
+    The multistep method of Lu et al. 2022, appendix B, with the quadratic integrated exactly. (The
+    published code takes half of its second derivative and measures order 2.) Deterministic; wants
+    uniform log-SNR.
+
+    Args:
+      denoise: a `Denoiser`.
+      schedule: its `Schedule`.
+    """
+    return _dpm_solver_pp(denoise, schedule, 3)
+
+
+def dpm_solver_pp_2m_sde(denoise: Denoiser, schedule: Schedule, *, eta: Scalar = 1.0) -> Sampler:
+    """SDE-DPM-Solver++(2M): the same for the reverse-time SDE.
+
+    Lu et al. 2022, section 5 and appendix B (k-diffusion's `sample_dpmpp_2m_sde`, midpoint). Wants
+    uniform log-SNR.
+
+    Args:
+      denoise: a `Denoiser`.
+      schedule: its `Schedule`.
+      eta: how much of the noise is fresh; 1 is the SDE, 0 is `dpm_solver_pp_2m`.
+
+    Raises:
+      ValueError: if `eta` is negative.
+    """
+    return _dpm_solver_pp(denoise, schedule, 2, eta)
+
+
+def unipc(denoise: Denoiser, schedule: Schedule, *, order: int = 2) -> Sampler:
+    """UniPC: the multistep prediction, corrected as soon as the next evaluation is known.
+
+    Zhao et al. 2023, Algorithms 7 and 8, with x_0 prediction and B_2(h) = e^h - 1. The evaluation
+    at the predicted point first redoes the step that led there, with one node more, and then makes
+    the next one: still one evaluation a step. The last step is not corrected. Deterministic; wants
+    uniform log-SNR.
+
+    Args:
+      denoise: a `Denoiser`.
+      schedule: its `Schedule`.
+      order: 1, 2 or 3, that of the prediction; the correction is of one order more.
+
+    Raises:
+      ValueError: if there is no such order.
+    """
+    _check_order("unipc", order, 3)
+
+    def step(key, state, t, s):
+        before, base = state.memory
+        x_0 = denoise(state.x, t).x_0
+        here = Node(schedule.log_snr(t), x_0)
+        redone = _exponential_step(
+            base, schedule, (before.nodes[0], here, *before.nodes[1:]), before.count + 1, here
+        )
+        x = jnp.where(expand(before.count, x_0) > 0, redone, state.x)
+        history = _after(before, here, schedule.log_snr(s), int(order))
+        there = Node(schedule.log_snr(s), x_0)
+        ahead = _exponential_step(x, schedule, history.nodes, history.count, there)
+        return State(ahead, x_0, (history, x))
+
+    def init(x_1):
+        state = _init(int(order))(x_1)
+        return state._replace(memory=(state.memory, x_1))
+
+    return Sampler(init, step)
+
+
+def lms(denoise: Denoiser, schedule: Schedule, *, order: int = 4) -> Sampler:
+    """The linear multistep method in sigma/alpha, with the coefficients of uneven steps.
+
+    Adams-Bashforth's methods (k-diffusion's `sample_lms`): order 1 is `ddim`. Deterministic; one
+    evaluation a step; wants `karras_times`.
+
+    Args:
+      denoise: a `Denoiser`.
+      schedule: its `Schedule`.
+      order: 1 to 4, how many evaluations a step looks at.
+
+    Raises:
+      ValueError: if there is no such order.
+    """
+    _check_order("lms", order, 4)
+
+    def step(key, state, t, s):
+        x = state.x
+        x_0, eps = denoise(x, t)[:2]
+        log_snr_s = schedule.log_snr(s)
+        history = _after(state.memory, Node(schedule.log_snr(t), eps), log_snr_s, int(order))
+        ratio = lambda log_snr: jnp.exp(-log_snr / 2)
+        rise = ratio(log_snr_s) - ratio(schedule.log_snr(t))
+        u = [(ratio(node.log_snr) - ratio(schedule.log_snr(t))) / rise for node in history.nodes]
+        moments = [1 / (k + 1) for k in range(len(u))]
+        mean = _integral(history.nodes, u, history.count, moments)
+        alpha_t, alpha_s = scales_at(schedule, t, x)[0], scales_at(schedule, s, x)[0]
+        return State(alpha_s * (x / alpha_t + expand(rise, x) * mean), x_0, history)
+
+    return Sampler(_init(int(order)), step)
+
+
+def _dpm_solver_pp(denoise, schedule, order, eta=0.0):
+    if not isinstance(eta, Tracer) and eta < 0:
+        raise ValueError(f"{eta=}: must be at least 0")
+
+    def step(key, state, t, s):
+        x_0 = denoise(state.x, t).x_0
+        there = Node(schedule.log_snr(s), x_0)
+        history = _after(state.memory, Node(schedule.log_snr(t), x_0), there.log_snr, order)
+        x = _exponential_step(state.x, schedule, history.nodes, history.count, there, eta)
+        if in_use(eta):
+            h = (there.log_snr - schedule.log_snr(t)) / 2
+            std = scales_at(schedule, s, x)[1] * expand(jnp.sqrt(-jnp.expm1(-2 * eta * h)), x)
+            x = x + std * keys.normal(key, x.shape, x.dtype)
+        return State(x, x_0, history)
+
+    return Sampler(_init(order), step, stochastic=in_use(eta))
+
+
+def _init(order):
+    def init(x_1):
+        # Nodes that do not count lie far from any schedule, so that no arithmetic on them is
+        # singular: gradients would see it.
+        nowhere = Node(jnp.full((), -100.0), jnp.zeros_like(x_1))
+        return State(x_1, jnp.zeros_like(x_1), History((nowhere,) * order, jnp.zeros((), int)))
+
+    return init
+
+
+def _after(before, here, log_snr_s, order):
+    """The history with one node more, of which a step to `log_snr_s` may use `count`."""
+    last = before.nodes[0].log_snr
+    long = jnp.abs(log_snr_s - here.log_snr) > 3 * jnp.abs(here.log_snr - last)
+    count = jnp.where(long, 0, before.count)
+    here = here._replace(log_snr=here.log_snr.astype(last.dtype))
+    return History((here, *before.nodes)[:order], jnp.minimum(count + 1, order))
+
+
+def _exponential_step(x, schedule, nodes, count, there, eta=0.0):
+    """x at `there`, from x at the first node and the x_0 of the first `count` nodes."""
+    h = (there.log_snr - nodes[0].log_snr) / 2
+    u = [(node.log_snr - nodes[0].log_snr) / (2 * h) for node in nodes]
+    moments = _exponential_moments((1 + eta) * h, len(nodes))
+    if len(nodes) > 1:
+        # The published second-order formulas take the exponential at the middle of the step.
+        half = moments[0] / 2
+        moments[1] = half if len(nodes) == 2 else jnp.where(count > 2, moments[1], half)
+    (_, sigma_t), (alpha_s, sigma_s) = (schedule.scales(n.log_snr) for n in (nodes[0], there))
+    decay = sigma_s / sigma_t * jnp.exp(-eta * h)
+    return expand(decay, x) * x + expand(alpha_s, x) * _integral(nodes, u, count, moments)
+
+
+def _exponential_moments(h, n):
+    """int_0^1 h e^{h (u - 1)} u^k du for k = 0..n-1, by integrating by parts."""
+    up = [-jnp.expm1(-h)]
+    for k in range(1, n):
+        up.append(1 - k / h * up[-1])
+    # Short steps lose their digits on the way up; so there one goes down, from the series of the
+    # last one, int_0^1 e^{hu} u^k du = sum_j h^j / (j! (k + j + 1)).
+    short = jnp.abs(h) < 1
+    small, last = jnp.where(short, h, 0.0), 0.0
+    for j in reversed(range(18)):
+        last = last * small + 1 / (math.factorial(j) * (n + j))
+    down = [small * jnp.exp(-small) * last]
+    for k in reversed(range(1, n)):
+        down.insert(0, (1 - down[0]) * small / k)
+    return [jnp.where(short, a, b) for a, b in zip(down, up, strict=True)]
+
+
+def _integral(nodes, u, count, moments):
+    """The integral of the polynomial through the first `count` nodes, at u; moments: those of u^k.
+
+    Newton's form: f[0] + f[0,1] (u - u_0) + f[0,1,2] (u - u_0)(u - u_1) + ...
+    """
+    differences = [node.value for node in nodes]
+    total = 0
+    basis = [1.0]  # the product of (u - u_i) so far, by powers of u
+    for level in range(len(nodes)):
+        weight = sum(c * m for c, m in zip(basis, moments, strict=False))
+        weight = jnp.where(count > level, weight, 0.0)
+        total = total + expand(weight, differences[0]) * differences[0]
+        shifted, kept = [0.0, *basis], [-u[level] * c for c in basis] + [0.0]
+        basis = [a + b for a, b in zip(shifted, kept, strict=True)]
+        differences = [
+            (b - a) * expand(1 / jnp.where(count > i + level + 1, u[i + level + 1] - u[i], 1.0), a)
+            for i, (a, b) in enumerate(itertools.pairwise(differences))
+        ]
+    return total
+
+
+def _check_order(name, order, highest):
+    if order not in range(1, highest + 1):
+        raise ValueError(f"{name} of order {order}: there are orders 1 to {highest}")

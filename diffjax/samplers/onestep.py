@@ -1,0 +1,233 @@
+"""One-step samplers: each step knows where it is and nothing of the steps before."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from .. import keys, ode
+from ..process import check_variance, decoder, scales_at
+from ..schedules import Schedule, time_at
+from ..types import Denoiser, Scalar, expand
+from .walk import Sampler, State, in_use, init
+
+
+def ancestral(denoise: Denoiser, schedule: Schedule, *, variance: str = "posterior") -> Sampler:
+    """DDPM's sampler: draw x_s from the decoder, q(x_s | x_t, x_0) with the predicted x_0.
+
+    Ho et al. 2020, Algorithm 2. Weak order 1; wants uniform t, hundreds of steps.
+
+    Args:
+      denoise: a `Denoiser`.
+      schedule: its `Schedule`.
+      variance: "posterior", "beta" or "learned" (see `process.decoder`). The latter two add no
+        noise in a step to t = 0, as in Algorithm 2.
+
+    Raises:
+      ValueError: if `variance` is not one of these; when called, if it is learned and the denoiser
+        has learned none.
+    """
+    check_variance(variance)
+
+    def step(key, state, t, s):
+        x = state.x
+        prediction = denoise(x, t)
+        mean, std = decoder(schedule, prediction, x, t, s, variance)
+        if variance != "posterior":
+            std = std * expand(s > 0, x)
+        return State(mean + std * keys.normal(key, x.shape, x.dtype), prediction.x_0)
+
+    return Sampler(init, step, stochastic=True)
+
+
+def ddim(denoise: Denoiser, schedule: Schedule, *, eta: Scalar = 0.0) -> Sampler:
+    """DDIM: keep the predicted noise, or replace a part of it by fresh noise.
+
+    x_s = alpha_s x_0 + sigma_s (sqrt(1 - eta^2 (1 - c)) eps + eta sqrt(1 - c) z), c = snr_t/snr_s.
+    Song et al. 2021, "Denoising diffusion implicit models", equations 12 and 16. With eta = 0 it
+    is deterministic, of order 1, the exponential integrator of the probability-flow ODE, and also
+    Euler's method in sigma/alpha (k-diffusion's `sample_euler`); with eta = 1 it is `ancestral`.
+    Wants uniform t.
+
+    Args:
+      denoise: a `Denoiser`.
+      schedule: its `Schedule`.
+      eta: from 0, deterministic, to 1, the posterior.
+
+    Raises:
+      ValueError: unless `0 <= eta <= 1`.
+    """
+    if not isinstance(eta, Tracer) and not 0 <= eta <= 1:
+        raise ValueError(f"{eta=}: must be in [0, 1]")
+
+    def step(key, state, t, s):
+        x = state.x
+        x_0, eps = denoise(x, t)[:2]
+        alpha_s, sigma_s = scales_at(schedule, s, x)
+        if in_use(eta):
+            fresh = -(eta**2) * jnp.expm1(schedule.log_snr(t) - schedule.log_snr(s))
+            z = keys.normal(key, x.shape, x.dtype)
+            eps = expand(jnp.sqrt(1 - fresh), x) * eps + expand(jnp.sqrt(fresh), x) * z
+        return State(alpha_s * x_0 + sigma_s * eps, x_0)
+
+    return Sampler(init, step, stochastic=in_use(eta))
+
+
+def euler_maruyama(denoise: Denoiser, schedule: Schedule) -> Sampler:
+    r"""Euler-Maruyama's method on the reverse-time SDE of Song et al. 2021, equation 6.
+
+    dx = [f x - g^2 score] dt + g dw with f = dlog(alpha)/dt and g^2 = dsigma^2/dt - 2 f sigma^2.
+    The state is frozen over a step; f and g^2, known functions of time, are integrated over it (f
+    exactly, g^2 by the trapezoid rule), because at the ends of a schedule they change by orders of
+    magnitude in one step. The step to t = 0 adds no noise. Weak order 1; wants uniform log-SNR, or
+    hundreds of steps.
+
+    Args:
+      denoise: a `Denoiser`.
+      schedule: its `Schedule`.
+    """
+
+    def step(key, state, t, s):
+        x = state.x
+        prediction = denoise(x, t)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = (scales_at(schedule, u, x) for u in (t, s))
+        drift = jnp.log(alpha_s / alpha_t)
+        diffusion = sigma_t**2 - sigma_s**2 + (sigma_t**2 + sigma_s**2) * drift
+        mean = x + drift * x - diffusion * prediction.eps / sigma_t
+        std = jnp.sqrt(diffusion) * expand(s > 0, x)
+        return State(mean + std * keys.normal(key, x.shape, x.dtype), prediction.x_0)
+
+    return Sampler(init, step, stochastic=True)
+
+
+def heun(denoise: Denoiser, schedule: Schedule) -> Sampler:
+    """Heun's method on the probability-flow ODE, in the angle atan2(sigma, alpha) (see `ode`).
+
+    Deterministic, of order 2, two evaluations a step. The angle is bounded, and so is the velocity
+    in it: at equal steps its error is a fraction of that of Heun's method in sigma/alpha, which is
+    `edm`. Wants uniform t.
+
+    Args:
+      denoise: a `Denoiser`.
+      schedule: its `Schedule`.
+    """
+
+    def step(key, state, t, s):
+        y = state.x / ode.radius(schedule, t, state.x)
+        turn = expand(ode.angle(schedule, s) - ode.angle(schedule, t), y)
+        first, x_0 = ode.velocity(denoise, schedule, y, t)
+        second, _ = ode.velocity(denoise, schedule, y + turn * first, s)
+        y = y + turn * (first + second) / 2
+        return State(y * ode.radius(schedule, s, y), x_0)
+
+    return Sampler(init, step)
+
+
+def edm(
+    denoise: Denoiser,
+    schedule: Schedule,
+    *,
+    s_churn: Scalar = 0.0,
+    s_min: Scalar = 0.0,
+    s_max: Scalar = float("inf"),
+    s_noise: Scalar = 1.0,
+    steps: int | None = None,
+) -> Sampler:
+    """Karras' sampler: add a little noise, then take a step of Heun's method in sigma/alpha.
+
+    Karras et al. 2022, Algorithm 2, in which sigma is our sigma/alpha. Without churn it is
+    deterministic, of order 2 (k-diffusion's `sample_heun`); two evaluations a step. Wants
+    `karras_times`. Every step is Heun's: the paper's last one, an Euler step to sigma = 0, does
+    not occur on a finite schedule.
+
+    Args:
+      denoise: a `Denoiser`.
+      schedule: its `Schedule`.
+      s_churn: how much noise to add over the whole walk; 0: none. A step multiplies sigma/alpha by
+        1 + min(s_churn / N, sqrt(2) - 1), but never past t = 1.
+      s_min: least sigma/alpha at which to add noise.
+      s_max: greatest.
+      s_noise: standard deviation of the added noise.
+      steps: N, the steps of the walk; None takes the step's own t - s for 1/N, which is the same
+        on `uniform_times`.
+
+    Raises:
+      ValueError: if `s_churn`, `s_min` or `s_noise` is negative, `s_max < s_min`, or `steps` is
+        below 1.
+    """
+    values = s_churn, s_min, s_max, s_noise
+    if not any(isinstance(value, Tracer) for value in values):
+        if min(values) < 0 or s_max < s_min:
+            raise ValueError(
+                f"{s_churn=}, {s_min=}, {s_max=}, {s_noise=}: need 0 <= s_min <= s_max"
+            )
+    if steps is not None and steps < 1:
+        raise ValueError(f"{steps=}: must be at least 1")
+
+    def churn(key, x, t, s):
+        share = jnp.minimum(s_churn * (t - s if steps is None else 1 / steps), 2**0.5 - 1)
+        log_snr = schedule.log_snr(t)
+        ratio = jnp.exp(-log_snr / 2)
+        share = jnp.where((ratio >= s_min) & (ratio <= s_max), share, 0.0)
+        later = time_at(schedule, log_snr - 2 * jnp.log1p(share))
+        later = jnp.where(share > 0, later, t)
+        added = jnp.exp(-schedule.log_snr(later)) - jnp.exp(-log_snr)
+        std = s_noise * expand(jnp.sqrt(jnp.maximum(added, 0.0)), x)
+        alpha_t, alpha_later = scales_at(schedule, t, x)[0], scales_at(schedule, later, x)[0]
+        return alpha_later * (x / alpha_t + std * keys.normal(key, x.shape, x.dtype)), later
+
+    def step(key, state, t, s):
+        x = state.x
+        if in_use(s_churn):
+            x, t = churn(key, x, t, s)
+        alpha_t, alpha_s = scales_at(schedule, t, x)[0], scales_at(schedule, s, x)[0]
+        ratio_t, ratio_s = (jnp.exp(-schedule.log_snr(u) / 2) for u in (t, s))
+        h = expand(ratio_s - ratio_t, x)
+        x_0, first = denoise(x, t)[:2]
+        second = denoise(alpha_s * (x / alpha_t + h * first), s).eps
+        return State(alpha_s * (x / alpha_t + h * (first + second) / 2), x_0)
+
+    return Sampler(init, step, stochastic=in_use(s_churn))
+
+
+def predictor_corrector(
+    denoise: Denoiser,
+    schedule: Schedule,
+    *,
+    predictor: Callable[[Denoiser, Schedule], Sampler] = ancestral,
+    corrections: int = 1,
+    snr: Scalar = 0.16,
+) -> Sampler:
+    """A step of any sampler, then steps of Langevin dynamics at the time arrived at.
+
+    Song et al. 2021, Algorithm 1 with the corrector of Algorithms 4 and 5: x + h score +
+    sqrt(2 h) z with h = 2 (snr sigma)^2. (They estimate sigma = |z| / |score| from the batch; here
+    it is the one known, so that no sample depends on another.) 1 + `corrections` evaluations a
+    step; wants uniform t.
+
+    Args:
+      denoise: a `Denoiser`.
+      schedule: its `Schedule`.
+      predictor: a function (denoise, schedule) -> Sampler, of one step.
+      corrections: steps of Langevin dynamics after each of the predictor.
+      snr: their signal-to-noise ratio.
+
+    Raises:
+      ValueError: if `corrections` is below 1, or `snr` is not positive.
+    """
+    if corrections < 1 or (not isinstance(snr, Tracer) and snr <= 0):
+        raise ValueError(f"{corrections=}, {snr=}: need at least 1 correction, and snr > 0")
+    walk = predictor(denoise, schedule)
+
+    def step(key, state, t, s):
+        example_keys = keys.per_example(key, len(state.x))
+        state = walk.step(keys.fold_in(example_keys, 0), state, t, s)
+        sigma = scales_at(schedule, s, state.x)[1]
+        for i in range(int(corrections)):
+            z = keys.normal(keys.fold_in(example_keys, 1 + i), state.x.shape, state.x.dtype)
+            # h score = -2 (snr sigma)^2 eps / sigma, and sqrt(2 h) = 2 snr sigma.
+            drift = -2 * snr**2 * sigma * denoise(state.x, s).eps
+            state = state._replace(x=state.x + drift + 2 * snr * sigma * z)
+        return state
+
+    return Sampler(walk.init, step, stochastic=True)

@@ -1,0 +1,115 @@
+"""What a sampler is, and the loop that walks with one."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Float
+
+from .. import keys
+from ..types import Array, Data, Key, Real, Time
+
+
+class State(NamedTuple):
+    """Where a walk is.
+
+    Attributes:
+      x: the sample, `[batch, ...]`.
+      x_0: the estimate of the clean data that the last step was made with; zero before the first.
+      memory: what a multistep sampler remembers of the steps before; a pytree.
+    """
+
+    x: Data
+    x_0: Data
+    memory: Any = ()
+
+
+class Sampler(NamedTuple):
+    """A walk: `init(x_1) -> state` and `step(key, state, t, s) -> state`; `state.x` is the sample.
+
+    `key` is one key, or one per example `[batch]`; deterministic samplers ignore it. A stochastic
+    one says so, because it cannot encode: it only walks towards the data.
+    """
+
+    init: Callable[[Data], State]
+    step: Callable[[Key, State, Time, Time], State]
+    stochastic: bool = False
+
+
+def sample(
+    key: Key,
+    sampler: Sampler,
+    x_1: Data,
+    ts: Float[Real, " times"],
+    observe: Callable[[State, Array], Any] | None = None,
+) -> tuple[Data, Any]:
+    """Walk from `x_1` along the times `ts`, in one `lax.scan`.
+
+    Args:
+      key: one key, or one per example `[batch]`. Step k of example i draws from its own key folded
+        with k, so a sample does not depend on what else is in the batch.
+      sampler: a `Sampler`.
+      x_1: where to start, `[batch, ...]`; usually `prior_sample`.
+      ts: strictly monotone times in [0, 1], `[n + 1]` for n steps; usually from 1 to 0. Rising
+        times encode: a deterministic sampler then takes data to its noise (DDIM inversion).
+      observe: (state, t) -> anything to be recorded after each step; t is the time arrived at.
+
+    Returns:
+      The sample at `ts[-1]`, of the shape of `x_1`, and what `observe` returned, stacked `[n, ...]`
+      (None without `observe`).
+
+    Raises:
+      ValueError: if the times are concrete and not strictly monotone within [0, 1], or rise and
+        the sampler is stochastic.
+
+    >>> import diffjax
+    >>> schedule = diffjax.cosine()
+    >>> denoise = diffjax.oracles.gaussian(schedule, jnp.array([3.0, 4.0]), 0.01)
+    >>> walk = diffjax.ddim(denoise, schedule)
+    >>> x_1 = diffjax.prior_sample(jax.random.key(0), schedule, (100, 2))
+    >>> ts = diffjax.uniform_times(20)
+    >>> x_0, _ = jax.jit(sample, static_argnums=1)(jax.random.key(1), walk, x_1, ts)
+    >>> x_0.mean(0).round(1)
+    Array([3., 4.], dtype=float32)
+    """
+    if not isinstance(ts, Tracer):
+        _check_times(np.asarray(ts), sampler.stochastic)
+    example_keys = keys.per_example(key, x_1.shape[0])
+    ts = jnp.asarray(ts)
+
+    def step(state, inputs):
+        k, t, s = inputs
+        state = sampler.step(keys.fold_in(example_keys, k), state, t, s)
+        return state, None if observe is None else observe(state, s)
+
+    walk = jnp.arange(len(ts) - 1), ts[:-1], ts[1:]
+    state, observed = jax.lax.scan(step, sampler.init(x_1), walk)
+    return state.x, observed
+
+
+def _check_times(ts, stochastic):
+    steps = np.diff(ts)
+    if ts.ndim != 1 or len(ts) < 2:
+        raise ValueError(f"times of shape {ts.shape}: need one axis of at least two times")
+    if not ((steps < 0).all() or (steps > 0).all()):
+        raise ValueError(f"times must be strictly decreasing or strictly increasing, got {ts}")
+    if stochastic and ts[-1] > ts[0]:
+        raise ValueError(
+            f"times rise from {ts[0]} to {ts[-1]}, which encodes: a stochastic sampler cannot, "
+            "use a deterministic one such as ddim"
+        )
+    if not (ts.min() >= 0 and ts.max() <= 1):
+        raise ValueError(f"times must lie in [0, 1], got {ts.min()} to {ts.max()}")
+
+
+def init(x_1: Data) -> State:
+    """The state of a one-step sampler before its first step."""
+    return State(x_1, jnp.zeros_like(x_1))
+
+
+def in_use(option: Any) -> bool:
+    """Whether an option is on: not zero, or traced and so of no value to look at."""
+    return isinstance(option, Tracer) or option != 0
