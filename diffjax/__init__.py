@@ -10,6 +10,16 @@ training in `diffjax.training`.
 
 from . import oracles, samplers, weightings
 from .denoisers import classifier_free, clip_x_0, denoiser, unit_output
+from .likelihood import (
+    Elbo,
+    bits_per_dim,
+    denoising_term,
+    dequantise,
+    elbo,
+    flow_log_likelihood,
+    prior_term,
+    reconstruction_term,
+)
 from .losses import diffusion_loss, sample_times
 from .process import prior_sample, q_posterior, q_sample, q_transition, scales_at
 from .samplers import (
@@ -55,11 +65,13 @@ from .types import Denoiser, Network, Prediction
 __all__ = [
     "TARGETS",
     "Denoiser",
+    "Elbo",
     "Network",
     "Prediction",
     "Sampler",
     "Schedule",
     "ancestral",
+    "bits_per_dim",
     "classifier_free",
     "clip_x_0",
     "convert",
@@ -68,15 +80,19 @@ __all__ = [
     "ddim",
     "decode",
     "denoiser",
+    "denoising_term",
+    "dequantise",
     "diffusion_loss",
     "discrete_times",
     "dpm_solver_pp_2m",
     "dpm_solver_pp_2m_sde",
     "dpm_solver_pp_3m",
     "edm",
+    "elbo",
     "encode",
     "euler_maruyama",
     "flow",
+    "flow_log_likelihood",
     "from_betas",
     "heun",
     "karras_times",
@@ -88,9 +104,11 @@ __all__ = [
     "oracles",
     "predictor_corrector",
     "prior_sample",
+    "prior_term",
     "q_posterior",
     "q_sample",
     "q_transition",
+    "reconstruction_term",
     "rectified_flow",
     "sample",
     "sample_times",

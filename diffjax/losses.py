@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 
 from . import keys
 from .process import scales_at
-from .schedules import Schedule
+from .schedules import Schedule, at_least_float32, rate_at
 from .targets import Row, encode, eps_per_out, unit_variance
 from .types import Array, Cond, Data, Key, Network, Real, Scale, Time
 from .weightings import Weighting
@@ -45,19 +45,6 @@ def sample_times(
     index = jnp.arange(n) if index is None else index
     t = 1 - (jax.random.uniform(key) + index / n) % 1
     return t if steps is None else jnp.ceil(t * steps) / steps
-
-
-def rate_at(schedule: Schedule, t: Time, steps: int | None = None) -> Array:
-    """How fast the log-SNR falls at t, of the shape of t.
-
-    -d log_snr / dt in continuous time; T expm1(log_snr_s - log_snr_t), s = t - 1/T, on the grid
-    of T = `steps`, to which the former is the limit (Kingma et al. 2021, equations 14 and 17).
-    """
-    t = _at_least_float32(t)
-    if steps is None:
-        return -jax.jvp(schedule.log_snr, (t,), (jnp.ones_like(t),))[1]
-    s = (jnp.round(t * steps) - 1) / steps
-    return steps * jnp.expm1(schedule.log_snr(s) - schedule.log_snr(t))
 
 
 def loss_weight(
@@ -129,7 +116,7 @@ def diffusion_loss(
     """
     batch, key = x_0.shape[0], keys.typed(key)
     if t is not None:
-        t = jnp.broadcast_to(_at_least_float32(t), (batch,))
+        t = jnp.broadcast_to(at_least_float32(t), (batch,))
     elif key.ndim == 0:
         t = sample_times(keys.fold_in(key, batch), batch, steps)  # 0..batch-1 are the examples'
     else:
@@ -144,8 +131,3 @@ def diffusion_loss(
     error = (out - encode(target, x_0, eps, alpha, sigma)).astype(t.dtype)
     mse = jnp.mean(error**2, axis=range(1, error.ndim))
     return mse * loss_weight(schedule, target, t, weight, steps)
-
-
-def _at_least_float32(t):
-    t = jnp.asarray(t)
-    return t.astype(jnp.promote_types(t.dtype, jnp.float32))

@@ -11,6 +11,7 @@ every schedule of the same log-SNR: for variance-preserving scales it is the v o
 2022, appendix D.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -48,8 +49,15 @@ def velocity(denoise: Denoiser, schedule: Schedule, y: Data, t: Time) -> tuple[D
     return (alpha * prediction.eps - sigma * prediction.x_0) / r, prediction.x_0
 
 
+def along_log_snr(slope: Callable[[Any, Any], Any], schedule: Schedule, y: Any, t: Time) -> Any:
+    """dy/dlog_snr where `slope`(y, t) is dy/dphi; y is a pytree."""
+    ratio = jnp.exp(-schedule.log_snr(t) / 2)
+    speed = -0.5 * ratio / (1 + ratio**2)  # dphi / dlog_snr
+    return jax.tree.map(lambda d: expand(speed, d) * d, slope(y, t))
+
+
 def solve(
-    slope: Callable[[Any, Array], Any], y: Any, schedule: Schedule, t: Time, s: Time, steps: int
+    slope: Callable[[Any, Any], Any], y: Any, schedule: Schedule, t: Time, s: Time, steps: int
 ) -> Any:
     """Runge-Kutta's fourth-order method from time t to time s, with equal steps in log-SNR.
 
@@ -72,10 +80,7 @@ def solve(
     halves = jnp.arange(2 * steps + 1).reshape(-1, *[1] * jnp.ndim(h)) / 2
     times = time_at(schedule, start + halves * h)
 
-    def field(y, t):
-        ratio = jnp.exp(-schedule.log_snr(t) / 2)
-        speed = -0.5 * ratio / (1 + ratio**2)  # dphi / dlog_snr
-        return jax.tree.map(lambda d: expand(speed, d) * d, slope(y, t))
+    field = functools.partial(along_log_snr, slope, schedule)
 
     def plus(y, factor, k):
         return jax.tree.map(lambda a, d: a + expand(factor, d) * d, y, k)

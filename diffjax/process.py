@@ -94,10 +94,6 @@ def q_posterior(schedule: Schedule, x_0: Data, x_t: Data, t: Time, s: Time) -> t
     return mean, sigma_s * expand(_forgotten(schedule, t, s), x_0)
 
 
-VARIANCES = ("posterior", "beta", "learned")
-"""What the decoder's variance may be: see `decoder`."""
-
-
 def decoder(
     schedule: Schedule,
     prediction: Prediction | LearnedPrediction,
@@ -126,25 +122,44 @@ def decoder(
 
     Source: Ho et al. 2020, section 3.2; Nichol & Dhariwal 2021, equation 15.
     """
+    mean, std = q_posterior(schedule, prediction.x_0, x_t, t, s)
+    return mean, std * jnp.exp(0.5 * log_variance_ratio(schedule, prediction, x_t, t, s, variance))
+
+
+def log_variance_ratio(
+    schedule: Schedule,
+    prediction: Prediction | LearnedPrediction,
+    x_t: Data,
+    t: Time,
+    s: Time,
+    variance: str,
+) -> Scale:
+    """log of the decoder's variance over the posterior's: see `decoder`, whose arguments it has.
+
+    0 for "posterior", log(sigma_t^2 / sigma_s^2) for "beta", a fraction of that if "learned".
+    """
     check_variance(variance)
-    mean, posterior = q_posterior(schedule, prediction.x_0, x_t, t, s)
-    if variance == "posterior":
-        return mean, posterior
-    beta = q_transition(schedule, x_t, s, t)[1]
-    if variance == "beta":
-        return mean, beta
-    if not isinstance(prediction, LearnedPrediction):
+    fraction = _FRACTIONS[variance](prediction)
+    if fraction is None:
         raise ValueError(
             "variance='learned' needs a denoiser that has learned one: "
             "denoiser(..., learned_variance=True) of a network of twice the channels"
         )
-    return mean, posterior * (beta / posterior) ** prediction.fraction
+    sigma_s, sigma_t = (scales_at(schedule, u, x_t)[1] for u in (s, t))
+    return 2 * fraction * (jnp.log(sigma_t) - jnp.log(sigma_s))
 
 
 def check_variance(variance: str) -> None:
-    """Raise a ValueError unless `variance` is one of `VARIANCES`."""
-    if variance not in VARIANCES:
-        raise ValueError(f"unknown variance {variance!r}: one of {', '.join(VARIANCES)}")
+    """Raise a ValueError unless `variance` is a choice of `decoder`."""
+    if variance not in _FRACTIONS:
+        raise ValueError(f"unknown variance {variance!r}: one of {', '.join(_FRACTIONS)}")
+
+
+_FRACTIONS = {
+    "posterior": lambda prediction: 0.0,
+    "beta": lambda prediction: 1.0,
+    "learned": lambda prediction: getattr(prediction, "fraction", None),
+}
 
 
 def prior_sample(key: Key, schedule: Schedule, shape: tuple[int, ...]) -> Data:

@@ -259,6 +259,25 @@ def time_at(schedule: Schedule, log_snr: Float[Real, "..."]) -> Float[Array, "..
     return t - (error - jax.lax.stop_gradient(error)) / jax.lax.stop_gradient(rise)
 
 
+def rate_at(schedule: Schedule, t: Time, steps: int | None = None) -> Array:
+    """How fast the log-SNR falls at t, of the shape of t.
+
+    -d log_snr / dt in continuous time; T expm1(log_snr_s - log_snr_t), s = t - 1/T, on the grid
+    of T = `steps`, to which the former is the limit (Kingma et al. 2021, equations 14 and 17).
+    """
+    t = at_least_float32(t)
+    if steps is None:
+        return -jax.jvp(schedule.log_snr, (t,), (jnp.ones_like(t),))[1]
+    s = (jnp.round(t * steps) - 1) / steps
+    return steps * jnp.expm1(schedule.log_snr(s) - schedule.log_snr(t))
+
+
+def at_least_float32(t: Time) -> Array:
+    """Times as an array, of a precision in which neighbours on a grid differ."""
+    t = jnp.asarray(t)
+    return t.astype(jnp.promote_types(t.dtype, jnp.float32))
+
+
 def from_betas(
     betas: np.ndarray, log_snr_max: float = 24.0, log_snr_min: float = -24.0
 ) -> Schedule:

@@ -6,7 +6,7 @@ import pytest
 import diffjax
 from catalogue import SCHEDULES, TARGETS, WEIGHTINGS
 from diffjax import weightings
-from diffjax.losses import rate_at
+from diffjax.schedules import rate_at
 
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 

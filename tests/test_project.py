@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "ode": {"types", "schedules", "process"},
     "oracles": {"types", "keys", "schedules", "process", "ode"},
     "samplers": {"types", "keys", "schedules", "process", "ode", "samplers"},
+    "likelihood": {"types", "keys", "schedules", "process", "ode"},
     "models": {"types", "models"},
     "training": {"types", "keys"},
     "data": {"data"},

@@ -39,10 +39,10 @@ class Node(NamedTuple):
 
 
 class History(NamedTuple):
-    """The nodes before, newest first, and how many of them count."""
+    """The nodes before, newest first, and how many of them are used."""
 
     nodes: tuple[Node, ...]
-    count: Array
+    used: Array
 
 
 def dpm_solver_pp_2m(denoise: Denoiser, schedule: Schedule) -> Sampler:
@@ -111,12 +111,12 @@ def unipc(denoise: Denoiser, schedule: Schedule, *, order: int = 2) -> Sampler:
         x_0 = denoise(state.x, t).x_0
         here = Node(schedule.log_snr(t), x_0)
         redone = _exponential_step(
-            base, schedule, (before.nodes[0], here, *before.nodes[1:]), before.count + 1, here
+            base, schedule, (before.nodes[0], here, *before.nodes[1:]), before.used + 1, here
         )
-        x = jnp.where(expand(before.count, x_0) > 0, redone, state.x)
+        x = jnp.where(expand(before.used, x_0) > 0, redone, state.x)
         history = _after(before, here, schedule.log_snr(s), int(order))
         there = Node(schedule.log_snr(s), x_0)
-        ahead = _exponential_step(x, schedule, history.nodes, history.count, there)
+        ahead = _exponential_step(x, schedule, history.nodes, history.used, there)
         return State(ahead, x_0, (history, x))
 
     def init(x_1):
@@ -151,14 +151,14 @@ def lms(denoise: Denoiser, schedule: Schedule, *, order: int = 4) -> Sampler:
         rise = ratio(log_snr_s) - ratio(schedule.log_snr(t))
         u = [(ratio(node.log_snr) - ratio(schedule.log_snr(t))) / rise for node in history.nodes]
         moments = [1 / (k + 1) for k in range(len(u))]
-        mean = _integral(history.nodes, u, history.count, moments)
+        mean = _integral(history.nodes, u, history.used, moments)
         alpha_t, alpha_s = scales_at(schedule, t, x)[0], scales_at(schedule, s, x)[0]
         return State(alpha_s * (x / alpha_t + expand(rise, x) * mean), x_0, history)
 
     return Sampler(_init(int(order)), step)
 
 
-def _dpm_solver_pp(denoise, schedule, order, eta=0.0):
+def _dpm_solver_pp(denoise, schedule, order, eta: Scalar = 0.0):
     if not isinstance(eta, Tracer) and eta < 0:
         raise ValueError(f"{eta=}: must be at least 0")
 
@@ -166,7 +166,7 @@ def _dpm_solver_pp(denoise, schedule, order, eta=0.0):
         x_0 = denoise(state.x, t).x_0
         there = Node(schedule.log_snr(s), x_0)
         history = _after(state.memory, Node(schedule.log_snr(t), x_0), there.log_snr, order)
-        x = _exponential_step(state.x, schedule, history.nodes, history.count, there, eta)
+        x = _exponential_step(state.x, schedule, history.nodes, history.used, there, eta)
         if in_use(eta):
             h = (there.log_snr - schedule.log_snr(t)) / 2
             std = scales_at(schedule, s, x)[1] * expand(jnp.sqrt(-jnp.expm1(-2 * eta * h)), x)
@@ -190,12 +190,12 @@ def _after(before, here, log_snr_s, order):
     """The history with one node more, of which a step to `log_snr_s` may use `count`."""
     last = before.nodes[0].log_snr
     long = jnp.abs(log_snr_s - here.log_snr) > 3 * jnp.abs(here.log_snr - last)
-    count = jnp.where(long, 0, before.count)
+    count = jnp.where(long, 0, before.used)
     here = here._replace(log_snr=here.log_snr.astype(last.dtype))
     return History((here, *before.nodes)[:order], jnp.minimum(count + 1, order))
 
 
-def _exponential_step(x, schedule, nodes, count, there, eta=0.0):
+def _exponential_step(x, schedule, nodes, count, there, eta: Scalar = 0.0):
     """x at `there`, from x at the first node and the x_0 of the first `count` nodes."""
     h = (there.log_snr - nodes[0].log_snr) / 2
     u = [(node.log_snr - nodes[0].log_snr) / (2 * h) for node in nodes]

@@ -1,0 +1,418 @@
+r"""How likely the data is: the variational bound, term by term, and the probability-flow ODE.
+
+    -log p(x_0) <=  KL(q(x_1 | x_0) || p(x_1))                            prior matching
+                  + E[-log p(x_0 | x_t)]  at the first t                  reconstruction
+                  + sum E[KL(q(x_s | x_t, x_0) || p(x_s | x_t))]          denoising matching
+
+The prior is that of `prior_sample`, N(0, sigma_1^2 I). Two Gaussians of one variance differ in
+their means only, so each denoising term is a squared error of the prediction (Ho et al. 2020,
+equations 5 to 8); with more and more steps their sum becomes an integral over t (Kingma et al.
+2021, equation 17).
+
+All of it is in nats per example, `[batch]`, and positive parts of -log p; `bits_per_dim` divides.
+
+Pixels are numbers on a grid of `levels` values in [-1, 1], so what is bounded is the probability
+of a value; for data that is continuous, `levels=None`, it is a density. The ODE knows densities
+only: `dequantise` spreads each value evenly over its own cell, and a mean log-density over the
+cell, plus the log of the cell's volume, is at most the log of the mean, which is the probability.
+"""
+
+import importlib
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from . import keys, ode
+from .process import log_variance_ratio, q_sample, scales_at
+from .schedules import Schedule, rate_at, time_at
+from .types import Array, Data, Denoiser, Key, Time, expand
+
+Nats = Float[Array, " batch"]
+
+
+class Elbo(NamedTuple):
+    """An estimate of the bound: three parts of -log p(x_0), in nats, `[batch]` each.
+
+    Attributes:
+      prior: exact.
+      reconstruction: an average over noise.
+      denoising: an average over noise and times.
+      standard_error: of the sum of the three.
+    """
+
+    prior: Nats
+    reconstruction: Nats
+    denoising: Nats
+    standard_error: Nats
+
+    @property
+    def nats(self) -> Nats:
+        """The bound: their sum."""
+        return self.prior + self.reconstruction + self.denoising
+
+
+def prior_term(schedule: Schedule, x_0: Data) -> Nats:
+    """KL(q(x_1 | x_0) || N(0, sigma_1^2 I)) = snr_1 |x_0|^2 / 2, in nats.
+
+    Args:
+      schedule: a `Schedule`.
+      x_0: clean data `[batch, ...]`.
+    """
+    return 0.5 * jnp.exp(schedule.log_snr(1.0)) * _sum(x_0**2)
+
+
+def denoising_term(
+    denoise: Denoiser,
+    schedule: Schedule,
+    x_0: Data,
+    eps: Data,
+    t: Time,
+    s: Time | None,
+    variance: str = "posterior",
+) -> Nats:
+    """KL(q(x_s | x_t, x_0) || p(x_s | x_t)) for x_t = alpha_t x_0 + sigma_t eps, in nats.
+
+    One KL, not times T.
+
+    Args:
+      denoise: a `Denoiser`.
+      schedule: its `Schedule`.
+      x_0: clean data `[batch, ...]`.
+      eps: the noise, of the same shape.
+      t: later times, `[]` or `[batch]`.
+      s: earlier times; None for the limit of KL / (t - s) as s rises to t, the integrand of
+        continuous time, in nats per unit of t.
+      variance: that of the decoder, "posterior", "beta" or "learned" (see `process.decoder`); in
+        the limit they are one.
+
+    Source: Ho et al. 2020, equation 8; Kingma et al. 2021, equations 14 and 17; Nichol & Dhariwal
+    2021, section 3.1.
+    """
+    x_t = q_sample(schedule, x_0, t, eps)
+    prediction = denoise(x_t, t)
+    alpha, sigma = scales_at(schedule, t, x_t)
+    # alpha dx_0 + sigma deps = 0: the two errors are one, which v sees at every noise level.
+    error = sigma * (x_0 - prediction.x_0) - alpha * (eps - prediction.eps)
+    squared = (alpha * error / (alpha**2 + sigma**2)) ** 2  # that of eps
+    if s is None:
+        return 0.5 * _sum(expand(rate_at(schedule, t), x_t) * squared)
+    gap = jnp.expm1(schedule.log_snr(s) - schedule.log_snr(t))
+    log_ratio = log_variance_ratio(schedule, prediction, x_t, t, s, variance)
+    spread = log_ratio + jnp.expm1(-log_ratio) + jnp.zeros_like(x_t)
+    return 0.5 * _sum(expand(gap, x_t) * squared * jnp.exp(-log_ratio) + spread)
+
+
+def reconstruction_term(
+    denoise: Denoiser,
+    schedule: Schedule,
+    x_0: Data,
+    eps: Data,
+    steps: int | None = None,
+    variance: str = "posterior",
+    levels: int | None = 256,
+) -> Nats:
+    """-log p(x_0 | x_t) at the first t, for x_t = alpha_t x_0 + sigma_t eps, in nats.
+
+    In discrete time t = 1/T, and p is a Gaussian about the predicted x_0, integrated over the cell
+    of each value; its variance, and the lesser of the two a learned one lies between, is that of
+    the posterior one step later, because at t = 1/T that is zero (Ho et al. 2020, section 3.3;
+    Nichol & Dhariwal 2021, in their code). In continuous time t = 0, and p(value) is proportional
+    to q(x_t | value), which asks nothing of the network (Kingma et al. 2021, equation 10).
+
+    Args:
+      denoise: a `Denoiser`; unused in continuous time.
+      schedule: its `Schedule`.
+      x_0: clean data `[batch, ...]`, on the grid of `levels` values.
+      eps: the noise, of the same shape.
+      steps: T, at least 2; None for continuous time.
+      variance: that of the decoder, "posterior", "beta" or "learned".
+      levels: how many values from -1 to 1 a number may have; None for continuous data, of which
+        the density is taken.
+
+    Raises:
+      ValueError: if `steps` or `levels` is below 2.
+    """
+    _check(steps=steps, levels=levels)
+    if steps is None:
+        mean = x_0 + eps * jnp.exp(-schedule.log_snr(0.0) / 2).astype(x_0.dtype)  # x_t / alpha_t
+        log_std = jnp.broadcast_to(-schedule.log_snr(0.0) / 2, x_0.shape)
+        if levels is None:
+            return -_sum(_log_normal(x_0, mean, log_std))
+        return -_sum(_log_categorical(x_0, mean, log_std, levels))
+    t, later = 1 / steps, 2 / steps
+    x_t = q_sample(schedule, x_0, t, eps)
+    prediction = denoise(x_t, t)
+    sigma = scales_at(schedule, t, x_t)[1]
+    least = jnp.log(sigma) + 0.5 * jnp.log(
+        -jnp.expm1(schedule.log_snr(later) - schedule.log_snr(t)).astype(x_t.dtype)
+    )
+    log_std = jnp.broadcast_to(least, x_0.shape)
+    if variance == "learned":
+        # Between that and sigma_t, the beta of the first step.
+        whole = log_variance_ratio(schedule, prediction, x_t, later, t, "beta")
+        share = log_variance_ratio(schedule, prediction, x_t, later, t, "learned") / whole
+        log_std = least + share * (jnp.log(sigma) - least)
+    if levels is None:
+        return -_sum(_log_normal(x_0, prediction.x_0, log_std))
+    return -_sum(_log_cell(x_0, prediction.x_0, log_std, levels))
+
+
+def elbo(
+    key: Key,
+    denoise: Denoiser,
+    schedule: Schedule,
+    x_0: Data,
+    steps: int | None = None,
+    *,
+    variance: str = "posterior",
+    levels: int | None = 256,
+    samples: int | None = 32,
+) -> Elbo:
+    """An unbiased estimate of the bound of each example, with its standard error.
+
+    Each example is looked at at `samples` times, in one `lax.scan`: one drawn in each of as many
+    equal parts of the log-SNR, where the bound is spread most evenly. The standard error is from
+    the differences of neighbouring parts: where the terms change from part to part, it errs
+    upwards.
+
+    Args:
+      key: one key, or one per example `[batch]`.
+      denoise: a `Denoiser`.
+      schedule: its `Schedule`.
+      x_0: clean data `[batch, ...]`.
+      steps: T for the discrete bound, its sum over i = 2..T and reconstruction from t = 1/T; None
+        for continuous time, an integral and reconstruction from t = 0.
+      variance: that of the discrete decoder, "posterior", "beta" or "learned".
+      levels: how many values from -1 to 1 a number of the data may have; None if it is continuous.
+      samples: how many times to look at, at least 2; None, in discrete time, for every step once.
+
+    Returns:
+      An `Elbo`.
+
+    Raises:
+      ValueError: if `steps`, `levels` or `samples` is below 2, or `samples` is None in continuous
+        time.
+
+    >>> import diffjax
+    >>> schedule = diffjax.cosine()
+    >>> denoise = diffjax.oracles.gaussian(schedule, jnp.zeros(2), 1.0)
+    >>> x_0 = denoise.sample(jax.random.key(0), 1000)
+    >>> bound = elbo(jax.random.key(1), denoise, schedule, x_0, levels=None)
+    >>> gap = bound.nats.mean() + denoise.log_density(x_0, 0.0).mean()
+    >>> bool(abs(gap) < 0.3)  # none, but for the sampling error
+    True
+    """
+    _check(steps=steps, levels=levels, samples=samples)
+    if samples is None and steps is None:
+        raise ValueError("samples=None, every step once, needs discrete time: steps=T")
+    example_keys = keys.per_example(key, len(x_0))
+    parts = (steps - 1 if steps else 0) if samples is None else samples
+
+    high, low = schedule.log_snr(0.0 if steps is None else 1 / steps), schedule.log_snr(1.0)
+
+    def look(k):
+        part = keys.fold_in(example_keys, k)
+        eps = keys.normal(keys.fold_in(part, 1), x_0.shape, x_0.dtype)
+        offset = jax.vmap(jax.random.uniform)(keys.fold_in(part, 0))
+        t = time_at(schedule, high - (high - low) * (k + offset) / parts)
+        if steps is None:
+            density = rate_at(schedule, t) / (high - low)
+            return denoising_term(denoise, schedule, x_0, eps, t, None) / density
+        i = jnp.clip(jnp.ceil(t * steps), 2, steps)
+        if samples is None:
+            i = jnp.full_like(i, 2) + k
+        t, s = i / steps, (i - 1) / steps
+        share = (schedule.log_snr(s) - schedule.log_snr(t)) / (high - low)
+        term = denoising_term(denoise, schedule, x_0, eps, t, s, variance)
+        return term * parts if samples is None else term / share
+
+    def reconstruct(k):
+        eps = keys.normal(keys.fold_in(example_keys, parts + k), x_0.shape, x_0.dtype)
+        return reconstruction_term(denoise, schedule, x_0, eps, steps, variance, levels)
+
+    with jax.default_matmul_precision("highest"):
+        terms = jax.lax.map(look, jnp.arange(parts))
+        starts = jax.lax.map(reconstruct, jnp.arange(4))
+    variance_of_mean = jnp.mean(jnp.diff(terms, axis=0) ** 2, axis=0) / (2 * parts)
+    variance_of_mean += jnp.var(starts, axis=0, ddof=1) / len(starts)
+    return Elbo(
+        prior_term(schedule, x_0), starts.mean(0), terms.mean(0), jnp.sqrt(variance_of_mean)
+    )
+
+
+def bits_per_dim(nats: Array, shape: tuple[int, ...]) -> Array:
+    """Nats per example as bits per dimension. It adds no offset: the data is as it was given.
+
+    Args:
+      nats: of any shape.
+      shape: that of one example, without the batch.
+
+    >>> float(bits_per_dim(jnp.log(2.0) * 12, (2, 2, 3)))
+    1.0
+    """
+    return nats / (math.prod(shape) * math.log(2))
+
+
+def dequantise(key: Key, x_0: Data, levels: int = 256) -> tuple[Data, float]:
+    """Spread each value evenly over its cell, for a model of densities.
+
+    Args:
+      key: one key, or one per example `[batch]`.
+      x_0: data `[batch, ...]` on a grid of `levels` values from -1 to 1.
+      levels: how many.
+
+    Returns:
+      x, and the log of a cell's volume: log P(x_0) >= E[log p(x)] + log volume, so in nats
+      `-flow_log_likelihood(denoise, schedule, x) - log_volume` bounds -log P(x_0) (Theis et al.
+      2016, "A note on the evaluation of generative models", section 3.1).
+
+    Raises:
+      ValueError: if `levels` is below 2.
+    """
+    _check(levels=levels)
+    width = 2 / (levels - 1)
+    draw = lambda k: jax.random.uniform(k, x_0.shape[1:], x_0.dtype, -width / 2, width / 2)
+    x = x_0 + jax.vmap(draw)(keys.per_example(key, len(x_0)))
+    return x, math.prod(x_0.shape[1:]) * math.log(width)
+
+
+def flow_log_likelihood(
+    denoise: Denoiser,
+    schedule: Schedule,
+    x_0: Data,
+    key: Key | None = None,
+    *,
+    steps: int = 100,
+    tolerance: float | None = None,
+) -> Nats:
+    """log p(x_0) in nats: the density that the probability-flow ODE gives x at t = 0.
+
+    x is carried to t = 1, where its density is that of N(0, sigma_1^2 I), and log p changes by the
+    divergence on the way (Song et al. 2021, section 4.3 and appendix D.2). Continuous data only;
+    see `dequantise` for pixels.
+
+    Args:
+      denoise: a `Denoiser`; without clipping, whose edges a divergence does not see.
+      schedule: its `Schedule`.
+      x_0: data `[batch, ...]`.
+      key: None for the exact divergence, one derivative for each of an example's dimensions; else
+        one key, or one per example `[batch]`, for Hutchinson's unbiased estimate from one random
+        sign vector an example, kept along the way (Grathwohl et al. 2019).
+      steps: of Runge-Kutta's fourth-order method, equal in log-SNR (see `ode.solve`).
+      tolerance: relative and absolute, to choose the steps by instead, over the whole batch; by
+        diffrax, of the extra `ode`.
+
+    Raises:
+      ValueError: if `steps` is below 1 or `tolerance` not positive.
+      ModuleNotFoundError: if there is a `tolerance` and no diffrax.
+
+    >>> import diffjax
+    >>> schedule = diffjax.cosine()
+    >>> denoise = diffjax.oracles.gaussian(schedule, jnp.zeros(2), 1.0)
+    >>> x = jnp.array([[0.0, 1.0]])
+    >>> log_p = flow_log_likelihood(denoise, schedule, x)
+    >>> bool(jnp.allclose(log_p, denoise.log_density(x, 0.0), atol=1e-4))
+    True
+    """
+    if steps < 1 or (tolerance is not None and tolerance <= 0):
+        raise ValueError(f"{steps=}, {tolerance=}: need at least 1 step, a positive tolerance")
+    divergence = _exact_divergence if key is None else _hutchinson(key, x_0)
+
+    def slope(carry, t):
+        y, _ = carry
+        return divergence(lambda y: ode.velocity(denoise, schedule, y, t)[0], y)
+
+    r_0 = ode.radius(schedule, 0.0, x_0)
+    start = x_0 / r_0, jnp.zeros(len(x_0), x_0.dtype)
+    solve = ode.solve if tolerance is None else _adaptive(tolerance)
+    with jax.default_matmul_precision("highest"):
+        y, gained = solve(slope, start, schedule, 0.0, 1.0, steps)
+    log_std = jnp.log(jax.nn.sigmoid(-schedule.log_snr(1.0))) / 2  # sigma_1 / radius
+    log_prior = _log_normal(y, jnp.zeros_like(y), jnp.broadcast_to(log_std, y.shape))
+    return _sum(log_prior - jnp.log(r_0)) + gained
+
+
+def _exact_divergence(f, y):
+    value, derivative = jax.linearize(f, y)
+    size = math.prod(y.shape[1:])
+
+    def one(i):
+        along = jax.nn.one_hot(i, size, dtype=y.dtype).reshape(1, *y.shape[1:])
+        return _sum(along * derivative(jnp.broadcast_to(along, y.shape)))
+
+    return value, jax.lax.map(one, jnp.arange(size)).sum(0)
+
+
+def _hutchinson(key, like):
+    draw = lambda k: jax.random.rademacher(k, like.shape[1:], like.dtype)
+    signs = jax.vmap(draw)(keys.per_example(key, len(like)))
+
+    def divergence(f, y):
+        value, change = jax.jvp(f, (y,), (signs,))
+        return value, _sum(signs * change)
+
+    return divergence
+
+
+def _adaptive(tolerance):
+    diffrax = importlib.import_module("diffrax")
+
+    def solve(slope, y, schedule, t, s, steps):
+        def field(log_snr, y, _):
+            return ode.along_log_snr(slope, schedule, y, time_at(schedule, log_snr))
+
+        ends = schedule.log_snr(t), schedule.log_snr(s)
+        solution = diffrax.diffeqsolve(
+            diffrax.ODETerm(field),
+            diffrax.Dopri8(),
+            *ends,
+            dt0=(ends[1] - ends[0]) / steps,
+            y0=y,
+            stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance),
+            max_steps=100_000,
+        )
+        return jax.tree.map(lambda a: a[-1], solution.ys)
+
+    return solve
+
+
+def _log_normal(x, mean, log_std):
+    return -0.5 * ((x - mean) * jnp.exp(-log_std)) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
+
+
+def _log_cell(x, mean, log_std, levels):
+    """log of a normal distribution's mass on the cell of x; the outer cells have no outer edge."""
+    half, inverse = 1 / (levels - 1), jnp.exp(-log_std)
+    low, high = (x - half - mean) * inverse, (x + half - mean) * inverse
+    low = jnp.where(x < -1 + half, -jnp.inf, low)
+    high = jnp.where(x > 1 - half, jnp.inf, high)
+    # In the upper tail both distribution functions are 1 to the last digit: look from above.
+    above = low + high > 0
+    low, high = jnp.where(above, -high, low), jnp.where(above, -low, high)
+    log_high, log_low = jax.scipy.stats.norm.logcdf(high), jax.scipy.stats.norm.logcdf(low)
+    return log_high + jnp.log1p(-jnp.exp(log_low - log_high))
+
+
+def _log_categorical(x, mean, log_std, levels):
+    """log softmax over all values of the log-density of `mean` about each, at the value of x."""
+
+    def one(args):
+        x, mean, log_std = args
+        values = jnp.linspace(-1, 1, levels, dtype=x.dtype).reshape(-1, *[1] * x.ndim)
+        logits = _log_normal(mean[None], values, log_std[None])
+        return _log_normal(mean, x, log_std) - jax.nn.logsumexp(logits, axis=0)
+
+    return jax.lax.map(one, (x, mean, log_std))  # one example at a time: `levels` times its size
+
+
+def _sum(x):
+    return x.sum(axis=range(1, x.ndim))
+
+
+def _check(**numbers):
+    for name, value in numbers.items():
+        if value is not None and value < 2:
+            raise ValueError(f"{name}={value}: must be at least 2")
