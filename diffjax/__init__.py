@@ -8,8 +8,19 @@ noise to data. Importing this imports jax and numpy only; networks are in `diffj
 training in `diffjax.training`.
 """
 
-from . import oracles, samplers, weightings
-from .denoisers import classifier_free, clip_x_0, denoiser, unit_output
+from . import inverse, oracles, samplers, weightings
+from .denoisers import (
+    autoguidance,
+    classifier_free,
+    classifier_guidance,
+    clip_x_0,
+    denoiser,
+    dynamic_threshold,
+    rescale,
+    unit_input,
+    unit_output,
+    within,
+)
 from .likelihood import (
     Elbo,
     bits_per_dim,
@@ -60,19 +71,22 @@ from .schedules import (
     zero_terminal_snr,
 )
 from .targets import TARGETS, convert, decode, encode
-from .types import Denoiser, Network, Prediction
+from .types import Denoiser, LearnedPrediction, Network, Prediction
 
 __all__ = [
     "TARGETS",
     "Denoiser",
     "Elbo",
+    "LearnedPrediction",
     "Network",
     "Prediction",
     "Sampler",
     "Schedule",
     "ancestral",
+    "autoguidance",
     "bits_per_dim",
     "classifier_free",
+    "classifier_guidance",
     "clip_x_0",
     "convert",
     "cosine",
@@ -87,6 +101,7 @@ __all__ = [
     "dpm_solver_pp_2m",
     "dpm_solver_pp_2m_sde",
     "dpm_solver_pp_3m",
+    "dynamic_threshold",
     "edm",
     "elbo",
     "encode",
@@ -95,6 +110,7 @@ __all__ = [
     "flow_log_likelihood",
     "from_betas",
     "heun",
+    "inverse",
     "karras_times",
     "linear",
     "linear_betas",
@@ -110,6 +126,7 @@ __all__ = [
     "q_transition",
     "reconstruction_term",
     "rectified_flow",
+    "rescale",
     "sample",
     "sample_times",
     "samplers",
@@ -120,10 +137,12 @@ __all__ = [
     "time_at",
     "uniform_times",
     "unipc",
+    "unit_input",
     "unit_output",
     "ve",
     "vp",
     "weightings",
+    "within",
     "zero_terminal_snr",
 ]
 __version__ = "0.1.0"

@@ -5,25 +5,44 @@ behind it predicts. Guidance and clipping take a denoiser and return a denoiser,
 `functools.partial(denoise, cond=...)` binds the conditioning.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from .process import scales_at
 from .schedules import Schedule
 from .targets import Row, decode, row, unit_variance
-from .types import Cond, Denoiser, Network, Prediction, Time, expand
+from .types import (
+    Array,
+    Cond,
+    Data,
+    Denoiser,
+    LearnedPrediction,
+    Network,
+    Prediction,
+    Scalar,
+    Time,
+    expand,
+)
 
 
-def denoiser(network: Network, schedule: Schedule, target: str | Row) -> Denoiser:
+def denoiser(
+    network: Network, schedule: Schedule, target: str | Row, *, learned_variance: bool = False
+) -> Denoiser:
     """Give a network its meaning: decode its output into x_0 and eps.
 
     Args:
       network: (x_t `[batch, ...]`, log_snr `[batch]`, cond) -> an estimate of the target.
       schedule: the `Schedule` it was trained with.
       target: what it was trained to predict, a name in `TARGETS` or a row function.
+      learned_variance: whether the last axis of its output is twice as long, the second half
+        saying where the decoder's variance lies: v in [-1, 1], and (v + 1) / 2 is the `fraction`
+        of a `LearnedPrediction` (improved-diffusion's convention).
 
     Raises:
-      ValueError: if the target is unknown.
+      ValueError: if the target is unknown; when called, if the network's output has not the shape.
 
     >>> import diffjax
     >>> schedule = diffjax.cosine()
@@ -36,10 +55,22 @@ def denoiser(network: Network, schedule: Schedule, target: str | Row) -> Denoise
 
     def denoise(x_t, t, cond=None):
         log_snr = jnp.broadcast_to(schedule.log_snr(t), x_t.shape[:1])
-        out = network(x_t, log_snr, cond).astype(x_t.dtype)
-        return decode(target, out, x_t, *scales_at(schedule, t, x_t))
+        out = network(x_t, log_snr, cond).astype(jnp.result_type(x_t))
+        scales = scales_at(schedule, t, x_t)
+        if not learned_variance:
+            return decode(target, _shaped(out, x_t, 1), x_t, *scales)
+        out, raw = jnp.split(_shaped(out, x_t, 2), 2, axis=-1)
+        return LearnedPrediction(*decode(target, out, x_t, *scales), (raw + 1) / 2)
 
     return denoise
+
+
+def _shaped(out, x_t, times):
+    expected = (*x_t.shape[:-1], times * x_t.shape[-1])
+    if out.shape != expected:
+        why = "" if times == 1 else ", twice the channels for a learned variance"
+        raise ValueError(f"the network gave {out.shape} for data {x_t.shape}: need {expected}{why}")
+    return out
 
 
 def unit_output(network: Network, target: str | Row, schedule: Schedule) -> Network:
@@ -57,8 +88,28 @@ def unit_output(network: Network, target: str | Row, schedule: Schedule) -> Netw
     return scaled
 
 
+def unit_input(network: Network, schedule: Schedule, sigma_data: Scalar = 0.5) -> Network:
+    """Scale a network's input to variance one: divide by sqrt(alpha^2 sigma_data^2 + sigma^2).
+
+    With target "F" (of the same sigma_data) this is the preconditioning of Karras et al. 2022,
+    equation 7: c_in before the network, c_skip and c_out behind it; the network sees log-SNR, of
+    which their c_noise is -1/8. Train and sample with the same wrapping.
+
+    Args:
+      network: (x_t, log_snr `[batch]`, cond) -> an estimate of the target.
+      schedule: the `Schedule` it is trained with.
+      sigma_data: standard deviation of the data.
+    """
+
+    def scaled(x_t, log_snr, cond):
+        alpha, sigma = schedule.scales(log_snr)
+        return network(x_t / expand(jnp.hypot(alpha * sigma_data, sigma), x_t), log_snr, cond)
+
+    return scaled
+
+
 def clip_x_0(
-    denoise: Denoiser, schedule: Schedule, low: float = -1.0, high: float = 1.0
+    denoise: Denoiser, schedule: Schedule, low: Scalar = -1.0, high: Scalar = 1.0
 ) -> Denoiser:
     """Clip the estimate of x_0 to the range of the data, and let eps follow.
 
@@ -73,14 +124,63 @@ def clip_x_0(
     Raises:
       ValueError: unless `low < high`.
     """
-    if low >= high:
+    if not isinstance(low, Tracer) and not isinstance(high, Tracer) and low >= high:
         raise ValueError(f"{low=} must be below {high=}")
+    return _with_x_0(denoise, schedule, lambda x_0, x_t, t, cond: jnp.clip(x_0, low, high))
 
-    def clipped(x_t, t, cond=None):
-        x_0 = jnp.clip(denoise(x_t, t, cond).x_0, low, high)
-        return decode("x_0", x_0, x_t, *scales_at(schedule, t, x_t))
 
-    return clipped
+def dynamic_threshold(
+    denoise: Denoiser, schedule: Schedule, quantile: Scalar = 0.995, limit: Scalar = 1.0
+) -> Denoiser:
+    """Where an example's x_0 leaves the data's range, clip at a quantile and scale back into it.
+
+    Saharia et al. 2022, "Photorealistic text-to-image diffusion models", section 2.3: with s a
+    quantile of |x_0| over the example, but at least `limit`, x_0 becomes clip(x_0, -s, s) limit / s
+    and guided samples saturate less than with `clip_x_0`.
+
+    Args:
+      denoise: a denoiser.
+      schedule: its `Schedule`.
+      quantile: from 0 to 1, which only scales.
+      limit: the greatest absolute value of the data.
+
+    Raises:
+      ValueError: unless `0 <= quantile <= 1` and `limit > 0`.
+    """
+    if not isinstance(quantile, Tracer) and not 0 <= quantile <= 1:
+        raise ValueError(f"{quantile=}: must be in [0, 1]")
+    if not isinstance(limit, Tracer) and limit <= 0:
+        raise ValueError(f"{limit=}: must be positive")
+
+    def shrink(x_0, x_t, t, cond):
+        size = jnp.abs(x_0).reshape(len(x_0), -1)
+        s = expand(jnp.maximum(jnp.quantile(size, quantile, axis=1), limit), x_0)
+        return jnp.clip(x_0, -s, s) * (limit / s)
+
+    return _with_x_0(denoise, schedule, shrink)
+
+
+def rescale(
+    guided: Denoiser, denoise: Denoiser, schedule: Schedule, amount: Scalar = 0.7
+) -> Denoiser:
+    """Give each example's guided x_0 the standard deviation it has without guidance.
+
+    Lin et al. 2024, "Common diffusion noise schedules and sample steps are flawed", equations 14
+    to 16, on x_0: strong guidance otherwise overexposes.
+
+    Args:
+      guided: a denoiser with guidance.
+      denoise: the same without.
+      schedule: their `Schedule`.
+      amount: how far to go, from 0, not at all, to 1.
+    """
+
+    def rescaled(x_0, x_t, t, cond):
+        std = lambda x: jnp.std(x, axis=tuple(range(1, x.ndim)), keepdims=True)
+        factor = std(denoise(x_t, t, cond).x_0) / jnp.maximum(std(x_0), 1e-12)
+        return x_0 * (1 + amount * (factor - 1))
+
+    return _with_x_0(guided, schedule, rescaled)
 
 
 def classifier_free(denoise: Denoiser, weight: Time, null: Cond) -> Denoiser:
@@ -97,14 +197,119 @@ def classifier_free(denoise: Denoiser, weight: Time, null: Cond) -> Denoiser:
       ValueError: when called, if `cond` is not a pytree like `null`.
     """
 
-    def guided(x_t, t, cond=None):
+    def unconditional(x_t, t, cond=None):
         nothing = null
         if null is not None:
             if jax.tree.structure(cond) != jax.tree.structure(null):
                 raise ValueError(f"guidance needs a cond like its null {null!r}, got {cond!r}")
             nothing = jax.tree.map(lambda n, c: jnp.broadcast_to(n, jnp.shape(c)), null, cond)
-        without, given = denoise(x_t, t, nothing), denoise(x_t, t, cond)
+        return denoise(x_t, t, nothing)
+
+    return autoguidance(denoise, unconditional, weight)
+
+
+def autoguidance(denoise: Denoiser, weaker: Denoiser, weight: Time) -> Denoiser:
+    """Guide a denoiser away from a weaker one: (1 - w) weaker + w denoise.
+
+    Karras et al. 2024, "Guiding a diffusion model with a bad version of itself", equation 5.
+    `classifier_free` is this with the unconditional denoiser for the weaker one.
+
+    Args:
+      denoise: a denoiser.
+      weaker: a smaller or less trained one of the same task and schedule.
+      weight: w, `[]` or `[batch]`; 1 is no guidance.
+    """
+
+    def guided(x_t, t, cond=None):
+        without, given = weaker(x_t, t, cond), denoise(x_t, t, cond)
         w = expand(weight, x_t)
-        return Prediction(*((1 - w) * u + w * c for u, c in zip(without, given, strict=True)))
+        mix = lambda field: (1 - w) * getattr(without, field) + w * getattr(given, field)
+        return given._replace(x_0=mix("x_0"), eps=mix("eps"))
 
     return guided
+
+
+def classifier_guidance(
+    denoise: Denoiser,
+    schedule: Schedule,
+    log_prob: Callable[[Data, Time, Cond], Array],
+    weight: Time = 1.0,
+) -> Denoiser:
+    """Add w grad log p(y | x_t), by a classifier of noisy data, to the score.
+
+    Dhariwal & Nichol 2021, "Diffusion models beat GANs", Algorithm 2: eps - sigma w grad.
+
+    Args:
+      denoise: a denoiser.
+      schedule: its `Schedule`.
+      log_prob: (x_t, t, cond) -> log p(y | x_t) of each example, `[batch]`; what y is, it takes
+        from `cond` or knows.
+      weight: w, `[]` or `[batch]`; 1 is Bayes' rule, 0 no guidance.
+    """
+
+    def guided(x_t, t, cond=None):
+        slope = jax.grad(lambda x: log_prob(x, t, cond).sum())(x_t)
+        return add_score(denoise(x_t, t, cond), schedule, t, expand(weight, x_t) * slope)
+
+    return guided
+
+
+def within(
+    guided: Denoiser, denoise: Denoiser, schedule: Schedule, low: Scalar, high: Scalar
+) -> Denoiser:
+    """Guide at some noise levels only: `guided` where low <= log-SNR <= high, else `denoise`.
+
+    Kynkaanniemi et al. 2024, "Applying guidance in a limited interval". With one time for the whole
+    batch, as in `sample`, only the one that is needed is evaluated.
+
+    Args:
+      guided: a denoiser with guidance.
+      denoise: the same without.
+      schedule: their `Schedule`.
+      low: the least log-SNR to guide at.
+      high: the greatest.
+
+    Raises:
+      ValueError: unless `low < high`.
+    """
+    if not isinstance(low, Tracer) and not isinstance(high, Tracer) and low >= high:
+        raise ValueError(f"{low=} must be below {high=}, in log-SNR")
+
+    def inside(x_t, t, cond=None):
+        log_snr = schedule.log_snr(t)
+        chosen = (low <= log_snr) & (log_snr <= high)
+        if jnp.ndim(chosen) == 0:
+            return jax.lax.cond(chosen, lambda: guided(x_t, t, cond), lambda: denoise(x_t, t, cond))
+        pick = lambda a, b: jnp.where(expand(chosen, a) > 0, a, b)
+        return jax.tree.map(pick, guided(x_t, t, cond), denoise(x_t, t, cond))
+
+    return inside
+
+
+def add_score(
+    prediction: Prediction | LearnedPrediction, schedule: Schedule, t: Time, score: Data
+) -> Prediction | LearnedPrediction:
+    """The prediction whose score is `score` more: eps - sigma score, and x_0 follows.
+
+    Args:
+      prediction: at some x_t.
+      schedule: its `Schedule`.
+      t: times `[]` or `[batch]`.
+      score: what to add, `[batch, ...]`.
+    """
+    alpha, sigma = scales_at(schedule, t, score)
+    return prediction._replace(
+        x_0=prediction.x_0 + sigma**2 / alpha * score, eps=prediction.eps - sigma * score
+    )
+
+
+def _with_x_0(denoise, schedule, change):
+    """Another estimate of x_0, change(x_0, x_t, t, cond); eps follows, all else stays."""
+
+    def changed(x_t, t, cond=None):
+        prediction = denoise(x_t, t, cond)
+        x_0 = change(prediction.x_0, x_t, t, cond)
+        eps = decode("x_0", x_0, x_t, *scales_at(schedule, t, x_t)).eps
+        return prediction._replace(x_0=x_0, eps=eps)
+
+    return changed

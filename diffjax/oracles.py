@@ -11,8 +11,9 @@ one for that training set (Karras et al. 2022, appendix B.3): it remembers every
 Everything is computed in float32 or wider, at the highest matrix precision the platform has.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,8 @@ from .schedules import Schedule
 from .types import Array, Cond, Data, Key, Prediction, Real, Time
 
 
-class Oracle(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Oracle:
     """A distribution of data seen through a schedule; itself a `Denoiser`.
 
     Attributes:
@@ -81,7 +83,7 @@ def gaussian(
         z = _dot("bd,de->be", x_t - alpha_t * mean[None], axes) / std(alpha_t, sigma_t)
         return alpha_s * mean[None] + _dot("be,de->bd", z * std(alpha_s, sigma_s), axes)
 
-    return oracle._replace(flow_map=flow_map)
+    return dataclasses.replace(oracle, flow_map=flow_map)
 
 
 def gaussian_mixture(
@@ -117,7 +119,7 @@ def gaussian_mixture(
     def posterior(x_t, t):
         """Along principal axes: log-weights [b, k]; E[x_0], E[eps] of each component [b, k, d]."""
         centre = means[None]
-        x = x_t[:, None].astype(jnp.promote_types(x_t.dtype, centre.dtype))
+        x = x_t[:, None].astype(jnp.result_type(x_t, centre))
         alpha, sigma = scales_at(schedule, t, x)
         z = _dot("bkd,kde->bke", x - alpha * centre, axes)
         spread = alpha**2 * variances[None] + sigma**2
@@ -132,7 +134,7 @@ def gaussian_mixture(
     def denoise(x_t, t, cond=None):
         log_joint, *parts = posterior(x_t, t)
         share = jax.nn.softmax(log_joint, axis=-1)
-        return Prediction(*(_dot("bk,bkd->bd", share, p).astype(x_t.dtype) for p in parts))
+        return Prediction(*(_dot("bk,bkd->bd", share, p).astype(jnp.result_type(x_t)) for p in parts))
 
     def log_density(x_t, t):
         log_joint = posterior(x_t, t)[0]
@@ -175,7 +177,7 @@ def dataset(schedule: Schedule, x: Float[Real, "n ..."]) -> Oracle:
 
     def each(f, x_t, t):
         scales = [jnp.broadcast_to(scale, x_t.shape[:1]) for scale in schedule(t)]
-        wide = x_t.astype(jnp.promote_types(x_t.dtype, flat.dtype))
+        wide = x_t.astype(jnp.result_type(x_t, flat))
         return jax.lax.map(lambda args: f(*args), (wide, *scales))
 
     def denoise(x_t, t, cond=None):
@@ -186,7 +188,7 @@ def dataset(schedule: Schedule, x: Float[Real, "n ..."]) -> Oracle:
             eps = _dot("n,nd->d", share, (x_t.reshape(1, -1) - alpha * flat) / sigma)
             return x_0.reshape(x_t.shape), eps.reshape(x_t.shape)
 
-        return Prediction(*(a.astype(x_t.dtype) for a in each(one, x_t, t)))
+        return Prediction(*(a.astype(jnp.result_type(x_t)) for a in each(one, x_t, t)))
 
     def log_density(x_t, t):
         def one(x_t, alpha, sigma):

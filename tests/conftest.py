@@ -13,8 +13,8 @@ import jaxtyping
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Not training.py: a pytree's fields hold anything while it is being mapped.
-CORE = ["denoisers", "keys", "likelihood", "losses", "ode", "oracles", "process", "samplers"]
-CORE += ["schedules", "targets", "weightings"]
+CORE = ["denoisers", "inverse", "keys", "likelihood", "losses", "ode", "oracles", "process"]
+CORE += ["samplers", "schedules", "targets", "weightings"]
 jaxtyping.install_import_hook([f"diffjax.{name}" for name in CORE], "beartype.beartype")
 
 import pytest

@@ -7,6 +7,7 @@ import pytest
 
 import diffjax
 from catalogue import SCHEDULES, TARGETS
+from diffjax import oracles, targets
 
 
 def labelled(x_t, log_snr, cond):
@@ -109,9 +110,163 @@ def test_unit_output_gives_the_network_numbers_of_unit_variance(target):
         np.testing.assert_allclose(jnp.std(out), 1, atol=0.03)
 
 
+@pytest.mark.parametrize("sigma_data", [0.5, 1.3])
+def test_row_f_with_scaled_input_is_edms_preconditioning(x64, sigma_data):
+    """Karras et al. 2022, equation 7 and table 1: D = c_skip x + c_out F(c_in x)."""
+    schedule = diffjax.log_uniform()
+    network = lambda x, log_snr, cond: jnp.sin(x) + log_snr[:, None] / 8
+    f_row = functools.partial(targets.edm, sigma_data=sigma_data)
+    scaled = diffjax.unit_input(network, schedule, sigma_data)
+    x = 3 * X.astype(jnp.float64)
+    for t in (0.0, 0.5, 1.0):
+        sigma = schedule(t)[1]
+        total = sigma**2 + sigma_data**2
+        c_skip, c_out, c_in = sigma_data**2 / total, sigma * sigma_data / total**0.5, total**-0.5
+        c_noise = jnp.log(sigma) / 4  # of which log-SNR is -8 times
+        f = network(c_in * x, jnp.full(4, -8 * c_noise), None)
+        got = diffjax.denoiser(scaled, schedule, f_row)(x, t).x_0
+        np.testing.assert_allclose(got, c_skip * x + c_out * f, rtol=1e-9, atol=1e-10)
+
+
+MEANS, COVS = np.array([[-1.0, 0.5], [0.8, -0.3]]), np.array([0.1, 0.4])
+X2 = np.random.default_rng(3).normal(size=(5, 2))
+
+
+def two_classes(schedule):
+    """Oracles of a mixture, of each of its two classes, and log p(first | x_t)."""
+    both = oracles.gaussian_mixture(schedule, [0.3, 0.7], MEANS, COVS)
+    each = [oracles.gaussian(schedule, m, c) for m, c in zip(MEANS, COVS, strict=True)]
+
+    def log_prob(x_t, t, cond):
+        return jnp.log(0.3) + each[0].log_density(x_t, t) - both.log_density(x_t, t)
+
+    return both, each, log_prob
+
+
+@pytest.mark.parametrize("name", ["cosine", "log_uniform", "rectified_flow"])
+def test_the_exact_classifier_makes_the_mixture_its_class(x64, name):
+    schedule = SCHEDULES[name]
+    both, each, log_prob = two_classes(schedule)
+    guided = diffjax.classifier_guidance(both, schedule, log_prob, 1.0)
+    for t in (0.1, 0.5, 0.9):
+        x_t = X2 * jnp.hypot(*schedule(t))
+        for got, expected in zip(guided(x_t, t), each[0](x_t, t), strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_classifier_free_guidance_is_guidance_by_the_implicit_classifier(x64):
+    """Ho & Salimans 2022, section 3.2; and autoguidance is the same mix of two denoisers."""
+    schedule, t, weight = diffjax.cosine(), 0.4, jnp.array([0.0, 1.0, 2.0, 3.5, -1.0])
+    both, each, log_prob = two_classes(schedule)
+    explicit = diffjax.classifier_guidance(both, schedule, log_prob, weight)(X2, t)
+
+    def either(x_t, t, cond):  # cond 1: the class, 0: none
+        pick = lambda a, b: jnp.where(cond[:, None] > 0, a, b)
+        return diffjax.Prediction(*map(pick, each[0](x_t, t), both(x_t, t)))
+
+    free = diffjax.classifier_free(either, weight, jnp.zeros(()))(X2, t, jnp.ones(5))
+    auto = diffjax.autoguidance(each[0], both, weight)(X2, t)
+    for a, b, c in zip(explicit, free, auto, strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-7, atol=1e-9)
+        np.testing.assert_allclose(c, a, rtol=1e-7, atol=1e-9)
+
+
+def test_guidance_in_an_interval_of_log_snr():
+    schedule = diffjax.cosine()
+    both, each, _ = two_classes(schedule)
+    low, high = -2.0, 3.0
+    some = diffjax.within(each[0], both, schedule, low, high)
+    ts = diffjax.time_at(schedule, jnp.array([-6.0, -1.9, 0.0, 2.9, 6.0]))
+    chosen = [both, each[0], each[0], each[0], both]
+    for t, expected in zip(ts, chosen, strict=True):
+        np.testing.assert_allclose(some(X2, t).x_0, expected(X2, t).x_0, rtol=1e-6)
+    mixed = some(X2, ts).eps
+    for i, expected in enumerate(chosen):
+        np.testing.assert_allclose(mixed[i], expected(X2, ts).eps[i], rtol=1e-6)
+    # One time for the batch: only the branch that is needed runs.
+    bad = lambda x_t, t, cond: jax.tree.map(lambda a: a * jnp.nan, both(x_t, t))
+    with jax.debug_nans(False):
+        assert jnp.isfinite(
+            jax.jit(diffjax.within(bad, both, schedule, low, high))(X2, 0.9).x_0
+        ).all()
+    with pytest.raises(ValueError, match=r"low=2\.0 must be below high=1\.0"):
+        diffjax.within(both, both, schedule, 2.0, 1.0)
+
+
+def test_rescaled_guidance_has_the_spread_of_the_unguided():
+    schedule, t = diffjax.cosine(), 0.6
+    plain = diffjax.denoiser(labelled, schedule, "v")
+    strong = diffjax.classifier_free(plain, 6.0, {"label": jnp.int32(9)})
+    spread = lambda d: jnp.std(d(X, t, COND).x_0, axis=1)
+    at = lambda amount: diffjax.rescale(strong, plain, schedule, amount)
+    np.testing.assert_allclose(spread(at(1.0)), spread(plain), rtol=1e-5)
+    np.testing.assert_allclose(spread(at(0.0)), spread(strong), rtol=1e-5)
+    half = (spread(plain) + spread(strong)) / 2
+    np.testing.assert_allclose(spread(at(0.5)), half, rtol=1e-5)
+    direction = lambda d: d(X, t, COND).x_0 / spread(d)[:, None]
+    np.testing.assert_allclose(direction(at(0.7)), direction(strong), rtol=1e-4)
+
+
+def test_dynamic_threshold_brings_each_example_into_range_and_leaves_those_inside():
+    schedule, t = diffjax.cosine(), 0.5
+    x_0 = jnp.stack([jnp.linspace(-0.9, 0.9, 101), jnp.linspace(-4.0, 2.0, 101)])
+    denoise = diffjax.denoiser(lambda x, l, c: x_0, schedule, "x_0")
+    got = diffjax.dynamic_threshold(denoise, schedule, 0.9)(jnp.zeros((2, 101)), t)
+    np.testing.assert_allclose(got.x_0[0], x_0[0], atol=1e-6)
+    s = np.quantile(np.abs(x_0[1]), 0.9)
+    np.testing.assert_allclose(got.x_0[1], np.clip(x_0[1], -s, s) / s, atol=1e-5)
+    np.testing.assert_allclose(jnp.abs(got.x_0).max(), 1, rtol=1e-6)
+    for arguments, message in (((95.0,), r"quantile=95\.0"), ((0.5, 0.0), r"limit=0\.0")):
+        with pytest.raises(ValueError, match=message):
+            diffjax.dynamic_threshold(denoise, schedule, *arguments)
+
+
+def test_a_learned_variance_is_half_of_the_output_and_outlives_guidance():
+    schedule, t = diffjax.cosine(), 0.4
+    network = lambda x_t, log_snr, cond: jnp.concatenate([jnp.tanh(x_t), 0.6 * x_t], -1)
+    denoise = diffjax.denoiser(network, schedule, "v", learned_variance=True)
+    plain = diffjax.denoiser(lambda x, l, c: jnp.tanh(x), schedule, "v")
+    got = denoise(X, t)
+    np.testing.assert_allclose(got.fraction, (0.6 * X + 1) / 2, rtol=1e-6)
+    np.testing.assert_allclose(got.x_0, plain(X, t).x_0, rtol=1e-6)
+    for changed in (
+        diffjax.clip_x_0(denoise, schedule),
+        diffjax.autoguidance(denoise, plain, 2.0),
+        diffjax.rescale(denoise, plain, schedule),
+        diffjax.classifier_guidance(denoise, schedule, lambda x, t, c: -(x**2).sum(-1)),
+    ):
+        np.testing.assert_allclose(changed(X, t).fraction, got.fraction)
+    # Samplers that have no use for it take such a denoiser too.
+    for make in (diffjax.ddim, diffjax.heun, diffjax.unipc):
+        x_0, _ = diffjax.sample(
+            jax.random.key(0), make(denoise, schedule), X, diffjax.uniform_times(3)
+        )
+        assert jnp.isfinite(x_0).all()
+
+
+@pytest.mark.parametrize(("learned", "channels"), [(True, 3), (False, 6)])
+def test_an_output_of_the_wrong_width_is_refused(learned, channels):
+    network = lambda x_t, log_snr, cond: jnp.zeros((4, channels))
+    denoise = diffjax.denoiser(network, diffjax.cosine(), "v", learned_variance=learned)
+    with pytest.raises(
+        ValueError, match=rf"\(4, {channels}\) for data \(4, 3\): need \(4, {9 - channels}\)"
+    ):
+        denoise(X, 0.5)
+
+
 def test_denoisers_compose():
     schedule = diffjax.cosine()
     denoise = diffjax.denoiser(labelled, schedule, "v")
     guided = diffjax.classifier_free(denoise, 2.0, {"label": jnp.int32(9)})
     bound = functools.partial(diffjax.clip_x_0(guided, schedule), cond=COND)
     assert jnp.abs(bound(X, 0.9).x_0).max() <= 1
+    all_of_it = diffjax.within(
+        diffjax.dynamic_threshold(diffjax.rescale(guided, denoise, schedule), schedule),
+        denoise,
+        schedule,
+        -5.0,
+        5.0,
+    )
+    walk = diffjax.ancestral(functools.partial(all_of_it, cond=COND), schedule)
+    x_0, _ = diffjax.sample(jax.random.key(0), walk, X, diffjax.uniform_times(4))
+    assert jnp.isfinite(x_0).all()

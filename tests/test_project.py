@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "oracles": {"types", "keys", "schedules", "process", "ode"},
     "samplers": {"types", "keys", "schedules", "process", "ode", "samplers"},
     "likelihood": {"types", "keys", "schedules", "process", "ode"},
+    "inverse": {"types", "keys", "schedules", "process", "denoisers", "samplers"},
     "models": {"types", "models"},
     "training": {"types", "keys"},
     "data": {"data"},

@@ -1,0 +1,213 @@
+r"""Linear inverse problems y = A x_0 + noise, solved with any trained denoiser.
+
+An operator A is any linear function of data `[batch, ...]`; inpainting, super-resolution,
+deblurring and colourisation are one line each below. What a measurement says enters in one of
+three ways:
+
+    pigdm     denoiser -> denoiser: the score of p(y | x_t), Gaussian in the predicted x_0
+    dps       sampler -> sampler: after each step, a step down the residual's gradient
+    repaint   sampler -> sampler, for inpainting: replace what is known, walk to and fro
+
+On Gaussian data the exact posterior is known, and `tests/test_inverse.py` compares with it.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from . import keys
+from .denoisers import add_score
+from .process import q_sample, q_transition
+from .samplers import Sampler
+from .schedules import Schedule
+from .types import Data, Denoiser, Real, Scalar
+
+Operator = Callable[[Data], Data]
+"""A linear function, data `[batch, ...]` to measurements `[batch, ...]`, of each example alone."""
+
+
+def inpainting(mask: Float[Real, "..."]) -> Operator:
+    """See the data where `mask`, `[...]` or `[batch, ...]`, is 1 and zero where it is 0."""
+    return lambda x: x * jnp.broadcast_to(mask, x.shape).astype(x.dtype)
+
+
+def downsampling(factor: int) -> Operator:
+    """See images `[batch, height, width, channels]` with each square of pixels averaged.
+
+    Raises:
+      ValueError: if `factor` is below 1; when called, if it does not divide height and width.
+    """
+    if factor < 1:
+        raise ValueError(f"{factor=}: must be at least 1")
+
+    def measure(x):
+        batch, height, width, channels = x.shape
+        if height % factor or width % factor:
+            raise ValueError(f"{factor=} does not divide an image of {height} x {width}")
+        squares = x.reshape(batch, height // factor, factor, width // factor, factor, channels)
+        return squares.mean((2, 4))
+
+    return measure
+
+
+def blurring(kernel: Float[Real, "height width"]) -> Operator:
+    """See images convolved with a kernel, zero beyond their edges; of the same size."""
+
+    def measure(x):
+        channels = x.shape[-1]
+        each = jnp.broadcast_to(
+            jnp.asarray(kernel, x.dtype)[..., None, None], (*kernel.shape, 1, channels)
+        )
+        return jax.lax.conv_general_dilated(
+            x,
+            each,
+            window_strides=(1, 1),
+            padding="SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=channels,
+            precision="highest",
+        )
+
+    return measure
+
+
+def greying() -> Operator:
+    """See the mean of an image's channels, `[batch, height, width, 1]`."""
+    return lambda x: x.mean(-1, keepdims=True)
+
+
+def pigdm(
+    denoise: Denoiser,
+    schedule: Schedule,
+    operator: Operator,
+    y: Data,
+    noise_std: Scalar = 0.0,
+    data_std: Scalar = 1.0,
+) -> Denoiser:
+    r"""Guide a denoiser by a measurement: the score of p(y | x_t) ~ N(A x_0, r^2 A A^T + noise^2).
+
+    Song et al. 2023, "Pseudoinverse-guided diffusion models for inverse problems", equations 7 and
+    8. x_0 is the prediction, whose Jacobian it goes through, and r^2 what x_t leaves open of the
+    data: r^2 = sigma^2 d^2 / (alpha^2 d^2 + sigma^2) for data of standard deviation d. For data
+    N(m, d^2 I) the result is exact. The linear system is solved by conjugate gradients, each
+    example's its own; where A A^T is a multiple of the identity that takes one iteration.
+
+    Args:
+      denoise: a `Denoiser`; clip the result, not this.
+      schedule: its `Schedule`.
+      operator: A, linear.
+      y: what was measured, `[batch, ...]`.
+      noise_std: standard deviation of the measurement's noise.
+      data_std: d, that of the data.
+
+    Raises:
+      ValueError: when called, if y has not the shape of A x_0.
+    """
+
+    def guided(x_t, t, cond=None):
+        _check(operator, x_t, y)
+        snr = jnp.exp(schedule.log_snr(t))
+        spread = jnp.broadcast_to(data_std**2 / (1 + snr * data_std**2), x_t.shape[:1])
+
+        def estimate(x):
+            prediction = denoise(x, t, cond)
+            return prediction.x_0, prediction
+
+        x_0, pull_back, prediction = jax.vjp(estimate, x_t, has_aux=True)
+        one = lambda x: operator(x[None])[0]
+        transpose = jax.linear_transpose(one, x_t[0])
+
+        def solve(residual, spread):
+            covariance = lambda u: spread * one(transpose(u)[0]) + noise_std**2 * u
+            return transpose(jax.scipy.sparse.linalg.cg(covariance, residual, tol=1e-6)[0])[0]
+
+        (score,) = pull_back(jax.vmap(solve)(y - operator(x_0), spread.astype(x_t.dtype)))
+        return add_score(prediction, schedule, t, score)
+
+    return guided
+
+
+def dps(sampler: Sampler, operator: Operator, y: Data, scale: Scalar = 1.0) -> Sampler:
+    """After each step of a sampler, step down the gradient of |y - A x_0| with respect to x_t.
+
+    Chung et al. 2023, "Diffusion posterior sampling for general noisy inverse problems", Algorithm
+    1 with the step size of their appendix D, `scale` / |y - A x_0| on the squared residual. The
+    prediction is the one that the step itself made, so there is no second evaluation. Wants many
+    steps: every one moves by `scale` at the most.
+
+    Args:
+      sampler: a `Sampler`.
+      operator: A, linear or not.
+      y: what was measured, `[batch, ...]`.
+      scale: the size of a step.
+
+    Raises:
+      ValueError: when called, if y has not the shape of A x_0.
+    """
+
+    def step(key, state, t, s):
+        _check(operator, state.x, y)
+
+        def residual(x):
+            new = sampler.step(key, state._replace(x=x), t, s)
+            squares = jnp.sum((y - operator(new.x_0)) ** 2, axis=range(1, y.ndim))
+            return jnp.sum(jnp.sqrt(squares + 1e-12)), new
+
+        slope, new = jax.grad(residual, has_aux=True)(state.x)
+        return new._replace(x=new.x - scale * slope)
+
+    return Sampler(sampler.init, step, stochastic=sampler.stochastic)
+
+
+def repaint(
+    sampler: Sampler,
+    schedule: Schedule,
+    mask: Float[Real, "..."],
+    y: Data,
+    repeats: int = 10,
+) -> Sampler:
+    """Inpainting: after each step, put in what is known, noised to where the walk has come.
+
+    With one repeat this is the replacement method (Song et al. 2021, appendix I.2), in which what
+    is made up hardly heeds what is known. Each repeat more goes back from s to t by q(x_t | x_s)
+    and takes the step again, so that the two come to agree (Lugmayr et al. 2022, "RePaint",
+    Algorithm 1 with a jump of one step).
+
+    Args:
+      sampler: a `Sampler` of one step.
+      schedule: the denoiser's `Schedule`.
+      mask: 1 where the data is known, 0 where not; `[...]` or `[batch, ...]`.
+      y: the data, `[batch, ...]`; where the mask is 0 it does not matter.
+      repeats: how often to take each step.
+
+    Raises:
+      ValueError: if `repeats` is below 1; when called, if y has not the shape of the data.
+    """
+    if repeats < 1:
+        raise ValueError(f"{repeats=}: must be at least 1")
+
+    def step(key, state, t, s):
+        _check(lambda x: x, state.x, y)
+        known = jnp.broadcast_to(mask, y.shape).astype(y.dtype)
+        example_keys = keys.per_example(key, len(y))
+        draw = lambda k: keys.normal(k, y.shape, y.dtype)
+
+        def once(i, carry):
+            x_t, _ = carry
+            of_step, of_known, of_return = (keys.fold_in(example_keys, 3 * i + j) for j in range(3))
+            new = sampler.step(of_step, state._replace(x=x_t), t, s)
+            x_s = known * q_sample(schedule, y, s, draw(of_known)) + (1 - known) * new.x
+            mean, std = q_transition(schedule, x_s, s, t)
+            return mean + std * draw(of_return), new._replace(x=x_s)
+
+        return jax.lax.fori_loop(1, repeats, once, once(0, (state.x, state)))[1]
+
+    return Sampler(sampler.init, step, stochastic=True)
+
+
+def _check(operator, x, y):
+    shape = jax.eval_shape(operator, x).shape
+    if y.shape != shape:
+        raise ValueError(f"a measurement of shape {y.shape}: the operator gives {shape}")

@@ -1,0 +1,190 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffjax
+from diffjax import inverse, oracles
+
+SCHEDULE = diffjax.cosine(-10.0, 10.0)
+IMAGE = (2, 4, 4, 3)
+KERNEL = np.array([[0.1, 0.2, 0.0], [0.2, 0.3, 0.1], [0.0, 0.1, 0.0]])
+OPERATORS = {
+    "inpainting": inverse.inpainting(jnp.zeros((4, 4, 3)).at[1:3].set(1.0)),
+    "downsampling": inverse.downsampling(2),
+    "blurring": inverse.blurring(KERNEL),
+    "greying": inverse.greying(),
+}
+every_operator = pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
+
+
+def matrix(operator):
+    """A as a matrix on flattened images."""
+    basis = jnp.eye(48).reshape(48, 4, 4, 3)
+    return np.asarray(operator(basis).reshape(48, -1).T, np.float64)
+
+
+def images(oracle):
+    """A denoiser of flat vectors as one of images."""
+
+    def denoise(x_t, t, cond=None):
+        prediction = oracle(x_t.reshape(len(x_t), -1), t)
+        return diffjax.Prediction(*(p.reshape(x_t.shape) for p in prediction))
+
+    return denoise
+
+
+def posterior(mean, cov, a, y, noise):
+    """Mean and covariance of N(mean, cov) given y = a x + noise z."""
+    gain = cov @ a.T @ np.linalg.pinv(a @ cov @ a.T + noise**2 * np.eye(len(a)), rcond=1e-10)
+    return mean + gain @ (y - a @ mean), cov - gain @ a @ cov
+
+
+def test_a_blur_is_the_convolution_that_scipy_knows():
+    from scipy.ndimage import correlate
+
+    x = np.asarray(jax.random.normal(jax.random.key(0), IMAGE))
+    got = inverse.blurring(KERNEL)(jnp.asarray(x))
+    for i in range(2):
+        for c in range(3):
+            expected = correlate(x[i, ..., c], KERNEL, mode="constant")
+            np.testing.assert_allclose(got[i, ..., c], expected, atol=1e-6)
+
+
+@every_operator
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_pigdm_is_the_exact_posterior_score_of_isotropic_data(x64, operator, noise):
+    """With the score of p(x_t | y), in closed form, for every operator; at each noise level."""
+    d, std = 48, 0.5
+    mean = np.linspace(-0.5, 0.5, d)
+    denoise = images(oracles.gaussian(SCHEDULE, mean, std**2))
+    a = matrix(operator)
+    y = operator(jax.random.normal(jax.random.key(0), IMAGE))
+    guided = inverse.pigdm(denoise, SCHEDULE, operator, y, noise_std=noise, data_std=std)
+    x_t = jax.random.normal(jax.random.key(1), IMAGE)
+    got = jax.jit(guided)(x_t, t := jnp.array([0.2, 0.7]))
+    for i in range(2):
+        given = posterior(mean, std**2 * np.eye(d), a, np.asarray(y[i]).reshape(-1), noise)
+        alpha, sigma = schedule_at = SCHEDULE(t[i])
+        spread = alpha**2 * given[1] + sigma**2 * np.eye(d)
+        score = -np.linalg.solve(spread, np.asarray(x_t[i]).reshape(-1) - alpha * given[0])
+        np.testing.assert_allclose(-got.eps[i].reshape(-1) / sigma, score, rtol=2e-3, atol=2e-3)
+        explained = schedule_at[0] * got.x_0[i] + schedule_at[1] * got.eps[i]
+        np.testing.assert_allclose(explained, x_t[i], rtol=1e-6, atol=1e-8)
+
+
+def test_samples_by_pigdm_are_those_of_the_posterior():
+    """The mean and spread of 4000 draws, one measured and one free coordinate, with noise."""
+    std, noise = 0.5, 0.2
+    denoise = oracles.gaussian(SCHEDULE, [0.3, -0.2], std**2)
+    operator = lambda x: x[:, :1] + x[:, 1:]
+    y = jnp.full((4000, 1), 0.8)
+    guided = inverse.pigdm(denoise, SCHEDULE, operator, y, noise, std)
+    x_1 = diffjax.prior_sample(jax.random.key(0), SCHEDULE, (4000, 2))
+    walk = diffjax.dpm_solver_pp_2m(guided, SCHEDULE)
+    x_0, _ = diffjax.sample(jax.random.key(1), walk, x_1, diffjax.log_snr_times(SCHEDULE, 60))
+    mean, cov = posterior(
+        np.array([0.3, -0.2]), std**2 * np.eye(2), np.array([[1.0, 1.0]]), np.array([0.8]), noise
+    )
+    np.testing.assert_allclose(x_0.mean(0), mean, atol=0.03)
+    np.testing.assert_allclose(np.cov(x_0.T), cov, atol=0.02)
+
+
+CORRELATED = np.array([[0.25, 0.2], [0.2, 0.25]])
+FIRST = jnp.array([1.0, 0.0])
+
+
+def conditional(repeats=None, n=2000):
+    """Draws of the second coordinate, given that the first is 0.6, on correlated data."""
+    denoise = oracles.gaussian(SCHEDULE, [0.0, 0.0], CORRELATED)
+    y = jnp.broadcast_to(jnp.array([0.6, 0.0]), (n, 2))
+    x_1 = diffjax.prior_sample(jax.random.key(0), SCHEDULE, (n, 2))
+    sampler = diffjax.ancestral(denoise, SCHEDULE)
+    if repeats is None:
+        sampler, ts = inverse.dps(sampler, inverse.inpainting(FIRST), y * FIRST[None], 0.05), 200
+    else:
+        sampler, ts = inverse.repaint(sampler, SCHEDULE, FIRST, y, repeats), 50
+    return diffjax.sample(jax.random.key(1), sampler, x_1, diffjax.uniform_times(ts))[0]
+
+
+def test_repaint_comes_to_agree_with_what_is_known():
+    """The exact E[x_2 | x_1 = 0.6] is 0.48 and its std 0.3; replacing alone falls short of it."""
+    exact = posterior(np.zeros(2), CORRELATED, np.array([[1.0, 0.0]]), np.array([0.6]), 0.0)
+    replaced, repainted = conditional(1), conditional(10)
+    for x in (replaced, repainted):
+        np.testing.assert_allclose(x[:, 0], 0.6, atol=0.05)
+    off = [abs(float(x[:, 1].mean()) - exact[0][1]) for x in (replaced, repainted)]
+    assert off[1] < 0.05 and off[0] > 3 * off[1], off
+    np.testing.assert_allclose(repainted[:, 1].std(), np.sqrt(exact[1][1, 1]), atol=0.08)
+
+
+def test_dps_agrees_with_the_measurement_and_draws_the_rest_along():
+    """A heuristic: near the conditional mean, at a fraction of the prior's distance from it."""
+    x = conditional()
+    np.testing.assert_allclose(x[:, 0], 0.6, atol=0.1)
+    assert abs(x[:, 1].mean() - 0.48) < 0.25 * 0.48
+    assert x[:, 1].std() < 0.8 * np.sqrt(CORRELATED[1, 1])
+
+
+def test_dps_leaves_alone_what_is_neither_measured_nor_related():
+    denoise = oracles.gaussian(SCHEDULE, [0.0, 0.0], 0.25)
+    x_1 = diffjax.prior_sample(jax.random.key(0), SCHEDULE, (16, 2))
+    walk = diffjax.ancestral(denoise, SCHEDULE)
+    y = jnp.broadcast_to(jnp.array([0.6, 0.0]), (16, 2))
+    guided = inverse.dps(walk, inverse.inpainting(FIRST), y)
+    ts, key = diffjax.uniform_times(20), jax.random.key(1)
+    free, bound = (diffjax.sample(key, sampler, x_1, ts)[0] for sampler in (walk, guided))
+    np.testing.assert_allclose(bound[:, 1], free[:, 1], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(bound[:, 0], free[:, 0], atol=0.1)
+
+
+SOLVERS = {
+    "pigdm": lambda d, y: diffjax.ddim(
+        inverse.pigdm(d, SCHEDULE, inverse.inpainting(FIRST), y, 0.1, 0.5), SCHEDULE
+    ),
+    "dps": lambda d, y: inverse.dps(diffjax.ancestral(d, SCHEDULE), inverse.inpainting(FIRST), y),
+    "repaint": lambda d, y: inverse.repaint(diffjax.ancestral(d, SCHEDULE), SCHEDULE, FIRST, y, 2),
+}
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+def test_a_solution_does_not_depend_on_its_batch_mates(solver):
+    denoise = oracles.gaussian(SCHEDULE, [0.0, 0.0], CORRELATED)
+    y = jax.random.normal(jax.random.key(2), (6, 2))
+    x_1 = diffjax.prior_sample(jax.random.key(0), SCHEDULE, (6, 2))
+    ts = diffjax.uniform_times(5)
+    run = lambda n: diffjax.sample(jax.random.key(1), solver(denoise, y[:n]), x_1[:n], ts)[0]
+    np.testing.assert_allclose(run(6)[:2], run(2), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda d, x: inverse.pigdm(d, SCHEDULE, inverse.downsampling(2), x)(x, 0.5),
+            r"shape \(2, 4, 4, 3\): the operator gives \(2, 2, 2, 3\)",
+        ),
+        (
+            lambda d, x: inverse.dps(diffjax.ddim(d, SCHEDULE), inverse.greying(), x).step(
+                None, diffjax.samplers.init(x), 0.5, 0.4
+            ),
+            r"the operator gives \(2, 4, 4, 1\)",
+        ),
+        (
+            lambda d, x: inverse.repaint(
+                diffjax.ddim(d, SCHEDULE), SCHEDULE, jnp.ones(()), x[:1]
+            ).step(jax.random.key(0), diffjax.samplers.init(x), 0.5, 0.4),
+            r"the operator gives \(2, 4, 4, 3\)",
+        ),
+        (
+            lambda d, x: inverse.repaint(diffjax.ddim(d, SCHEDULE), SCHEDULE, FIRST, x, repeats=0),
+            "repeats=0",
+        ),
+        (lambda d, x: inverse.downsampling(0), "factor=0"),
+        (lambda d, x: inverse.downsampling(3)(x), "does not divide an image of 4 x 4"),
+    ],
+)
+def test_measurements_of_the_wrong_shape_are_refused(make, message):
+    denoise = images(oracles.gaussian(SCHEDULE, np.zeros(48), 1.0))
+    with pytest.raises(ValueError, match=message):
+        make(denoise, jnp.ones(IMAGE))
