@@ -6,6 +6,7 @@ any field of it (`--config.target=x_0`). What its names mean, and what cannot ru
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import sys
@@ -34,6 +35,10 @@ def _cosine_betas(steps: float = 1000, max_beta=0.999, log_snr_max=24.0):
     return schedules.from_betas(schedules.cosine_betas(int(steps), max_beta), log_snr_max)
 
 
+def _edm(p_mean=-1.2, p_std=1.2, sigma_data=0.5):
+    return functools.partial(weightings.edm, p_mean=p_mean, p_std=p_std, sigma_data=sigma_data)
+
+
 SCHEDULES: dict[str, Callable] = {
     "cosine": schedules.cosine,
     "linear": schedules.linear,
@@ -49,6 +54,10 @@ WEIGHTINGS: dict[str, Callable] = {
     "constant": lambda: weightings.constant,
     "elbo": lambda: weightings.elbo,
     "min_snr": weightings.min_snr,
+    "truncated_snr": lambda: weightings.truncated_snr,
+    "p2": lambda k=1.0, gamma=1.0: functools.partial(weightings.p2, k=k, gamma=gamma),
+    "edm": _edm,
+    "sigmoid": weightings.sigmoid,
 }
 SAMPLERS: dict[str, Callable] = {
     "ancestral": samplers.ancestral,

@@ -26,9 +26,9 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from . import keys, ode
-from .process import log_variance_ratio, q_sample, scales_at
+from .process import check_variance, log_variance_ratio, q_sample, scales_at
 from .schedules import Schedule, rate_at, time_at
-from .types import Array, Data, Denoiser, Key, Time, expand
+from .types import Array, Data, Denoiser, Key, LearnedPrediction, Prediction, Time, expand
 
 Nats = Float[Array, " batch"]
 
@@ -92,17 +92,7 @@ def denoising_term(
     2021, section 3.1.
     """
     x_t = q_sample(schedule, x_0, t, eps)
-    prediction = denoise(x_t, t)
-    alpha, sigma = scales_at(schedule, t, x_t)
-    # alpha dx_0 + sigma deps = 0: the two errors are one, which v sees at every noise level.
-    error = sigma * (x_0 - prediction.x_0) - alpha * (eps - prediction.eps)
-    squared = (alpha * error / (alpha**2 + sigma**2)) ** 2  # that of eps
-    if s is None:
-        return 0.5 * _sum(expand(rate_at(schedule, t), x_t) * squared)
-    gap = jnp.expm1(schedule.log_snr(s) - schedule.log_snr(t))
-    log_ratio = log_variance_ratio(schedule, prediction, x_t, t, s, variance)
-    spread = log_ratio + jnp.expm1(-log_ratio) + jnp.zeros_like(x_t)
-    return 0.5 * _sum(expand(gap, x_t) * squared * jnp.exp(-log_ratio) + spread)
+    return _kl(schedule, denoise(x_t, t), x_0, eps, t, s, variance)
 
 
 def reconstruction_term(
@@ -136,28 +126,50 @@ def reconstruction_term(
       ValueError: if `steps` or `levels` is below 2.
     """
     _check(steps=steps, levels=levels)
+    check_variance(variance)
     if steps is None:
         mean = x_0 + eps * jnp.exp(-schedule.log_snr(0.0) / 2).astype(x_0.dtype)  # x_t / alpha_t
         log_std = jnp.broadcast_to(-schedule.log_snr(0.0) / 2, x_0.shape)
         if levels is None:
             return -_sum(_log_normal(x_0, mean, log_std))
         return -_sum(_log_categorical(x_0, mean, log_std, levels))
-    t, later = 1 / steps, 2 / steps
-    x_t = q_sample(schedule, x_0, t, eps)
-    prediction = denoise(x_t, t)
-    sigma = scales_at(schedule, t, x_t)[1]
-    least = jnp.log(sigma) + 0.5 * jnp.log(
-        -jnp.expm1(schedule.log_snr(later) - schedule.log_snr(t)).astype(x_t.dtype)
-    )
-    log_std = jnp.broadcast_to(least, x_0.shape)
-    if variance == "learned":
-        # Between that and sigma_t, the beta of the first step.
-        whole = log_variance_ratio(schedule, prediction, x_t, later, t, "beta")
-        share = log_variance_ratio(schedule, prediction, x_t, later, t, "learned") / whole
-        log_std = least + share * (jnp.log(sigma) - least)
-    if levels is None:
-        return -_sum(_log_normal(x_0, prediction.x_0, log_std))
-    return -_sum(_log_cell(x_0, prediction.x_0, log_std, levels))
+    prediction = denoise(q_sample(schedule, x_0, 1 / steps, eps), 1 / steps)
+    return _from_first_step(schedule, prediction, x_0, steps, variance, levels)
+
+
+def bound_term(
+    schedule: Schedule,
+    prediction: Prediction | LearnedPrediction,
+    x_0: Data,
+    eps: Data,
+    t: Time,
+    steps: int,
+    variance: str = "learned",
+    levels: int | None = 256,
+) -> Nats:
+    """The term of the discrete bound at t = i/T: reconstruction for i = 1, else the KL, in nats.
+
+    Args:
+      schedule: a `Schedule`.
+      prediction: a denoiser's at x_t = alpha_t x_0 + sigma_t eps.
+      x_0: clean data `[batch, ...]`.
+      eps: the noise, of the same shape.
+      t: times on the grid, `[]` or `[batch]`.
+      steps: T, at least 2.
+      variance: that of the decoder.
+      levels: how many values from -1 to 1 a number of the data may have; None if it is continuous.
+
+    Raises:
+      ValueError: if `steps` or `levels` is below 2.
+    """
+    _check(steps=steps, levels=levels)
+    first = jnp.broadcast_to(jnp.round(t * steps) <= 1, x_0.shape[:1])
+    # Where another term is asked for, none may be singular: gradients would see it.
+    t = jnp.where(first, 2 / steps, t)
+    denoising = _kl(schedule, prediction, x_0, eps, t, t - 1 / steps, variance)
+    here = prediction._replace(x_0=jnp.where(expand(first, x_0) > 0, prediction.x_0, x_0))
+    start = _from_first_step(schedule, here, x_0, steps, variance, levels)
+    return jnp.where(first, start, denoising)
 
 
 def elbo(
@@ -333,6 +345,37 @@ def flow_log_likelihood(
     log_std = jnp.log(jax.nn.sigmoid(-schedule.log_snr(1.0))) / 2  # sigma_1 / radius
     log_prior = _log_normal(y, jnp.zeros_like(y), jnp.broadcast_to(log_std, y.shape))
     return _sum(log_prior - jnp.log(r_0)) + gained
+
+
+def _kl(schedule, prediction, x_0, eps, t, s, variance):
+    """`denoising_term`, of a prediction."""
+    alpha, sigma = scales_at(schedule, t, x_0)
+    # alpha dx_0 + sigma deps = 0: the two errors are one, which v sees at every noise level.
+    error = sigma * (x_0 - prediction.x_0) - alpha * (eps - prediction.eps)
+    squared = (alpha * error / (alpha**2 + sigma**2)) ** 2  # that of eps
+    if s is None:
+        return 0.5 * _sum(expand(rate_at(schedule, t), x_0) * squared)
+    gap = expand(jnp.expm1(schedule.log_snr(s) - schedule.log_snr(t)), x_0)
+    log_ratio = log_variance_ratio(schedule, prediction, x_0, t, s, variance)
+    spread = log_ratio + jnp.expm1(-log_ratio) + jnp.zeros_like(x_0)
+    return 0.5 * _sum(gap * squared * jnp.exp(-log_ratio) + spread)
+
+
+def _from_first_step(schedule, prediction, x_0, steps, variance, levels):
+    """`reconstruction_term` in discrete time, of a prediction at t = 1/T."""
+    t, later = 1 / steps, 2 / steps
+    log_sigma = jnp.log(scales_at(schedule, t, x_0)[1])
+    forgotten = -jnp.expm1(schedule.log_snr(later) - schedule.log_snr(t))
+    log_std = log_sigma + 0.5 * expand(jnp.log(forgotten), x_0)
+    if variance == "learned":
+        # From there up to sigma_t, the beta of the first step.
+        share = log_variance_ratio(schedule, prediction, x_0, later, t, "learned")
+        share /= log_variance_ratio(schedule, prediction, x_0, later, t, "beta")
+        log_std = log_std + share * (log_sigma - log_std)
+    log_std = jnp.broadcast_to(log_std, x_0.shape)
+    if levels is None:
+        return -_sum(_log_normal(x_0, prediction.x_0, log_std))
+    return -_sum(_log_cell(x_0, prediction.x_0, log_std, levels))
 
 
 def _exact_divergence(f, y):

@@ -134,7 +134,9 @@ def gaussian_mixture(
     def denoise(x_t, t, cond=None):
         log_joint, *parts = posterior(x_t, t)
         share = jax.nn.softmax(log_joint, axis=-1)
-        return Prediction(*(_dot("bk,bkd->bd", share, p).astype(jnp.result_type(x_t)) for p in parts))
+        return Prediction(
+            *(_dot("bk,bkd->bd", share, p).astype(jnp.result_type(x_t)) for p in parts)
+        )
 
     def log_density(x_t, t):
         log_joint = posterior(x_t, t)[0]

@@ -215,6 +215,62 @@ def _rectified_flow(log_snr_min, log_snr_max, t):
     return 2 * (jnp.log(last + (1 - t) * span) - jnp.log(first + t * span))
 
 
+def monotone(
+    params: dict[str, Array],
+    log_snr_min: Scalar = -10.0,
+    log_snr_max: Scalar = 10.0,
+    scales: Scales = vp,
+) -> Schedule:
+    """A schedule to be learned: any falling curve between two ends, by gradient on `params`.
+
+    log_snr = max - (max - min) (g(t) - g(0)) / (g(1) - g(0)), where g is a line plus sigmoids, all
+    of positive slope (Kingma et al. 2021, appendix H). The bound in continuous time depends on the
+    ends alone; what lies between changes the variance of its estimate, so VDM trains it on the mean
+    squared loss (appendix I.2):
+
+        variance = lambda p: jnp.mean(diffusion_loss(key, network, monotone(p), target, x_0,
+                                                     weight=weightings.elbo) ** 2)
+        gradient = jax.grad(variance)(params)
+
+    Args:
+      params: of `monotone_params`.
+      log_snr_min: log-SNR at t = 1; may be learned too.
+      log_snr_max: log-SNR at t = 0; may be learned too.
+      scales: how log-SNR splits into alpha and sigma.
+
+    Raises:
+      ValueError: if `log_snr_min >= log_snr_max`.
+    """
+    _require_decreasing(log_snr_min, log_snr_max)
+    return Schedule(Partial(_monotone, params, log_snr_min, log_snr_max), Partial(scales))
+
+
+def monotone_params(width: int = 32) -> dict[str, Array]:
+    """The parameters of a nearly straight `monotone` schedule: log-slopes and centres, `[width]`.
+
+    Raises:
+      ValueError: if `width` is below 1.
+    """
+    if width < 1:
+        raise ValueError(f"{width=}: must be at least 1")
+    centres = (jnp.arange(width) + 0.5) / width
+    flat = jnp.zeros(width)
+    return {"line": jnp.zeros(()), "height": flat - 3.0, "slope": flat + 2.0, "centre": centres}
+
+
+def _monotone(params, log_snr_min, log_snr_max, t):
+    def g(t):
+        t = jnp.asarray(t)
+        height, slope, centre = (
+            params[name].reshape(-1, *[1] * t.ndim) for name in ("height", "slope", "centre")
+        )
+        bumps = jnp.exp(height) * jax.nn.sigmoid(jnp.exp(slope) * (t[None] - centre))
+        return jnp.exp(params["line"]) * t + bumps.sum(0)
+
+    first, last = g(0.0), g(1.0)
+    return log_snr_max - (log_snr_max - log_snr_min) * (g(t) - first) / (last - first)
+
+
 def shift(schedule: Schedule, by: Scalar) -> Schedule:
     """The same schedule with `by` added to its log-SNR at every t.
 

@@ -13,7 +13,7 @@ from .types import Array, Key
 
 Params = Any
 Batch = dict[str, Any]
-LossFn = Callable[[Key, Params, Batch], Array]
+LossFn = Callable[..., Array]
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -36,13 +36,16 @@ class TrainState(flax.struct.PyTreeNode):
     extra: Any = ()
 
 
-def init_state(key: Key, params: Params, tx: optax.GradientTransformation) -> TrainState:
+def init_state(
+    key: Key, params: Params, tx: optax.GradientTransformation, extra: Any = ()
+) -> TrainState:
     """The state before the first step.
 
     Args:
       key: the run's key, one.
       params: initial parameters.
       tx: the optimiser.
+      extra: what a method carries along, if it does.
 
     >>> state = init_state(jax.random.key(0), {"w": jnp.ones(3)}, optax.adam(1e-3))
     >>> int(state.step)
@@ -55,6 +58,7 @@ def init_state(key: Key, params: Params, tx: optax.GradientTransformation) -> Tr
         ema_params=jax.tree.map(jnp.copy, params),
         opt_state=tx.init(params),
         key=keys.typed(key),
+        extra=extra,
     )
 
 
@@ -67,6 +71,7 @@ def train_step(
     ema_decay: float | Callable[[Array], Array],
     axis_name: str | None = None,
     accumulate: int = 1,
+    remember: Callable[[Any, Key, Array, Array], Any] | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step of gradient descent on the mean loss, and of the moving average.
 
@@ -80,6 +85,9 @@ def train_step(
       axis_name: the mapped axis to average over under `pmap` or `shard_map`; None under `jit`.
       accumulate: how many equal parts of the batch to take one after the other, to save memory;
         the result is the same.
+      remember: for a method that carries `state.extra` along: (extra, key of this step, index
+        `[global batch]` in ascending order, losses of these) -> the next extra. `loss_fn` is then
+        given the extra too, as its fourth argument.
 
     Returns:
       The new state, and metrics: `loss`, the mean over the global batch, and `grad_norm`, the
@@ -97,13 +105,26 @@ def train_step(
     ([1.0, 1.0], 2.0)
     """
     key = keys.fold_in(state.key, state.step)
+    given = () if remember is None else (state.extra,)
 
     def loss_and_grads(batch):
-        return jax.value_and_grad(lambda p: jnp.mean(loss_fn(key, p, batch)))(state.params)
+        def mean_loss(params):
+            losses = loss_fn(key, params, batch, *given)
+            return jnp.mean(losses), losses
 
-    loss, grads = _mean_over_parts(loss_and_grads, batch, accumulate)
+        (loss, losses), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+        return (loss, grads), (batch["index"], losses)
+
+    (loss, grads), seen = _mean_over_parts(loss_and_grads, batch, accumulate)
     if axis_name is not None:
         loss, grads = jax.lax.pmean((loss, grads), axis_name)
+    extra = state.extra
+    if remember is not None:
+        if axis_name is not None:
+            seen = jax.lax.all_gather(seen, axis_name, tiled=True)
+        # In one order on every layout, because what is remembered may depend on it.
+        index, losses = jax.lax.sort(seen)
+        extra = remember(extra, key, index, losses)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     decay = ema_decay(state.step) if callable(ema_decay) else ema_decay
@@ -112,6 +133,7 @@ def train_step(
         params=params,
         ema_params=optax.incremental_update(params, state.ema_params, 1 - decay),
         opt_state=opt_state,
+        extra=extra,
     )
     return state, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
 
@@ -131,6 +153,7 @@ def ema_warmup(decay: float) -> Callable[[Array], Array]:
 
 
 def _mean_over_parts(f, batch, parts):
+    """The mean over equal parts of what f says first, and all of what it says second, `[batch]`."""
     size = len(batch["index"])
     if size % parts:
         raise ValueError(f"a batch of {size} per device does not split into {parts} equal parts")
@@ -140,7 +163,12 @@ def _mean_over_parts(f, batch, parts):
     split = lambda x: x.reshape(size // parts, parts, *x.shape[1:]).swapaxes(0, 1)
     batches = jax.tree.map(split, batch)
     first = jax.tree.map(lambda x: x[0], batches)
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(f, first))
-    add = lambda total, part: (jax.tree.map(jnp.add, total, f(part)), None)
-    total, _ = jax.lax.scan(add, zero, batches)
-    return jax.tree.map(lambda x: x / parts, total)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(f, first)[0])
+
+    def add(total, part):
+        mean, each = f(part)
+        return jax.tree.map(jnp.add, total, mean), each
+
+    total, each = jax.lax.scan(add, zero, batches)
+    join = lambda x: x.swapaxes(0, 1).reshape(size, *x.shape[2:])
+    return jax.tree.map(lambda x: x / parts, total), jax.tree.map(join, each)

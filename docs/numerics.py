@@ -73,6 +73,14 @@ def rectified_flow(low, high):
     return lambda t: 2 * log((1 - u(t)) / u(t))
 
 
+def monotone(width, low, high):
+    """A line and sigmoids at the middles of equal parts, of heights e^-3 and slopes e^2."""
+    centres, one = exact((np.arange(width) + 0.5) / width), mp.mpf(1)
+    bumps = lambda t: sum(mp.exp(-3) / (1 + exp(mp.exp(2) * (c - t))) for c in centres)
+    g = lambda t: t + bumps(t)
+    return lambda t: high - (high - low) * (g(t) - g(0 * one)) / (g(one) - g(0 * one))
+
+
 def discrete(abar, low=-24, high=24):
     """The log-SNR of the cumulative products abar at t = i / T, straight lines between."""
     nodes = [mp.mpf(high), *(mp.log(a / (1 - a)) if a else mp.mpf(low) for a in abar)]
@@ -115,6 +123,7 @@ SCHEDULES = {
     "log_uniform": (diffjax.log_uniform(), log_uniform("0.002", 80), VE),
     "log_uniform_vp": (WIDE, log_uniform("0.001", 1000), VP),
     "rectified_flow": (diffjax.rectified_flow(), rectified_flow(-14, 14), FLOW),
+    "monotone": (diffjax.monotone(diffjax.monotone_params()), monotone(32, -10, 10), VP),
     "shift": (diffjax.shift(diffjax.cosine(), -2.0), lambda t: cosine(-15, 15)(t) - 2, VP),
     "linear_betas": (TABLE(diffjax.linear_betas(1000)), discrete(DDPM), VP),
     "scaled_linear_betas": (TABLE(diffjax.scaled_linear_betas(1000)), discrete(LATENT), VP),

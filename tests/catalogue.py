@@ -17,6 +17,7 @@ SCHEDULES = {
     "log_uniform": diffjax.log_uniform(),
     "log_uniform_vp": diffjax.log_uniform(0.001, 1000.0, scales=diffjax.vp),
     "rectified_flow": diffjax.rectified_flow(),
+    "monotone": diffjax.monotone(diffjax.monotone_params()),
     "shift": diffjax.shift(diffjax.cosine(), -2.0),
     "linear_betas": diffjax.from_betas(diffjax.linear_betas(1000)),
     "scaled_linear_betas": diffjax.from_betas(diffjax.scaled_linear_betas(1000)),
@@ -29,6 +30,10 @@ WEIGHTINGS = {
     "constant": weightings.constant,
     "elbo": weightings.elbo,
     "min_snr": weightings.min_snr(5.0),
+    "truncated_snr": weightings.truncated_snr,
+    "p2": weightings.p2,
+    "edm": weightings.edm,
+    "sigmoid": weightings.sigmoid(-1.0),
 }
 SAMPLERS = {
     "ancestral": diffjax.ancestral,

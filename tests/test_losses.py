@@ -5,7 +5,7 @@ import pytest
 
 import diffjax
 from catalogue import SCHEDULES, TARGETS, WEIGHTINGS
-from diffjax import weightings
+from diffjax import likelihood, losses, oracles, weightings
 from diffjax.schedules import rate_at
 
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
@@ -119,6 +119,213 @@ def test_discrete_elbo_weight_is_ddpms_coefficient(x64):
         t = jnp.asarray(i / 1000)
         got = weightings.elbo(schedule.log_snr(t), rate_at(schedule, t, 1000))
         np.testing.assert_allclose(got, coefficient, rtol=1e-7)
+
+
+@pytest.mark.parametrize("weight", WEIGHTINGS.values(), ids=WEIGHTINGS)
+@pytest.mark.parametrize("target", ["x_0", "eps", "v", "F"])
+@pytest.mark.parametrize("density", [None, lambda t: 2 * t], ids=["uniform", "linear"])
+def test_the_effective_weight_is_what_the_gradients_do(x64, target, weight, density):
+    """A network that errs by theta_j in the j-th stretch of log-SNR, on data at zero.
+
+    The loss then is the sum of theta_j^2 times the integral of the effective weight over stretch
+    j, and its gradient twice theta_j times that.
+    """
+    schedule = diffjax.cosine(-6.0, 6.0)
+    edges = jnp.linspace(-5, 5, 6)
+    theta = jnp.array([1.0, -2.0, 0.5, 1.5, -1.0])
+    n = 20000
+    t = (jnp.arange(n) + 0.5) / n
+    importance = jnp.ones(n) if density is None else density(t)
+
+    def loss(theta):
+        def network(x_t, log_snr, cond):
+            j = jnp.searchsorted(edges, log_snr) - 1
+            inside = (log_snr > edges[0]) & (log_snr < edges[-1])
+            x_0 = jnp.where(inside, theta[jnp.clip(j, 0, 4)], 0.0)[:, None]
+            alpha, sigma = (scale[:, None] for scale in schedule.scales(log_snr))
+            return diffjax.convert(x_0, x_t, alpha, sigma, "x_0", target)
+
+        each = diffjax.diffusion_loss(
+            jax.random.key(0), network, schedule, target, jnp.zeros((n, 1)), weight=weight, t=t
+        )
+        return jnp.mean(importance * each)
+
+    weighs = diffjax.effective_weight(schedule, target, weight, density)
+    grid = jnp.linspace(edges[:-1], edges[1:], 2001)
+    areas = jnp.trapezoid(weighs(grid.reshape(-1)).reshape(grid.shape), grid, axis=0)
+    np.testing.assert_allclose(jax.grad(loss)(theta), 2 * theta * areas, rtol=2e-3)
+
+
+def test_effective_weights_that_the_papers_state(x64):
+    log_snr = jnp.linspace(-8, 8, 33)
+    weighs = lambda *a: diffjax.effective_weight(*a)(log_snr)
+    cosine, flow = diffjax.cosine(), diffjax.rectified_flow()
+    # The bound is half the SNR whatever the schedule and the target.
+    for schedule in (cosine, flow):
+        for target in TARGETS:
+            got = weighs(schedule, target, weightings.elbo)
+            np.testing.assert_allclose(got, jnp.exp(log_snr) / 2, rtol=1e-6)
+    faded = weighs(cosine, "v", weightings.sigmoid(2.0)) / weighs(cosine, "v", weightings.elbo)
+    np.testing.assert_allclose(faded, 1 / (1 + jnp.exp(log_snr - 2)), rtol=1e-6)
+    # Kingma & Gao 2023, table 1: DDPM's L_simple on the cosine schedule is sech(log_snr / 2).
+    simple = weighs(cosine, "eps", weightings.constant) / (jnp.exp(log_snr) / 2)
+    shape = 1 / jnp.cosh(log_snr / 2)
+    np.testing.assert_allclose(simple / shape, simple[16] / shape[16], rtol=1e-3)
+    # EDM: in the space of F a normal density of log-SNR, of mean 2.4 and standard deviation 2.4.
+    a, b = diffjax.TARGETS["F"](*cosine.scales(log_snr))
+    alpha, sigma = cosine.scales(log_snr)
+    f_per_x_0 = (a * sigma - b * alpha) / sigma
+    density = weighs(cosine, "F", weightings.edm) / f_per_x_0**2
+    np.testing.assert_allclose(density, jax.scipy.stats.norm.pdf(log_snr, 2.4, 2.4), rtol=1e-6)
+    on_x_0 = lambda weight: weight(log_snr, log_snr) * jnp.exp(log_snr)
+    np.testing.assert_allclose(
+        on_x_0(weightings.truncated_snr), jnp.maximum(jnp.exp(log_snr), 1), rtol=1e-9
+    )
+    np.testing.assert_allclose(weightings.p2(log_snr, log_snr)[16], 0.5)
+
+
+def learned(x_t, log_snr, cond=None, scale=1.0, slope=0.3):
+    """A network of twice the channels: the second half says the variance."""
+    return jnp.concatenate([scale * jnp.sin(x_t), jnp.tanh(slope * x_t)], -1)
+
+
+def test_the_hybrid_loss_learns_the_mean_by_one_part_and_the_variance_by_the_other(x64):
+    """Nichol & Dhariwal 2021, equation 16: no gradient of the bound reaches the mean."""
+    schedule, steps = diffjax.from_betas(diffjax.linear_betas(20, 1e-3, 0.3)), 20
+    x_0 = jnp.linspace(-1, 1, 6 * 4).reshape(6, 4)
+    t = jnp.array([1, 2, 5, 10, 15, 20]) / steps
+    key = jax.random.key(0)
+    mean = lambda loss, **kw: (
+        lambda scale, slope: loss(
+            key,
+            lambda x, l, c: learned(x, l, c, scale, slope),
+            schedule,
+            "eps",
+            x_0,
+            t=t,
+            steps=steps,
+            **kw,
+        ).mean()
+    )
+    whole = jax.grad(mean(diffjax.hybrid_loss, bound_weight=0.01), (0, 1))(1.0, 0.3)
+    bound = jax.grad(mean(diffjax.bound_loss), (0, 1))(1.0, 0.3)
+    simple = jax.grad(
+        lambda scale: diffjax.diffusion_loss(
+            key, lambda x, l, c: scale * jnp.sin(x), schedule, "eps", x_0, t=t, steps=steps
+        ).mean()
+    )(1.0)
+    np.testing.assert_allclose(whole[0], simple, rtol=1e-9)
+    np.testing.assert_allclose(whole[1], 0.01 * bound[1], rtol=1e-9)
+    assert abs(bound[0]) > 0 and abs(bound[1]) > 0
+
+
+@pytest.mark.parametrize("variance", ["posterior", "learned"])
+def test_the_mean_of_the_bound_loss_over_all_steps_is_the_bound(x64, variance):
+    schedule, steps = diffjax.from_betas(diffjax.linear_betas(10, 1e-3, 0.3)), 10
+    network = learned if variance == "learned" else lambda x, l, c: jnp.sin(x)
+    x_0 = jnp.broadcast_to(jnp.array([[-1.0, -0.2, 0.6, 1.0]]), (5000, 4))
+    each = [
+        losses.bound_loss(
+            jax.random.key(i),
+            network,
+            schedule,
+            "eps",
+            x_0,
+            t=i / steps,
+            steps=steps,
+            variance=variance,
+        )
+        for i in range(1, steps + 1)
+    ]
+    denoise = diffjax.denoiser(network, schedule, "eps", learned_variance=variance == "learned")
+    exact = likelihood.elbo(
+        jax.random.key(0), denoise, schedule, x_0, steps, variance=variance, samples=None
+    )
+    nats = 4 * np.mean(each)
+    np.testing.assert_allclose(nats, (exact.reconstruction + exact.denoising).mean(), rtol=0.02)
+
+
+def test_the_best_learned_variance_is_the_true_one(x64):
+    """On Gaussian data the gradient of the bound vanishes where the reverse's variance is right."""
+    schedule, steps, std = diffjax.cosine(-8.0, 8.0), 8, 0.6
+    t, s = 5 / steps, 4 / steps
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule(t), schedule(s)
+    c = jnp.exp(schedule.log_snr(t) - schedule.log_snr(s))
+    spread = lambda alpha, sigma: alpha**2 * std**2 + sigma**2
+    true = spread(alpha_s, sigma_s) * sigma_t**2 * (1 - c) / spread(alpha_t, sigma_t)
+    best = jnp.log(true / (sigma_s**2 * (1 - c))) / jnp.log(sigma_t**2 / sigma_s**2)
+    oracle = oracles.gaussian(schedule, [0.0], std**2)
+
+    def network(fraction):
+        def f(x_t, log_snr, cond):
+            raw = jnp.full_like(x_t, 2 * fraction - 1)
+            return jnp.concatenate([oracle(x_t, t).eps, raw], -1)
+
+        return f
+
+    z = jax.scipy.stats.norm.ppf((jnp.arange(400) + 0.5) / 400)
+    x_0 = jnp.tile(std * z, 50)[:, None]
+    loss = lambda fraction: losses.bound_loss(
+        jax.random.key(0), network(fraction), schedule, "eps", x_0, t=t, steps=steps
+    ).mean()
+    slope = jax.grad(loss)
+    assert slope(best - 0.1) < 0 < slope(best + 0.1)
+    assert abs(slope(best)) < 0.1 * slope(best + 0.1)
+
+
+def test_gradients_of_the_bound_are_finite_at_both_ends_of_the_values_and_of_the_steps():
+    schedule, steps = diffjax.from_betas(diffjax.linear_betas(1000)), 1000
+    x_0 = jnp.tile(jnp.array([-1.0, -0.5, 0.0, 1.0]), (4, 1))
+    t = jnp.array([1, 2, 500, 1000]) / steps
+    for dress in (1.0, 30.0):  # a network that is far off, too
+        slope = jax.grad(
+            lambda p, dress=dress: losses.bound_loss(
+                jax.random.key(0),
+                lambda x, l, c: dress * learned(x, l, c, p, p),
+                schedule,
+                "eps",
+                x_0,
+                t=t,
+                steps=steps,
+            ).sum()
+        )(0.3)
+        assert jnp.isfinite(slope)
+
+
+def test_losses_are_remembered_as_in_a_queue_for_each_time():
+    """improved-diffusion's LossSecondMomentResampler, in plain Python."""
+    steps, n = 5, 3
+    history, queues = diffjax.loss_history(steps, n), [[] for _ in range(steps)]
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        i, loss = rng.integers(1, steps + 1, 8), rng.random(8).astype(np.float32)
+        history = diffjax.remember_losses(history, jnp.asarray(i / steps), jnp.asarray(loss))
+        for j, value in zip(i, loss, strict=True):
+            queues[j - 1] = [*queues[j - 1], value][-n:]
+    for row, seen, queue in zip(history.losses, history.seen, queues, strict=True):
+        assert int(seen) == len(queue)
+        np.testing.assert_allclose(row[: len(queue)], queue)
+
+
+def test_loss_aware_times_follow_the_losses_and_their_weights_keep_the_mean():
+    steps = 8
+    size = jnp.array([8.0, 4.0, 2.0, 1.0, 1.0, 1.0, 1.0, 2.0])
+    full = diffjax.LossHistory(jnp.tile(size[:, None], 3), jnp.full(steps, 3))
+    t, weight = diffjax.loss_aware_times(jax.random.key(0), full, 8000)
+    counts = np.bincount(np.round(t * steps).astype(int) - 1, minlength=steps) / 8000
+    np.testing.assert_allclose(counts, 0.999 * size / 20 + 0.001 / 8, atol=2e-3)
+    f = lambda t: jnp.cos(3 * t) + 2
+    np.testing.assert_allclose(jnp.mean(weight * f(t)), np.mean(f(np.arange(1, 9) / 8)), rtol=2e-2)
+    part = diffjax.loss_aware_times(jax.random.key(0), full, 8000, jnp.array([7, 2]))
+    assert jnp.array_equal(part[0], t[jnp.array([7, 2])])
+    # One loss is still missing: uniform.
+    t, weight = diffjax.loss_aware_times(
+        jax.random.key(0), full._replace(seen=full.seen.at[0].set(2)), 64
+    )
+    np.testing.assert_allclose(weight, 1)
+    assert (np.bincount(np.round(t * steps).astype(int) - 1) == 8).all()
+    with pytest.raises(ValueError, match="steps=0"):
+        diffjax.loss_history(0)
 
 
 def test_min_snr_caps_the_x_0_weight_at_gamma():

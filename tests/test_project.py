@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "targets": {"types"},
     "process": {"types", "keys", "schedules"},
     "denoisers": {"types", "schedules", "process", "targets"},
-    "losses": {"types", "keys", "schedules", "process", "targets", "weightings"},
+    "losses": {"types", "keys", "schedules", "process", "targets", "weightings"}
+    | {"denoisers", "likelihood"},
     "ode": {"types", "schedules", "process"},
     "oracles": {"types", "keys", "schedules", "process", "ode"},
     "samplers": {"types", "keys", "schedules", "process", "ode", "samplers"},
@@ -91,7 +92,8 @@ def test_the_catalogue_is_complete():
         assert f"diffjax.{name}(" in made, name
     for name in public(diffjax.samplers, diffjax.Sampler):
         assert f"diffjax.{name}" in made, name
-    for name in ("constant", "elbo", *public(weightings, weightings.Weighting)):
+    plain = ("constant", "elbo", "truncated_snr", "p2", "edm")
+    for name in (*plain, *public(weightings, weightings.Weighting)):
         assert f"weightings.{name}" in made, name
     assert set(config.SCHEDULES) <= set(SCHEDULES)
     assert set(config.SAMPLERS) <= set(SAMPLERS)

@@ -69,6 +69,29 @@ def test_accumulation_changes_nothing(parts):
         run(state, batch_of(8), accumulate=3)
 
 
+@pytest.mark.parametrize("layout", ["parts", "pmap", "shuffled"])
+def test_what_a_method_remembers_is_the_same_on_every_layout(layout):
+    """Losses reach `remember` whole and in the order of the global batch."""
+    tx = optax.sgd(0.1)
+    state = init_state(jax.random.key(0), jnp.ones(2), tx, extra=jnp.zeros(16))
+    loss_fn = lambda key, params, batch, extra: quadratic(key, params, batch) + 0 * extra[0]
+    remember = lambda extra, key, index, losses: 0.5 * extra + losses * (1 + index)
+    run = functools.partial(train_step, loss_fn=loss_fn, tx=tx, ema_decay=0.9, remember=remember)
+    batch = batch_of(16)
+    expected, _ = run(state, batch)
+    assert jnp.abs(expected.extra).min() > 0
+    if layout == "parts":
+        got, _ = run(state, batch, accumulate=4)
+    elif layout == "shuffled":
+        got, _ = run(state, {k: v[::-1] for k, v in batch.items()})
+    else:
+        step = jax.pmap(
+            functools.partial(run, axis_name="batch"), "batch", in_axes=(None, 0), out_axes=None
+        )
+        got, _ = step(state, {k: v.reshape(8, 2, *v.shape[1:]) for k, v in batch.items()})
+    np.testing.assert_allclose(got.extra, expected.extra, rtol=1e-6)
+
+
 def test_the_steps_draw_anew():
     tx = optax.sgd(0.0)
     state = init_state(jax.random.key(0), jnp.ones(2), tx)
