@@ -21,26 +21,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import diffjax
 from diffjax import checkpoint, data, evaluation, experiment, keys, metrics, parallel, plots
 from diffjax.config import Config, parse
 from diffjax.models import MODELS
 from diffjax.training import Batch, ema_warmup, init_state, train_step
 
 
-def make_loss(config: Config, network: Callable) -> Callable[..., jax.Array]:
+def make_loss(
+    config: Config, network: Callable, times: experiment.Times, levels: int | None
+) -> Callable[..., jax.Array]:
     """The loss of each example, a pure function; this is the place to try an idea.
 
     Example i draws from `key` folded with its position in the global batch, so that nothing
     depends on how the batch is split over devices.
     """
-    schedule = experiment.make_schedule(config)
-    weight = experiment.make_weighting(config)
+    objective = experiment.make_objective(config, levels)  # diffjax.diffusion_loss, all bound
 
-    def loss_fn(key, params, batch, train=True):
-        key_times, key_noise, key_label, key_dropout = jax.random.split(key, 4)
+    def loss_fn(key, params, batch, extra=(), train=True):
+        _, key_noise, key_label, key_dropout = jax.random.split(key, 4)
         index = batch["index"]
-        t = diffjax.sample_times(key_times, config.batch_size, config.time_steps, index)
+        t, weight = times.draw(key, extra, index)
 
         cond = None
         if config.model.labels:
@@ -54,17 +54,7 @@ def make_loss(config: Config, network: Callable) -> Callable[..., jax.Array]:
         net = functools.partial(network, params)
         if train and config.model.dropout:
             net = functools.partial(net, dropout=keys.fold_in(key_dropout, index))
-        return diffjax.diffusion_loss(
-            keys.fold_in(key_noise, index),
-            net,
-            schedule,
-            config.target,
-            batch["x"],
-            cond,
-            weight,
-            t,
-            config.time_steps,
-        )
+        return weight * objective(keys.fold_in(key_noise, index), net, batch["x"], cond, t)
 
     return loss_fn
 
@@ -85,7 +75,8 @@ def train(config: Config, workdir: Path) -> None:
     # The network, its loss and its optimiser: pure functions.
     network = experiment.make_network(config)
     shape = train_set.x.shape[1:]
-    loss_fn = make_loss(config, network)
+    times = experiment.make_times(config)
+    loss_fn = make_loss(config, network, times, data.levels(config.data.name, train_set))
     learning_rate = jax.jit(experiment.make_learning_rate(config.optimizer))
     tx = experiment.make_optimizer(config.optimizer)
 
@@ -95,7 +86,7 @@ def train(config: Config, workdir: Path) -> None:
         x, cond = jnp.zeros((1, *shape)), {"label": jnp.zeros(1, jnp.int32)}
         module = MODELS[type(config.model)](config.model)
         params = module.init(streams.params, x, jnp.zeros(1), cond)["params"]
-        return init_state(streams.train, params, tx)
+        return init_state(streams.train, params, tx, times.init())
 
     # The same functions on every device there is.
     runner = parallel.RUNNERS[config.parallel]()
@@ -106,10 +97,11 @@ def train(config: Config, workdir: Path) -> None:
             tx=tx,
             ema_decay=ema_warmup(config.ema),
             accumulate=config.optimizer.accumulate,
+            remember=times.remember,
         )
     )
     held_out_fn = runner.map(
-        lambda params, batch: loss_fn(streams.held_out, params, batch, train=False)
+        lambda params, batch: loss_fn(streams.held_out, params, batch, times.init(), train=False)
     )
     generate_fn = runner.map(experiment.make_generate(config, network, shape))
 

@@ -182,6 +182,11 @@ class Config:
     """Weight of the loss over log-SNR; unit: each target scaled to variance one."""
     weighting_options: Options = dataclasses.field(default_factory=dict)
     """Its options."""
+    bound_weight: float | None = None
+    """Learn the decoder's variance too, by this weight on the bound (0.001 in improved DDPM); it
+    needs time_steps, and a model of twice the data's out_channels. None: do not."""
+    loss_aware_times: bool = False
+    """Draw times where the loss has been large; it needs time_steps."""
     label_drop: float = 0.1
     """Probability of training without the label, where the model has a null label."""
     model: UNetConfig | MLPConfig = UNetConfig()  # noqa: RUF009, it is frozen

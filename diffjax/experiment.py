@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import keys, samplers, schedules, targets, weightings
+from . import keys, likelihood, losses, samplers, schedules, targets, weightings
 from .config import SAMPLERS, SCHEDULES, TIMES, WEIGHTINGS, Config, Optimizer
 from .data import DATASETS, Examples
 from .denoisers import classifier_free, clip_x_0, denoiser, unit_output
@@ -49,6 +50,23 @@ def check(config: Config) -> None:
         (
             config.time_steps is None or config.time_steps >= 1,
             f"time_steps={config.time_steps}: must be at least 1, or None",
+        ),
+        (
+            config.time_steps is not None
+            or not (config.loss_aware_times or config.bound_weight is not None),
+            "loss_aware_times and bound_weight: need discrete time, time_steps=T",
+        ),
+        (
+            config.bound_weight is None or (config.bound_weight >= 0 and config.time_steps != 1),
+            f"bound_weight={config.bound_weight}: must be at least 0, and time_steps at least 2",
+        ),
+        (
+            config.bound_weight is None or not config.unit_output,
+            "bound_weight: a network with unit_output=True cannot learn a variance",
+        ),
+        (
+            config.bound_weight is not None or s.options.get("variance") != "learned",
+            "sampling.options variance=learned: the run must learn one, by its bound_weight",
         ),
         (0 <= config.ema < 1, f"ema={config.ema}: must be in [0, 1)"),
         (0 <= config.label_drop < 1, f"label_drop={config.label_drop}: must be in [0, 1)"),
@@ -101,8 +119,15 @@ def check_data(config: Config, train: Examples, test: Examples) -> None:
         raise ValueError(f"images of {shape[-1]} channels: need 1 (grey) or 3 (colour)")
     if len(shape) == 1 and shape[0] < 2:
         raise ValueError(f"vectors of {shape[0]} feature: need at least 2 to draw them")
-    if isinstance(model, UNetConfig) and (model.out_channels or model.image_cond):
-        raise ValueError("train.py has no use for model.out_channels or model.image_cond")
+    if isinstance(model, UNetConfig) and model.image_cond:
+        raise ValueError("train.py has no use for model.image_cond")
+    channels = shape[-1] * (1 if config.bound_weight is None else 2)
+    if (model.out_channels or shape[-1]) != channels:
+        why = "no learned variance" if config.bound_weight is None else "a learned variance"
+        raise ValueError(
+            f"model.out_channels={model.out_channels}: data of {shape[-1]} channels and {why} "
+            f"(bound_weight={config.bound_weight}) need {channels}"
+        )
     if isinstance(model, UNetConfig):
         heights = [shape[0] // model.patch // 2**level for level in range(len(model.mults))]
         if not set(model.attention) <= set(heights):
@@ -183,15 +208,96 @@ def make_network(config: Config) -> Callable[..., Data]:
     return network
 
 
-def make_denoiser(config: Config, network: Network) -> Denoiser:
-    """The denoiser that samples are made with: guided, and clipped if the data is images."""
+def make_denoiser(
+    config: Config, network: Network, guidance: float = 1.0, clip: bool = True
+) -> Denoiser:
+    """The network's denoiser: guided, and clipped if the data is images."""
     schedule = make_schedule(config)
-    denoise = denoiser(network, schedule, config.target)
-    if config.sampling.guidance != 1:
-        denoise = classifier_free(
-            denoise, config.sampling.guidance, {"label": np.int32(config.model.labels)}
-        )
-    return clip_x_0(denoise, schedule) if isinstance(config.model, UNetConfig) else denoise
+    learned = config.bound_weight is not None
+    denoise = denoiser(network, schedule, config.target, learned_variance=learned)
+    if guidance != 1:
+        denoise = classifier_free(denoise, guidance, {"label": np.int32(config.model.labels)})
+    return clip_x_0(denoise, schedule) if clip and isinstance(config.model, UNetConfig) else denoise
+
+
+class Times(NamedTuple):
+    """How training draws its times, from the first of four parts of the step's key.
+
+    Attributes:
+      init: () -> what it carries along, `TrainState.extra`.
+      draw: (key of the step, extra, index `[batch]`) -> times and the weights of their losses.
+      remember: `train_step`'s; None if it carries nothing along.
+    """
+
+    init: Callable[[], Any]
+    draw: Callable[[Key, Any, Array], tuple[Array, Array]]
+    remember: Callable[[Any, Key, Array, Array], Any] | None
+
+
+def make_times(config: Config) -> Times:
+    """Stratified uniform times, or loss-aware ones."""
+    n, steps = config.batch_size, config.time_steps
+
+    def uniform(key, extra, index):
+        t = losses.sample_times(jax.random.split(key, 4)[0], n, steps, index)
+        return t, jnp.ones_like(t)
+
+    def aware(key, history, index):
+        return losses.loss_aware_times(jax.random.split(key, 4)[0], history, n, index)
+
+    def remember(history, key, index, weighted):
+        t, weight = aware(key, history, index)
+        return losses.remember_losses(history, t, weighted / weight)
+
+    if not config.loss_aware_times or steps is None:
+        return Times(tuple, uniform, None)
+    return Times(functools.partial(losses.loss_history, steps), aware, remember)
+
+
+def make_objective(config: Config, levels: int | None) -> Callable[..., Array]:
+    """The loss (key, network, x_0, cond, t) -> `[batch]`, with what the config says bound.
+
+    It is `diffusion_loss`, or `hybrid_loss` if the run learns a variance, for data of so many
+    `levels`.
+    """
+    schedule, weight, steps = make_schedule(config), make_weighting(config), config.time_steps
+    loss = functools.partial(losses.diffusion_loss, steps=steps)
+    if config.bound_weight is not None and steps is not None:
+        extra = dict(bound_weight=config.bound_weight, levels=levels)
+        loss = functools.partial(losses.hybrid_loss, steps=steps, **extra)
+
+    def objective(key, network, x_0, cond, t):
+        return loss(key, network, schedule, config.target, x_0, cond, weight, t)
+
+    return objective
+
+
+def make_bound(
+    config: Config, network: Callable[..., Data], levels: int | None, samples: int = 32
+) -> Callable[[Any, dict[str, Array]], Array]:
+    """A pure function (params, batch) -> the bound on -log p of each example, nats `[batch]`.
+
+    In the run's own time, discrete or continuous, and with its labels. Example i draws from the
+    seed and `batch["index"][i]` alone.
+    """
+    schedule = make_schedule(config)
+    variance = "learned" if config.bound_weight is not None else "posterior"
+
+    def bound(params, batch):
+        cond = {"label": batch["label"]} if config.model.labels else None
+        denoise = make_denoiser(config, functools.partial(network, params))
+        return likelihood.elbo(
+            keys.fold_in(make_streams(config).held_out, batch["index"]),
+            functools.partial(denoise, cond=cond),
+            schedule,
+            batch["x"],
+            config.time_steps,
+            variance=variance,
+            levels=levels,
+            samples=samples,
+        ).nats
+
+    return bound
 
 
 def make_generate(
@@ -206,7 +312,9 @@ def make_generate(
 
     def generate(params, batch):
         cond = {"label": batch["label"]} if config.model.labels else None
-        denoise = make_denoiser(config, functools.partial(network, params))
+        denoise = make_denoiser(
+            config, functools.partial(network, params), config.sampling.guidance
+        )
         sampler = make_sampler(config)(functools.partial(denoise, cond=cond), schedule)
         key_prior, key_walk = jax.random.split(make_streams(config).samples)
         keys_prior, keys_walk = (keys.fold_in(k, batch["index"]) for k in (key_prior, key_walk))

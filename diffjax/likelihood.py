@@ -28,7 +28,17 @@ from jaxtyping import Float
 from . import keys, ode
 from .process import check_variance, log_variance_ratio, q_sample, scales_at
 from .schedules import Schedule, rate_at, time_at
-from .types import Array, Data, Denoiser, Key, LearnedPrediction, Prediction, Time, expand
+from .types import (
+    Array,
+    Data,
+    Denoiser,
+    Key,
+    LearnedPrediction,
+    Prediction,
+    Real,
+    Time,
+    expand,
+)
 
 Nats = Float[Array, " batch"]
 
@@ -255,7 +265,7 @@ def elbo(
     )
 
 
-def bits_per_dim(nats: Array, shape: tuple[int, ...]) -> Array:
+def bits_per_dim(nats: Float[Real, "..."], shape: tuple[int, ...]) -> Float[Real, "..."]:
     """Nats per example as bits per dimension. It adds no offset: the data is as it was given.
 
     Args:

@@ -260,14 +260,14 @@ def monotone_params(width: int = 32) -> dict[str, Array]:
 
 def _monotone(params, log_snr_min, log_snr_max, t):
     def g(t):
-        t = jnp.asarray(t)
         height, slope, centre = (
             params[name].reshape(-1, *[1] * t.ndim) for name in ("height", "slope", "centre")
         )
         bumps = jnp.exp(height) * jax.nn.sigmoid(jnp.exp(slope) * (t[None] - centre))
         return jnp.exp(params["line"]) * t + bumps.sum(0)
 
-    first, last = g(0.0), g(1.0)
+    t = jnp.asarray(t, jnp.result_type(t, float))
+    first, last = g(jnp.zeros((), t.dtype)), g(jnp.ones((), t.dtype))
     return log_snr_max - (log_snr_max - log_snr_min) * (g(t) - first) / (last - first)
 
 

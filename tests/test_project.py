@@ -120,7 +120,7 @@ def test_the_switch_between_targets_is_written_once():
 
 
 def test_the_readmes_quickstart_runs(capsys):
-    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    block, second = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert len(block.strip().splitlines()) <= 30
     scope = {}
     exec(block, scope)
@@ -130,6 +130,9 @@ def test_the_readmes_quickstart_runs(capsys):
         "eps",
         "score",
     ]
+    exec(second, scope)
+    known = scope["data"].log_density(scope["x_0"], 0.0)
+    assert abs(scope["log_p"] - known).max() < 0.01
 
 
 def test_train_py_stays_a_story():

@@ -1,6 +1,7 @@
 """The scripts as their users run them: every config, resumption, and refusals."""
 
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import evaluate
 import train
 from diffjax import checkpoint, config as config_lib, experiment, metrics, parallel
 from test_data import write_cifar, write_mnist
@@ -109,6 +111,42 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path, capsys):
     assert pictures[0] == pictures[1]
 
 
+LEARNED = [
+    *("--config.bound-weight=0.001", "--config.time-steps=10", "--config.model.out-channels=2"),
+    *("--config.loss-aware-times=True", "--config.sampling.sampler=ancestral"),
+    *("--config.sampling.options", "variance=learned"),
+]
+
+
+def test_learned_variance_and_loss_aware_times_are_trained_resumed_and_evaluated(tmp_path, capsys):
+    """The history of losses is in the checkpoint: a resumed run draws the same times."""
+    run(tmp_path / "whole", *TINY, "--config.steps=40", *LEARNED)
+    run(tmp_path / "halves", *TINY, "--config.steps=20", *LEARNED)
+    run(tmp_path / "halves", *TINY, "--config.steps=40", *LEARNED)
+    whole, halves = newest(tmp_path / "whole"), newest(tmp_path / "halves")
+    assert_bitwise_equal(whole[1], halves[1])
+    history = jax.tree.leaves(whole[1]["extra"])
+    assert sorted(a.shape for a in history) == [(10,), (10, 10)]
+    assert min(float(jnp.abs(a).max()) for a in history) > 0
+
+    evaluate.main(evaluate.Arguments(tmp_path / "whole", n=32, samples=4))
+    assert "bits per dimension, n=32" in capsys.readouterr().out
+
+
+def test_a_run_is_evaluated_in_bits_with_a_standard_error(copied):
+    """An untrained network is no good, so the bound is loose; but it is one, and it is finite."""
+    evaluate.main(evaluate.Arguments(copied, n=32, samples=4, flow=True, flow_steps=4))
+    found = json.loads((copied / "evaluation.json").read_text())
+    assert found["n"] == 32 and found["levels"] == 17
+    for name in ("bound", "flow"):
+        assert 0.5 < found[f"{name}_bits_per_dim"] < 20
+        assert 0 < found[f"{name}_standard_error"] < 2
+    with pytest.raises(SystemExit, match="samples=1"):
+        evaluate.main(evaluate.Arguments(copied, samples=1))
+    with pytest.raises(SystemExit, match="not the directory of a run"):
+        evaluate.main(evaluate.Arguments(copied / "checkpoints"))
+
+
 def test_the_runner_may_change_at_resumption(copied, tmp_path):
     run(copied, *TINY, "--config.steps=40", "--config.parallel=sharded")
     run(tmp_path / "whole", *TINY, "--config.steps=40")
@@ -183,11 +221,11 @@ def test_another_experiment_in_the_same_directory_is_refused(copied):
 def test_a_nan_stops_the_run_says_where_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     make_loss = train.make_loss
 
-    def breaks(config, network):
-        loss_fn = make_loss(config, network)
+    def breaks(*args):
+        loss_fn = make_loss(*args)
 
-        def broken(key, params, batch, train=True):
-            losses = loss_fn(key, params, batch, train)
+        def broken(key, params, batch, *rest, **options):
+            losses = loss_fn(key, params, batch, *rest, **options)
             # At some step, when Adam has moved far enough: the loss is fine, its gradient not.
             bias = jnp.abs(params["conv_out"]["bias"]).max()
             return losses + 0 * jnp.sqrt(jnp.where(bias > 0.02, 0 * bias, 1.0))
@@ -267,7 +305,7 @@ BAD = {
         ["--config.schedule-options", "beta=1.0"],
         "schedule cosine has no option beta; it has log_snr_min, log_snr_max",
     ),
-    "sampler": (["--config.sampling.sampler=dim"], "unknown sampler 'dim': one of ddim"),
+    "sampler": (["--config.sampling.sampler=dim"], "unknown sampler 'dim': one of ancestral, ddim"),
     "sampler option": (
         ["--config.sampling.options", "eta=2.0"],
         "eta=2.0: must be in [0, 1]",
@@ -307,7 +345,29 @@ BAD = {
         ],
         "time_steps=500: the table of linear_betas has 1000 steps",
     ),
-    "outputs": (["--config.model.out-channels=2"], "no use for model.out_channels"),
+    "outputs": (
+        ["--config.model.out-channels=2"],
+        "no learned variance (bound_weight=None) need 1",
+    ),
+    "no variance": (
+        ["--config.bound-weight=0.001", "--config.time-steps=100"],
+        "model.out_channels=None: data of 1 channels and a learned variance (bound_weight=0.001) "
+        "need 2",
+    ),
+    "continuous variance": (["--config.bound-weight=0.001"], "need discrete time, time_steps=T"),
+    "negative bound": (
+        ["--config.bound-weight=-1", "--config.time-steps=100"],
+        "bound_weight=-1.0: must be at least 0",
+    ),
+    "continuous aware": (["--config.loss-aware-times=True"], "need discrete time, time_steps=T"),
+    "variance not learned": (
+        ["--config.sampling.sampler=ancestral", "--config.sampling.options", "variance=learned"],
+        "the run must learn one, by its bound_weight",
+    ),
+    "order": (
+        ["--config.sampling.sampler=unipc", "--config.sampling.options", "order=5"],
+        "unipc of order 5.0: there are orders 1 to 3",
+    ),
 }
 
 

@@ -120,7 +120,9 @@ SMALL = dataclasses.replace(
 
 def make_step(config):
     module = MODELS[type(config.model)](config.model)
-    loss_fn = train.make_loss(config, functools.partial(apply, module))
+    loss_fn = train.make_loss(
+        config, functools.partial(apply, module), experiment.make_times(config), None
+    )
     tx = experiment.make_optimizer(config.optimizer)
 
     def initial():
@@ -217,11 +219,8 @@ def test_training_learns_the_data(target):
     tx = optax.adam(2e-3)
     params = module.init(jax.random.key(0), jnp.zeros((1, 2)), jnp.zeros(1), None)["params"]
     state = init_state(jax.random.key(1), params, tx)
-    step = jax.jit(
-        functools.partial(
-            train_step, loss_fn=train.make_loss(config, network), tx=tx, ema_decay=0.9
-        )
-    )
+    loss_fn = train.make_loss(config, network, experiment.make_times(config), None)
+    step = jax.jit(functools.partial(train_step, loss_fn=loss_fn, tx=tx, ema_decay=0.9))
     train_set, _ = data.load("two_moons")
     losses = []
     for k in range(300):

@@ -57,6 +57,15 @@ DATASETS: dict[str, Callable[[Path | None], tuple]] = {
 }
 
 
+def levels(name: str, examples: Examples) -> int | None:
+    """How many values from -1 to 1 a number of a data set may have; None if it is continuous.
+
+    >>> levels("digits", load("digits").train)
+    17
+    """
+    return 17 if name == "digits" else 256 if examples.x.dtype == np.uint8 else None
+
+
 def load(name: str, path: Path | str | None = None) -> Dataset:
     """Load a data set by name.
 

@@ -18,14 +18,16 @@ class MLPConfig:
     """Residual blocks."""
     dropout: float = 0.0
     """Probability of dropping an activation inside a block."""
+    out_channels: int | None = None
+    """Features of the output; None: as many as x_t has."""
     labels: int = 0
     """Number of classes that `cond["label"]` takes; 0: no label."""
     null_label: bool = False
     """Add one class that means "no label", index `labels`, for classifier-free guidance."""
 
     def __post_init__(self) -> None:
-        if min(self.width // 2, self.blocks) < 1 or self.labels < 0:
-            raise ValueError(f"width must be at least 2, blocks at least 1: {self}")
+        if min(self.width // 2, self.blocks, self.out_channels or 1) < 1 or self.labels < 0:
+            raise ValueError(f"width must be at least 2, other counts at least 1: {self}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: must be in [0, 1)")
         if self.null_label and not self.labels:
@@ -62,4 +64,5 @@ class MLP(nn.Module):
             r = nn.silu(nn.Dense(c.width)(nn.silu(nn.LayerNorm()(h))))
             r = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))(r)
             h += nn.Dense(c.width)(r)
-        return nn.Dense(x_t.shape[-1], kernel_init=nn.initializers.zeros_init())(nn.silu(h))
+        features = c.out_channels or x_t.shape[-1]
+        return nn.Dense(features, kernel_init=nn.initializers.zeros_init())(nn.silu(h))

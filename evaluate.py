@@ -1,0 +1,107 @@
+"""Evaluate a trained run on held-out data: bits per dimension, with their standard error.
+
+    python evaluate.py --workdir=runs/digits
+    python evaluate.py --workdir=runs/digits --flow=True     # by the probability flow too
+    python evaluate.py --help
+
+Prints a line for each number and writes them all, with what they depend on, to
+DIR/evaluation.json.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from diffjax import checkpoint, data, experiment, keys, likelihood, parallel
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What to evaluate."""
+
+    workdir: Path = Path("runs/digits")
+    """A run's directory."""
+    n: int | None = None
+    """Held-out examples to look at, the first so many; None: all."""
+    samples: int = 32
+    """Times at which the bound looks at each example."""
+    flow: bool = False
+    """Whether to follow the probability flow too: 4 x flow_steps evaluations and derivatives."""
+    flow_steps: int = 50
+    """Its steps."""
+
+
+def evaluate(args: Arguments) -> dict[str, float]:
+    """The numbers that `evaluation.json` gets."""
+    if args.samples < 2 or args.flow_steps < 1 or (args.n is not None and args.n < 2):
+        raise ValueError(
+            f"samples={args.samples}, flow_steps={args.flow_steps}, n={args.n}: need at least 2 "
+            "samples, 1 step and 2 examples"
+        )
+    parallel.setup(checkpoint.read_config(args.workdir).batch_size)  # before anything touches JAX
+    network, params, config = checkpoint.load(args.workdir)
+    _, test_set = data.load(config.data.name, config.data.path)
+    levels = data.levels(config.data.name, test_set)
+    n = min(len(test_set.x), args.n or len(test_set.x))
+    batch = data.take(test_set, np.arange(n))
+    batch["index"] = np.arange(n, dtype=np.int32)
+    shape = batch["x"].shape[1:]
+
+    def flow(params, batch):
+        cond = {"label": batch["label"]} if config.model.labels else None
+        # Not clipped: a clipped denoiser is no gradient of anything.
+        denoise = experiment.make_denoiser(config, functools.partial(network, params), clip=False)
+        key = keys.fold_in(experiment.make_streams(config).held_out, batch["index"])
+        key_cell, key_signs = (keys.fold_in(key, i) for i in (0, 1))
+        x, log_volume = batch["x"], 0.0
+        if levels is not None:
+            x, log_volume = likelihood.dequantise(key_cell, x, levels)
+        log_p = likelihood.flow_log_likelihood(
+            functools.partial(denoise, cond=cond),
+            experiment.make_schedule(config),
+            x,
+            key_signs,
+            steps=args.flow_steps,
+        )
+        return -log_p - log_volume
+
+    measures = {"bound": experiment.make_bound(config, network, levels, args.samples)}
+    if args.flow:
+        measures["flow"] = flow
+    runner = parallel.RUNNERS[config.parallel]()
+    found: dict[str, float] = {}
+    for name, measure in measures.items():
+        nats = parallel.in_batches(runner, runner.map(measure), params, batch, config.batch_size)
+        bits = np.asarray(likelihood.bits_per_dim(nats, shape), np.float64)
+        found[f"{name}_bits_per_dim"] = float(bits.mean())
+        found[f"{name}_standard_error"] = float(bits.std(ddof=1) / math.sqrt(n))
+    return found | {
+        "n": n,
+        "seed": config.seed,
+        "samples": args.samples,
+        "flow_steps": args.flow_steps,
+        "levels": levels or 0,
+    }
+
+
+def main(args: Arguments) -> None:
+    """Evaluate, print and write."""
+    try:
+        found = evaluate(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    for name in ("bound", "flow"):
+        if f"{name}_bits_per_dim" in found:
+            value, error = found[f"{name}_bits_per_dim"], found[f"{name}_standard_error"]
+            print(f"{name}: {value:.3f} +- {error:.3f} bits per dimension, n={found['n']}")
+    (args.workdir / "evaluation.json").write_text(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments, description=__doc__, config=(tyro.conf.FlagConversionOff,)))
