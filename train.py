@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,18 +30,20 @@ from diffjax.training import Batch, ema_warmup, init_state, train_step
 
 def make_loss(
     config: Config, network: Callable, times: experiment.Times, levels: int | None
-) -> Callable[..., jax.Array]:
+) -> Callable[..., Any]:
     """The loss of each example, a pure function; this is the place to try an idea.
 
     Example i draws from `key` folded with its position in the global batch, so that nothing
     depends on how the batch is split over devices.
     """
-    objective = experiment.make_objective(config, levels)  # diffjax.diffusion_loss, all bound
+    loss = experiment.make_objective(config, levels)  # diffjax.diffusion_loss, or hybrid_loss
+    schedule = experiment.make_schedule(config)
+    weighting = experiment.make_weighting(config)
 
     def loss_fn(key, params, batch, extra=(), train=True):
-        _, key_noise, key_label, key_dropout = jax.random.split(key, 4)
+        key_times, key_noise, key_label, key_dropout = jax.random.split(key, 4)
         index = batch["index"]
-        t, weight = times.draw(key, extra, index)
+        t, weight = times.draw(key_times, extra, index)
 
         cond = None
         if config.model.labels:
@@ -54,7 +57,9 @@ def make_loss(
         net = functools.partial(network, params)
         if train and config.model.dropout:
             net = functools.partial(net, dropout=keys.fold_in(key_dropout, index))
-        return weight * objective(keys.fold_in(key_noise, index), net, batch["x"], cond, t)
+        key_noise, given = keys.fold_in(key_noise, index), (batch["x"], cond, weighting, t)
+        each = loss(key_noise, net, schedule, config.target, *given, steps=config.time_steps)
+        return (weight * each, (t, each)) if train and times.remember else each
 
     return loss_fn
 

@@ -21,6 +21,7 @@ from .denoisers import (
     unit_output,
     within,
 )
+from .learned_variance import bound_loss, hybrid_loss
 from .likelihood import (
     Elbo,
     bits_per_dim,
@@ -31,17 +32,8 @@ from .likelihood import (
     prior_term,
     reconstruction_term,
 )
-from .losses import (
-    LossHistory,
-    bound_loss,
-    diffusion_loss,
-    effective_weight,
-    hybrid_loss,
-    loss_aware_times,
-    loss_history,
-    remember_losses,
-    sample_times,
-)
+from .loss_aware import LossHistory, loss_aware_times, loss_history, remember_losses
+from .losses import diffusion_loss, effective_weight, sample_times
 from .process import prior_sample, q_posterior, q_sample, q_transition, scales_at
 from .samplers import (
     Sampler,

@@ -5,9 +5,11 @@ any field of it (`--config.target=x_0`). What its names mean, and what cannot ru
 `experiment.py` to say.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
+import inspect
 import json
 import sys
 import typing
@@ -23,20 +25,27 @@ from .models import MLPConfig, UNetConfig
 from .parallel import RUNNERS
 
 
-def _linear_betas(steps: float = 1000, start=1e-4, end=0.02, log_snr_max=24.0):
-    return schedules.from_betas(schedules.linear_betas(int(steps), start, end), log_snr_max)
+def _linear_betas(steps: int = 1000, start=1e-4, end=0.02, log_snr_max=24.0):
+    return schedules.from_betas(schedules.linear_betas(steps, start, end), log_snr_max)
 
 
-def _scaled_linear_betas(steps: float = 1000, start=0.00085, end=0.012, log_snr_max=24.0):
-    return schedules.from_betas(schedules.scaled_linear_betas(int(steps), start, end), log_snr_max)
+def _scaled_linear_betas(steps: int = 1000, start=0.00085, end=0.012, log_snr_max=24.0):
+    return schedules.from_betas(schedules.scaled_linear_betas(steps, start, end), log_snr_max)
 
 
-def _cosine_betas(steps: float = 1000, max_beta=0.999, log_snr_max=24.0):
-    return schedules.from_betas(schedules.cosine_betas(int(steps), max_beta), log_snr_max)
+def _cosine_betas(steps: int = 1000, max_beta=0.999, log_snr_max=24.0):
+    return schedules.from_betas(schedules.cosine_betas(steps, max_beta), log_snr_max)
 
 
-def _edm(p_mean=-1.2, p_std=1.2, sigma_data=0.5):
-    return functools.partial(weightings.edm, p_mean=p_mean, p_std=p_std, sigma_data=sigma_data)
+def _weighting(weighting: Callable) -> Callable:
+    """A function of a weighting's own options, with their defaults, that binds them."""
+
+    def bind(**options):
+        return functools.partial(weighting, **options)
+
+    parameters = list(inspect.signature(weighting).parameters.values())[2:]
+    vars(bind)["__signature__"] = inspect.Signature(parameters)
+    return bind
 
 
 SCHEDULES: dict[str, Callable] = {
@@ -51,12 +60,12 @@ SCHEDULES: dict[str, Callable] = {
 }
 WEIGHTINGS: dict[str, Callable] = {
     "unit": lambda: None,
-    "constant": lambda: weightings.constant,
-    "elbo": lambda: weightings.elbo,
+    "constant": _weighting(weightings.constant),
+    "elbo": _weighting(weightings.elbo),
+    "truncated_snr": _weighting(weightings.truncated_snr),
+    "p2": _weighting(weightings.p2),
+    "edm": _weighting(weightings.edm),
     "min_snr": weightings.min_snr,
-    "truncated_snr": lambda: weightings.truncated_snr,
-    "p2": lambda k=1.0, gamma=1.0: functools.partial(weightings.p2, k=k, gamma=gamma),
-    "edm": _edm,
     "sigmoid": weightings.sigmoid,
 }
 SAMPLERS: dict[str, Callable] = {
@@ -84,14 +93,14 @@ def one_of(table: dict[str, Any]) -> Any:
     return tyro.conf.arg(metavar="{" + ",".join(table) + "}")
 
 
-def _option(word: str) -> tuple[str, float | str]:
+def _option(word: str) -> tuple[str, int | float | str]:
     name, equals, value = word.partition("=")
     if not equals:
         raise ValueError(f"{word!r} is not NAME=VALUE")
-    try:
-        return name, float(value)
-    except ValueError:
-        return name, value
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return name, number(value)
+    return name, value
 
 
 Options = Annotated[
@@ -170,6 +179,9 @@ class Config:
     """What the network predicts."""
     unit_output: bool = False
     """Scale the network's output to the target's size (a score then is eps in disguise)."""
+    unit_input: bool = False
+    """Scale the network's input to variance one, for data of standard deviation 0.5 (EDM, with
+    target F)."""
     schedule: Annotated[str, one_of(SCHEDULES)] = "cosine"
     """The noise schedule."""
     schedule_options: Options = dataclasses.field(default_factory=dict)

@@ -25,6 +25,7 @@ from .types import (
     Scalar,
     Time,
     expand,
+    select,
 )
 
 
@@ -65,10 +66,10 @@ def denoiser(
     return denoise
 
 
-def _shaped(out, x_t, times):
-    expected = (*x_t.shape[:-1], times * x_t.shape[-1])
+def _shaped(out, x_t, factor):
+    expected = (*x_t.shape[:-1], factor * x_t.shape[-1])
     if out.shape != expected:
-        why = "" if times == 1 else ", twice the channels for a learned variance"
+        why = "" if factor == 1 else ", twice the channels for a learned variance"
         raise ValueError(f"the network gave {out.shape} for data {x_t.shape}: need {expected}{why}")
     return out
 
@@ -92,8 +93,9 @@ def unit_input(network: Network, schedule: Schedule, sigma_data: Scalar = 0.5) -
     """Scale a network's input to variance one: divide by sqrt(alpha^2 sigma_data^2 + sigma^2).
 
     With target "F" (of the same sigma_data) this is the preconditioning of Karras et al. 2022,
-    equation 7: c_in before the network, c_skip and c_out behind it; the network sees log-SNR, of
-    which their c_noise is -1/8. Train and sample with the same wrapping.
+    equation 7: c_in before the network, c_skip and c_out behind it; the network sees log-SNR, where
+    theirs sees c_noise = log(sigma / alpha) / 4 = -log_snr / 8. Train and sample with the same
+    wrapping.
 
     Args:
       network: (x_t, log_snr `[batch]`, cond) -> an estimate of the target.
@@ -103,7 +105,8 @@ def unit_input(network: Network, schedule: Schedule, sigma_data: Scalar = 0.5) -
 
     def scaled(x_t, log_snr, cond):
         alpha, sigma = schedule.scales(log_snr)
-        return network(x_t / expand(jnp.hypot(alpha * sigma_data, sigma), x_t), log_snr, cond)
+        std = jnp.hypot(alpha * sigma_data, sigma)
+        return network(x_t / expand(std, x_t), log_snr, cond)
 
     return scaled
 
@@ -173,11 +176,16 @@ def rescale(
       denoise: the same without.
       schedule: their `Schedule`.
       amount: how far to go, from 0, not at all, to 1.
+
+    Raises:
+      ValueError: unless `0 <= amount <= 1`.
     """
+    if not isinstance(amount, Tracer) and not 0 <= amount <= 1:
+        raise ValueError(f"{amount=}: must be in [0, 1]")
 
     def rescaled(x_0, x_t, t, cond):
-        std = lambda x: jnp.std(x, axis=tuple(range(1, x.ndim)), keepdims=True)
-        factor = std(denoise(x_t, t, cond).x_0) / jnp.maximum(std(x_0), 1e-12)
+        variance = lambda x: jnp.var(x, axis=tuple(range(1, x.ndim)), keepdims=True) + 1e-12
+        factor = jnp.sqrt(variance(denoise(x_t, t, cond).x_0) / variance(x_0))
         return x_0 * (1 + amount * (factor - 1))
 
     return _with_x_0(guided, schedule, rescaled)
@@ -211,7 +219,7 @@ def classifier_free(denoise: Denoiser, weight: Time, null: Cond) -> Denoiser:
 def autoguidance(denoise: Denoiser, weaker: Denoiser, weight: Time) -> Denoiser:
     """Guide a denoiser away from a weaker one: (1 - w) weaker + w denoise.
 
-    Karras et al. 2024, "Guiding a diffusion model with a bad version of itself", equation 5.
+    Karras et al. 2024, "Guiding a diffusion model with a bad version of itself", equation 3.
     `classifier_free` is this with the unconditional denoiser for the weaker one.
 
     Args:
@@ -280,8 +288,7 @@ def within(
         chosen = (low <= log_snr) & (log_snr <= high)
         if jnp.ndim(chosen) == 0:
             return jax.lax.cond(chosen, lambda: guided(x_t, t, cond), lambda: denoise(x_t, t, cond))
-        pick = lambda a, b: jnp.where(expand(chosen, a) > 0, a, b)
-        return jax.tree.map(pick, guided(x_t, t, cond), denoise(x_t, t, cond))
+        return select(chosen, guided(x_t, t, cond), denoise(x_t, t, cond))
 
     return inside
 

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import keys, likelihood, losses, samplers, schedules, targets, weightings
+from . import keys, likelihood, loss_aware, losses, samplers, schedules, targets, weightings
 from .config import SAMPLERS, SCHEDULES, TIMES, WEIGHTINGS, Config, Optimizer
 from .data import DATASETS, Examples
-from .denoisers import classifier_free, clip_x_0, denoiser, unit_output
+from .denoisers import classifier_free, clip_x_0, denoiser, unit_input, unit_output
+from .learned_variance import hybrid_loss
 from .models import MODELS, UNetConfig, apply
 from .parallel import RUNNERS
 from .process import prior_sample
@@ -39,7 +40,10 @@ def check(config: Config) -> None:
         (config.log_every >= 1, f"log_every={config.log_every}: must be at least 1"),
         (config.sample_every >= 1, f"sample_every={config.sample_every}: must be at least 1"),
         (config.keep >= 1, f"keep={config.keep}: must be at least 1"),
-        (config.keep_every is None or config.keep_every >= 1, "keep_every: must be at least 1"),
+        (
+            config.keep_every is None or config.keep_every >= 1,
+            f"keep_every={config.keep_every}: must be at least 1",
+        ),
         (
             min(config.eval_every, config.save_every) >= 1
             and config.eval_every % config.log_every == 0
@@ -54,7 +58,8 @@ def check(config: Config) -> None:
         (
             config.time_steps is not None
             or not (config.loss_aware_times or config.bound_weight is not None),
-            "loss_aware_times and bound_weight: need discrete time, time_steps=T",
+            f"loss_aware_times={config.loss_aware_times}, bound_weight={config.bound_weight}: need "
+            "discrete time, time_steps=T",
         ),
         (
             config.bound_weight is None or (config.bound_weight >= 0 and config.time_steps != 1),
@@ -62,7 +67,7 @@ def check(config: Config) -> None:
         ),
         (
             config.bound_weight is None or not config.unit_output,
-            "bound_weight: a network with unit_output=True cannot learn a variance",
+            f"bound_weight={config.bound_weight}: with unit_output=True no variance can be learned",
         ),
         (
             config.bound_weight is not None or s.options.get("variance") != "learned",
@@ -113,6 +118,7 @@ def check_data(config: Config, train: Examples, test: Examples) -> None:
     """
     shape, model = train.x.shape[1:], config.model
     model.check_input(shape)
+    make_grid(config)
     if test.x.shape[1:] != shape:
         raise ValueError(f"held-out examples of shape {test.x.shape[1:]}, others {shape}")
     if len(shape) == 3 and shape[-1] not in (1, 3):
@@ -178,6 +184,17 @@ def make_sampler(config: Config) -> Callable[..., samplers.Sampler]:
     return functools.partial(SAMPLERS[c.sampler], **c.options)
 
 
+def make_grid(config: Config) -> Array:
+    """The times that the config's samples walk along.
+
+    Raises:
+      ValueError: if two of them fall together: more steps than float32 can tell apart.
+    """
+    ts = TIMES[config.sampling.times](make_schedule(config), config.sampling.steps)
+    samplers.check_times(np.asarray(ts), stochastic=True)
+    return ts
+
+
 def make_learning_rate(o: Optimizer) -> optax.Schedule:
     """Learning rate as a function of the step: warm-up, then constant or a cosine to zero."""
     if o.decay_steps is None:
@@ -197,13 +214,13 @@ def make_network(config: Config) -> Callable[..., Data]:
     With the keyword `dropout`, keys `[batch]`, in training mode (see `models.apply`).
     """
     module = MODELS[type(config.model)](config.model)
-    if not config.unit_output:
-        return functools.partial(apply, module)
     schedule = make_schedule(config)
 
     def network(params, x_t, log_snr, cond=None, **dropout):
-        plain = functools.partial(apply, module, params, **dropout)
-        return unit_output(plain, config.target, schedule)(x_t, log_snr, cond)
+        f = functools.partial(apply, module, params, **dropout)
+        f = unit_input(f, schedule) if config.unit_input else f
+        f = unit_output(f, config.target, schedule) if config.unit_output else f
+        return f(x_t, log_snr, cond)
 
     return network
 
@@ -221,17 +238,18 @@ def make_denoiser(
 
 
 class Times(NamedTuple):
-    """How training draws its times, from the first of four parts of the step's key.
+    """How training draws its times.
 
     Attributes:
       init: () -> what it carries along, `TrainState.extra`.
-      draw: (key of the step, extra, index `[batch]`) -> times and the weights of their losses.
-      remember: `train_step`'s; None if it carries nothing along.
+      draw: (key, extra, index `[batch]`) -> times and the weights of their losses, `[batch]`.
+      remember: (extra, (times, unweighted losses) of the global batch) -> the next extra; None if
+        it carries nothing along.
     """
 
     init: Callable[[], Any]
     draw: Callable[[Key, Any, Array], tuple[Array, Array]]
-    remember: Callable[[Any, Key, Array, Array], Any] | None
+    remember: Callable[[Any, tuple[Array, Array]], Any] | None
 
 
 def make_times(config: Config) -> Times:
@@ -239,37 +257,26 @@ def make_times(config: Config) -> Times:
     n, steps = config.batch_size, config.time_steps
 
     def uniform(key, extra, index):
-        t = losses.sample_times(jax.random.split(key, 4)[0], n, steps, index)
+        t = losses.sample_times(key, n, steps, index)
         return t, jnp.ones_like(t)
 
     def aware(key, history, index):
-        return losses.loss_aware_times(jax.random.split(key, 4)[0], history, n, index)
-
-    def remember(history, key, index, weighted):
-        t, weight = aware(key, history, index)
-        return losses.remember_losses(history, t, weighted / weight)
+        return loss_aware.loss_aware_times(key, history, n, index)
 
     if not config.loss_aware_times or steps is None:
         return Times(tuple, uniform, None)
-    return Times(functools.partial(losses.loss_history, steps), aware, remember)
+    return Times(
+        functools.partial(loss_aware.loss_history, steps),
+        aware,
+        lambda history, seen: loss_aware.remember_losses(history, *seen),
+    )
 
 
 def make_objective(config: Config, levels: int | None) -> Callable[..., Array]:
-    """The loss (key, network, x_0, cond, t) -> `[batch]`, with what the config says bound.
-
-    It is `diffusion_loss`, or `hybrid_loss` if the run learns a variance, for data of so many
-    `levels`.
-    """
-    schedule, weight, steps = make_schedule(config), make_weighting(config), config.time_steps
-    loss = functools.partial(losses.diffusion_loss, steps=steps)
-    if config.bound_weight is not None and steps is not None:
-        extra = dict(bound_weight=config.bound_weight, levels=levels)
-        loss = functools.partial(losses.hybrid_loss, steps=steps, **extra)
-
-    def objective(key, network, x_0, cond, t):
-        return loss(key, network, schedule, config.target, x_0, cond, weight, t)
-
-    return objective
+    """`diffusion_loss`, or, if the run learns a variance, `hybrid_loss` for so many `levels`."""
+    if config.bound_weight is None:
+        return losses.diffusion_loss
+    return functools.partial(hybrid_loss, bound_weight=config.bound_weight, levels=levels)
 
 
 def make_bound(
@@ -286,8 +293,9 @@ def make_bound(
     def bound(params, batch):
         cond = {"label": batch["label"]} if config.model.labels else None
         denoise = make_denoiser(config, functools.partial(network, params))
+        key, _ = jax.random.split(make_streams(config).held_out)
         return likelihood.elbo(
-            keys.fold_in(make_streams(config).held_out, batch["index"]),
+            keys.fold_in(key, batch["index"]),
             functools.partial(denoise, cond=cond),
             schedule,
             batch["x"],
@@ -300,6 +308,30 @@ def make_bound(
     return bound
 
 
+def make_flow_bound(
+    config: Config, network: Callable[..., Data], levels: int | None, steps: int = 50
+) -> Callable[[Any, dict[str, Array]], Array]:
+    """The same by the probability flow, on dequantised data, with Hutchinson's estimate.
+
+    Its denoiser is not clipped: clipped, the flow would be of no density.
+    """
+    schedule = make_schedule(config)
+
+    def bound(params, batch):
+        cond = {"label": batch["label"]} if config.model.labels else None
+        denoise = make_denoiser(config, functools.partial(network, params), clip=False)
+        _, key = jax.random.split(make_streams(config).held_out)
+        key_cell, key_signs = (keys.fold_in(k, batch["index"]) for k in jax.random.split(key))
+        x, log_volume = batch["x"], 0.0
+        if levels is not None:
+            x, log_volume = likelihood.dequantise(key_cell, x, levels)
+        denoise = functools.partial(denoise, cond=cond)
+        log_p = likelihood.flow_log_likelihood(denoise, schedule, x, key_signs, steps=steps)
+        return -log_p - log_volume
+
+    return bound
+
+
 def make_generate(
     config: Config, network: Callable[..., Data], shape: tuple[int, ...]
 ) -> Callable[[Any, dict[str, Array]], Data]:
@@ -308,7 +340,7 @@ def make_generate(
     Sample i depends on the config, the parameters, `batch["index"][i]` and `batch["label"][i]`
     alone, so that it is the same on any number of devices and in any batch.
     """
-    schedule = make_schedule(config)
+    schedule, ts = make_schedule(config), make_grid(config)
 
     def generate(params, batch):
         cond = {"label": batch["label"]} if config.model.labels else None
@@ -319,7 +351,6 @@ def make_generate(
         key_prior, key_walk = jax.random.split(make_streams(config).samples)
         keys_prior, keys_walk = (keys.fold_in(k, batch["index"]) for k in (key_prior, key_walk))
         x_1 = prior_sample(keys_prior, schedule, (len(batch["index"]), *shape))
-        ts = TIMES[config.sampling.times](schedule, config.sampling.steps)
         return samplers.sample(keys_walk, sampler, x_1, ts)[0]
 
     return generate

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Float
 
 from . import keys
@@ -29,7 +30,7 @@ Operator = Callable[[Data], Data]
 
 
 def inpainting(mask: Float[Real, "..."]) -> Operator:
-    """See the data where `mask`, `[...]` or `[batch, ...]`, is 1 and zero where it is 0."""
+    """See the data where `mask`, of the shape of one example, is 1, and zero where it is 0."""
     return lambda x: x * jnp.broadcast_to(mask, x.shape).astype(x.dtype)
 
 
@@ -58,7 +59,7 @@ def blurring(kernel: Float[Real, "height width"]) -> Operator:
     def measure(x):
         channels = x.shape[-1]
         each = jnp.broadcast_to(
-            jnp.asarray(kernel, x.dtype)[..., None, None], (*kernel.shape, 1, channels)
+            jnp.asarray(kernel, x.dtype)[::-1, ::-1, None, None], (*kernel.shape, 1, channels)
         )
         return jax.lax.conv_general_dilated(
             x,
@@ -84,7 +85,7 @@ def pigdm(
     operator: Operator,
     y: Data,
     noise_std: Scalar = 0.0,
-    data_std: Scalar = 1.0,
+    sigma_data: Scalar = 1.0,
 ) -> Denoiser:
     r"""Guide a denoiser by a measurement: the score of p(y | x_t) ~ N(A x_0, r^2 A A^T + noise^2).
 
@@ -100,16 +101,20 @@ def pigdm(
       operator: A, linear.
       y: what was measured, `[batch, ...]`.
       noise_std: standard deviation of the measurement's noise.
-      data_std: d, that of the data.
+      sigma_data: d, that of the data.
 
     Raises:
-      ValueError: when called, if y has not the shape of A x_0.
+      ValueError: if `noise_std` is negative or `sigma_data` not positive; when called, if y has not
+        the shape of A x_0.
     """
+    if not isinstance(noise_std, Tracer) and not isinstance(sigma_data, Tracer):
+        if noise_std < 0 or sigma_data <= 0:
+            raise ValueError(f"{noise_std=}, {sigma_data=}: must be at least 0, and positive")
 
     def guided(x_t, t, cond=None):
         _check(operator, x_t, y)
         snr = jnp.exp(schedule.log_snr(t))
-        spread = jnp.broadcast_to(data_std**2 / (1 + snr * data_std**2), x_t.shape[:1])
+        spread = jnp.broadcast_to(sigma_data**2 / (1 + snr * sigma_data**2), x_t.shape[:1])
 
         def estimate(x):
             prediction = denoise(x, t, cond)
@@ -133,9 +138,9 @@ def dps(sampler: Sampler, operator: Operator, y: Data, scale: Scalar = 1.0) -> S
     """After each step of a sampler, step down the gradient of |y - A x_0| with respect to x_t.
 
     Chung et al. 2023, "Diffusion posterior sampling for general noisy inverse problems", Algorithm
-    1 with the step size of their appendix D, `scale` / |y - A x_0| on the squared residual. The
-    prediction is the one that the step itself made, so there is no second evaluation. Wants many
-    steps: every one moves by `scale` at the most.
+    1 with the step of their code, `scale` times the gradient of the residual's norm. The prediction
+    is the one that the sampler's step itself made, so there is no second evaluation. Wants many
+    steps: each moves by about `scale`.
 
     Args:
       sampler: a `Sampler`.

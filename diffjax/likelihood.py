@@ -17,7 +17,6 @@ only: `dequantise` spreads each value evenly over its own cell, and a mean log-d
 cell, plus the log of the cell's volume, is at most the log of the mean, which is the probability.
 """
 
-import importlib
 import math
 from typing import NamedTuple
 
@@ -26,7 +25,14 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from . import keys, ode
-from .process import check_variance, log_variance_ratio, q_sample, scales_at
+from .process import (
+    check_variance,
+    log_variance_ratio,
+    q_posterior,
+    q_sample,
+    scales_at,
+    variance_fraction,
+)
 from .schedules import Schedule, rate_at, time_at
 from .types import (
     Array,
@@ -38,9 +44,12 @@ from .types import (
     Real,
     Time,
     expand,
+    select,
 )
 
 Nats = Float[Array, " batch"]
+RECONSTRUCTIONS = 4
+"""Draws of noise for the reconstruction term, which varies little, and for its error."""
 
 
 class Elbo(NamedTuple):
@@ -177,7 +186,7 @@ def bound_term(
     # Where another term is asked for, none may be singular: gradients would see it.
     t = jnp.where(first, 2 / steps, t)
     denoising = _kl(schedule, prediction, x_0, eps, t, t - 1 / steps, variance)
-    here = prediction._replace(x_0=jnp.where(expand(first, x_0) > 0, prediction.x_0, x_0))
+    here = prediction._replace(x_0=select(first, prediction.x_0, x_0))
     start = _from_first_step(schedule, here, x_0, steps, variance, levels)
     return jnp.where(first, start, denoising)
 
@@ -216,7 +225,7 @@ def elbo(
 
     Raises:
       ValueError: if `steps`, `levels` or `samples` is below 2, or `samples` is None in continuous
-        time.
+        time or with fewer than 3 steps.
 
     >>> import diffjax
     >>> schedule = diffjax.cosine()
@@ -228,8 +237,10 @@ def elbo(
     True
     """
     _check(steps=steps, levels=levels, samples=samples)
-    if samples is None and steps is None:
-        raise ValueError("samples=None, every step once, needs discrete time: steps=T")
+    if samples is None and (steps is None or steps < 3):
+        raise ValueError(
+            f"samples=None, every step once: needs discrete time of 3 {steps=} or more"
+        )
     example_keys = keys.per_example(key, len(x_0))
     parts = (steps - 1 if steps else 0) if samples is None else samples
 
@@ -247,9 +258,9 @@ def elbo(
         if samples is None:
             i = jnp.full_like(i, 2) + k
         t, s = i / steps, (i - 1) / steps
-        share = (schedule.log_snr(s) - schedule.log_snr(t)) / (high - low)
+        probability = (schedule.log_snr(s) - schedule.log_snr(t)) / (high - low)
         term = denoising_term(denoise, schedule, x_0, eps, t, s, variance)
-        return term * parts if samples is None else term / share
+        return term * parts if samples is None else term / probability
 
     def reconstruct(k):
         eps = keys.normal(keys.fold_in(example_keys, parts + k), x_0.shape, x_0.dtype)
@@ -257,7 +268,7 @@ def elbo(
 
     with jax.default_matmul_precision("highest"):
         terms = jax.lax.map(look, jnp.arange(parts))
-        starts = jax.lax.map(reconstruct, jnp.arange(4))
+        starts = jax.lax.map(reconstruct, jnp.arange(RECONSTRUCTIONS))
     variance_of_mean = jnp.mean(jnp.diff(terms, axis=0) ** 2, axis=0) / (2 * parts)
     variance_of_mean += jnp.var(starts, axis=0, ddof=1) / len(starts)
     return Elbo(
@@ -351,7 +362,7 @@ def flow_log_likelihood(
     start = x_0 / r_0, jnp.zeros(len(x_0), x_0.dtype)
     solve = ode.solve if tolerance is None else _adaptive(tolerance)
     with jax.default_matmul_precision("highest"):
-        y, gained = solve(slope, start, schedule, 0.0, 1.0, steps)
+        y, gained = solve(slope, schedule, start, 0.0, 1.0, steps)
     log_std = jnp.log(jax.nn.sigmoid(-schedule.log_snr(1.0))) / 2  # sigma_1 / radius
     log_prior = _log_normal(y, jnp.zeros_like(y), jnp.broadcast_to(log_std, y.shape))
     return _sum(log_prior - jnp.log(r_0)) + gained
@@ -373,15 +384,11 @@ def _kl(schedule, prediction, x_0, eps, t, s, variance):
 
 def _from_first_step(schedule, prediction, x_0, steps, variance, levels):
     """`reconstruction_term` in discrete time, of a prediction at t = 1/T."""
-    t, later = 1 / steps, 2 / steps
-    log_sigma = jnp.log(scales_at(schedule, t, x_0)[1])
-    forgotten = -jnp.expm1(schedule.log_snr(later) - schedule.log_snr(t))
-    log_std = log_sigma + 0.5 * expand(jnp.log(forgotten), x_0)
+    log_std = jnp.log(q_posterior(schedule, x_0, x_0, 2 / steps, 1 / steps)[1])
     if variance == "learned":
         # From there up to sigma_t, the beta of the first step.
-        share = log_variance_ratio(schedule, prediction, x_0, later, t, "learned")
-        share /= log_variance_ratio(schedule, prediction, x_0, later, t, "beta")
-        log_std = log_std + share * (log_sigma - log_std)
+        log_sigma = jnp.log(scales_at(schedule, 1 / steps, x_0)[1])
+        log_std += variance_fraction(prediction, variance) * (log_sigma - log_std)
     log_std = jnp.broadcast_to(log_std, x_0.shape)
     if levels is None:
         return -_sum(_log_normal(x_0, prediction.x_0, log_std))
@@ -411,9 +418,14 @@ def _hutchinson(key, like):
 
 
 def _adaptive(tolerance):
-    diffrax = importlib.import_module("diffrax")
+    try:
+        import diffrax
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "a tolerance needs diffrax: pip install 'diffjax[ode]'"
+        ) from error
 
-    def solve(slope, y, schedule, t, s, steps):
+    def solve(slope, schedule, y, t, s, steps):
         def field(log_snr, y, _):
             return ode.along_log_snr(slope, schedule, y, time_at(schedule, log_snr))
 

@@ -25,8 +25,7 @@ from .types import Array, Data, Denoiser, Scale, Time, expand
 
 def radius(schedule: Schedule, t: Time, like: Data) -> Scale:
     """sqrt(alpha^2 + sigma^2), by which x_t is divided; shaped to divide data `like`."""
-    alpha, sigma = scales_at(schedule, t, like)
-    return jnp.sqrt(alpha**2 + sigma**2)
+    return jnp.hypot(*scales_at(schedule, t, like))
 
 
 def angle(schedule: Schedule, t: Time) -> Array:
@@ -44,7 +43,7 @@ def velocity(denoise: Denoiser, schedule: Schedule, y: Data, t: Time) -> tuple[D
       t: times `[]` or `[batch]`.
     """
     alpha, sigma = scales_at(schedule, t, y)
-    r = jnp.sqrt(alpha**2 + sigma**2)
+    r = radius(schedule, t, y)
     prediction = denoise(y * r, t)
     return (alpha * prediction.eps - sigma * prediction.x_0) / r, prediction.x_0
 
@@ -57,7 +56,7 @@ def along_log_snr(slope: Callable[[Any, Any], Any], schedule: Schedule, y: Any, 
 
 
 def solve(
-    slope: Callable[[Any, Any], Any], y: Any, schedule: Schedule, t: Time, s: Time, steps: int
+    slope: Callable[[Any, Any], Any], schedule: Schedule, y: Any, t: Time, s: Time, steps: int
 ) -> Any:
     """Runge-Kutta's fourth-order method from time t to time s, with equal steps in log-SNR.
 
@@ -66,8 +65,8 @@ def solve(
 
     Args:
       slope: (y, t) -> dy/dphi.
-      y: a pytree of arrays, at time t.
       schedule: a `Schedule`.
+      y: a pytree of arrays, at time t.
       t: where to start, `[]` or `[batch]`.
       s: where to end.
       steps: how many; each calls `slope` four times.

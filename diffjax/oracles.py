@@ -212,7 +212,7 @@ def _oracle(schedule, denoise, log_density, sample):
 
     def flow_map(x_t, t, s):
         slope = lambda y, t: ode.velocity(denoise, schedule, y, t)[0]
-        y = ode.solve(slope, x_t / ode.radius(schedule, t, x_t), schedule, t, s, 1000)
+        y = ode.solve(slope, schedule, x_t / ode.radius(schedule, t, x_t), t, s, 1000)
         return y * ode.radius(schedule, s, x_t)
 
     return Oracle(denoise, score, log_density, sample, flow_map)

@@ -138,6 +138,17 @@ def log_variance_ratio(
 
     0 for "posterior", log(sigma_t^2 / sigma_s^2) for "beta", a fraction of that if "learned".
     """
+    fraction = variance_fraction(prediction, variance)
+    sigma_s, sigma_t = (scales_at(schedule, u, x_t)[1] for u in (s, t))
+    return 2 * fraction * (jnp.log(sigma_t) - jnp.log(sigma_s))
+
+
+def variance_fraction(prediction: Prediction | LearnedPrediction, variance: str) -> Scale:
+    """Where the log of the decoder's variance lies between the posterior's, 0, and beta, 1.
+
+    Raises:
+      ValueError: if there is no such variance, or it is learned and the prediction has none.
+    """
     check_variance(variance)
     fraction = _FRACTIONS[variance](prediction)
     if fraction is None:
@@ -145,8 +156,7 @@ def log_variance_ratio(
             "variance='learned' needs a denoiser that has learned one: "
             "denoiser(..., learned_variance=True) of a network of twice the channels"
         )
-    sigma_s, sigma_t = (scales_at(schedule, u, x_t)[1] for u in (s, t))
-    return 2 * fraction * (jnp.log(sigma_t) - jnp.log(sigma_s))
+    return fraction
 
 
 def check_variance(variance: str) -> None:

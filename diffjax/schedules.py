@@ -215,8 +215,24 @@ def _rectified_flow(log_snr_min, log_snr_max, t):
     return 2 * (jnp.log(last + (1 - t) * span) - jnp.log(first + t * span))
 
 
+class MonotoneParams(NamedTuple):
+    """What a `monotone` schedule learns: g = e^line t + sum e^height sigmoid(e^slope (t - centre)).
+
+    Attributes:
+      line: log of the slope of the line, `[]`.
+      height: log of each sigmoid's height, `[width]`.
+      slope: log of its slope.
+      centre: where it is steepest.
+    """
+
+    line: Array
+    height: Array
+    slope: Array
+    centre: Array
+
+
 def monotone(
-    params: dict[str, Array],
+    params: MonotoneParams,
     log_snr_min: Scalar = -10.0,
     log_snr_max: Scalar = 10.0,
     scales: Scales = vp,
@@ -224,7 +240,7 @@ def monotone(
     """A schedule to be learned: any falling curve between two ends, by gradient on `params`.
 
     log_snr = max - (max - min) (g(t) - g(0)) / (g(1) - g(0)), where g is a line plus sigmoids, all
-    of positive slope (Kingma et al. 2021, appendix H). The bound in continuous time depends on the
+    rising (Kingma et al. 2021, appendix H). The bound in continuous time depends on the
     ends alone; what lies between changes the variance of its estimate, so VDM trains it on the mean
     squared loss (appendix I.2):
 
@@ -245,26 +261,23 @@ def monotone(
     return Schedule(Partial(_monotone, params, log_snr_min, log_snr_max), Partial(scales))
 
 
-def monotone_params(width: int = 32) -> dict[str, Array]:
-    """The parameters of a nearly straight `monotone` schedule: log-slopes and centres, `[width]`.
+def monotone_params(width: int = 32) -> MonotoneParams:
+    """The parameters of a nearly straight `monotone` schedule of so many sigmoids.
 
     Raises:
       ValueError: if `width` is below 1.
     """
     if width < 1:
         raise ValueError(f"{width=}: must be at least 1")
-    centres = (jnp.arange(width) + 0.5) / width
-    flat = jnp.zeros(width)
-    return {"line": jnp.zeros(()), "height": flat - 3.0, "slope": flat + 2.0, "centre": centres}
+    centre = (jnp.arange(width) + 0.5) / width
+    return MonotoneParams(jnp.zeros(()), jnp.full(width, -3.0), jnp.full(width, 2.0), centre)
 
 
 def _monotone(params, log_snr_min, log_snr_max, t):
     def g(t):
-        height, slope, centre = (
-            params[name].reshape(-1, *[1] * t.ndim) for name in ("height", "slope", "centre")
-        )
+        height, slope, centre = (p.reshape(-1, *[1] * t.ndim) for p in params[1:])
         bumps = jnp.exp(height) * jax.nn.sigmoid(jnp.exp(slope) * (t[None] - centre))
-        return jnp.exp(params["line"]) * t + bumps.sum(0)
+        return jnp.exp(params.line) * t + bumps.sum(0)
 
     t = jnp.asarray(t, jnp.result_type(t, float))
     first, last = g(jnp.zeros((), t.dtype)), g(jnp.ones((), t.dtype))

@@ -13,7 +13,7 @@ from .types import Array, Key
 
 Params = Any
 Batch = dict[str, Any]
-LossFn = Callable[..., Array]
+LossFn = Callable[..., Any]
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -71,7 +71,7 @@ def train_step(
     ema_decay: float | Callable[[Array], Array],
     axis_name: str | None = None,
     accumulate: int = 1,
-    remember: Callable[[Any, Key, Array, Array], Any] | None = None,
+    remember: Callable[[Any, Any], Any] | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step of gradient descent on the mean loss, and of the moving average.
 
@@ -85,9 +85,9 @@ def train_step(
       axis_name: the mapped axis to average over under `pmap` or `shard_map`; None under `jit`.
       accumulate: how many equal parts of the batch to take one after the other, to save memory;
         the result is the same.
-      remember: for a method that carries `state.extra` along: (extra, key of this step, index
-        `[global batch]` in ascending order, losses of these) -> the next extra. `loss_fn` is then
-        given the extra too, as its fourth argument.
+      remember: for a method that carries `state.extra` along. `loss_fn` then gets the extra as its
+        fourth argument and returns, beside the losses, what is to be remembered, a pytree
+        `[batch]`; `remember`(extra, that of the global batch, by ascending index) is the next.
 
     Returns:
       The new state, and metrics: `loss`, the mean over the global batch, and `grad_norm`, the
@@ -105,15 +105,16 @@ def train_step(
     ([1.0, 1.0], 2.0)
     """
     key = keys.fold_in(state.key, state.step)
-    given = () if remember is None else (state.extra,)
 
     def loss_and_grads(batch):
         def mean_loss(params):
-            losses = loss_fn(key, params, batch, *given)
-            return jnp.mean(losses), losses
+            if remember is None:
+                return jnp.mean(loss_fn(key, params, batch)), ()
+            losses, seen = loss_fn(key, params, batch, state.extra)
+            return jnp.mean(losses), (batch["index"], seen)
 
-        (loss, losses), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
-        return (loss, grads), (batch["index"], losses)
+        (loss, seen), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+        return (loss, grads), seen
 
     (loss, grads), seen = _mean_over_parts(loss_and_grads, batch, accumulate)
     if axis_name is not None:
@@ -123,8 +124,8 @@ def train_step(
         if axis_name is not None:
             seen = jax.lax.all_gather(seen, axis_name, tiled=True)
         # In one order on every layout, because what is remembered may depend on it.
-        index, losses = jax.lax.sort(seen)
-        extra = remember(extra, key, index, losses)
+        order = jnp.argsort(seen[0])
+        extra = remember(extra, jax.tree.map(lambda x: x[order], seen[1]))
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     decay = ema_decay(state.step) if callable(ema_decay) else ema_decay

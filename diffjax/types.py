@@ -65,11 +65,20 @@ class Denoiser(Protocol):
     def __call__(self, x_t: Data, t: Time, cond: Cond = None) -> Prediction | LearnedPrediction: ...
 
 
+def select(chosen: Any, a: Any, b: Any) -> Any:
+    """Of each example a where `chosen`, a condition `[]` or `[batch]`, else b; pytrees of data."""
+    chosen = jnp.asarray(chosen)
+    pick = lambda x, y: jnp.where(
+        chosen.reshape(chosen.shape + (1,) * (x.ndim - chosen.ndim)), x, y
+    )
+    return jax.tree.map(pick, a, b)
+
+
 def expand(value: Any, like: Any) -> Array:
     """Broadcast per-example numbers, `[]` or `[batch]`, against data `[batch, ...]`.
 
-    Appends axes of length one and casts to the dtype of `like`. This is the only place where
-    anything in diffjax is broadcast by rank.
+    Appends axes of length one and casts to the dtype of `like`. This and `select` are
+    the only places where anything in diffjax is broadcast by rank.
 
     Raises:
       TypeError: if `like` is not floating point: integers would round every scale to 0 or 1.

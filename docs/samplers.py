@@ -2,7 +2,7 @@
 
     python docs/samplers.py        # writes docs/samplers.md; about ten minutes on one core
 
-`tests/test_samplers.py` asserts the orders; here is how large the errors are.
+`tests/test_samplers.py` asserts the strong orders; here is how large the errors are.
 """
 
 import datetime
@@ -23,7 +23,11 @@ from diffjax import oracles
 SCHEDULES = {
     "cosine": diffjax.cosine(),
     "linear": diffjax.linear(),
+    "sigmoid": diffjax.sigmoid(),
     "DDPM's betas": diffjax.from_betas(diffjax.linear_betas(1000)),
+    "zero-terminal betas": diffjax.from_betas(
+        diffjax.zero_terminal_snr(diffjax.linear_betas(1000))
+    ),
     "log_uniform (VE)": diffjax.log_uniform(),
     "rectified_flow": diffjax.rectified_flow(),
 }
@@ -116,7 +120,7 @@ PAGE = """\
 
 Measured on exact denoisers, so that all of the error is the sampler's. Written by
 `python docs/samplers.py` on {date}: JAX {jax}, float64, CPU. `tests/test_samplers.py` asserts the
-orders.
+strong orders.
 
 ## Orders of convergence
 

@@ -53,8 +53,7 @@ SAMPLERS = {
     "unipc": diffjax.unipc,
     "unipc_third": functools.partial(diffjax.unipc, order=3),
 }
+EXACT = diffjax.oracles.gaussian(SCHEDULES["cosine"], [0.0], 1.0)
 DETERMINISTIC = {
-    name: make
-    for name, make in SAMPLERS.items()
-    if not make(diffjax.oracles.gaussian(SCHEDULES["cosine"], [0.0], 1.0), SCHEDULES["cosine"])[2]
+    name: make for name, make in SAMPLERS.items() if not make(EXACT, SCHEDULES["cosine"]).stochastic
 }

@@ -8,13 +8,20 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Programs here run briefly: compiling them is most of the time.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
+import tempfile
+
 import jax
 import jaxtyping
 
+# Most tests compile small programs, many of them the same ones; the workers share what they have.
+CACHE = os.environ.setdefault("DIFFJAX_TEST_CACHE", tempfile.mkdtemp(prefix="diffjax-test-"))
+jax.config.update("jax_compilation_cache_dir", CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Not training.py: a pytree's fields hold anything while it is being mapped.
-CORE = ["denoisers", "inverse", "keys", "likelihood", "losses", "ode", "oracles", "process"]
-CORE += ["samplers", "schedules", "targets", "weightings"]
+CORE = ["denoisers", "inverse", "keys", "learned_variance", "likelihood", "loss_aware", "losses"]
+CORE += ["ode", "oracles", "process", "samplers", "schedules", "targets", "weightings"]
 jaxtyping.install_import_hook([f"diffjax.{name}" for name in CORE], "beartype.beartype")
 
 import pytest

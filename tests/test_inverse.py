@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import diffjax
+from catalogue import DETERMINISTIC
 from diffjax import inverse, oracles
 
 SCHEDULE = diffjax.cosine(-10.0, 10.0)
@@ -41,13 +42,13 @@ def posterior(mean, cov, a, y, noise):
 
 
 def test_a_blur_is_the_convolution_that_scipy_knows():
-    from scipy.ndimage import correlate
+    from scipy.ndimage import convolve
 
     x = np.asarray(jax.random.normal(jax.random.key(0), IMAGE))
     got = inverse.blurring(KERNEL)(jnp.asarray(x))
     for i in range(2):
         for c in range(3):
-            expected = correlate(x[i, ..., c], KERNEL, mode="constant")
+            expected = convolve(x[i, ..., c], KERNEL, mode="constant")
             np.testing.assert_allclose(got[i, ..., c], expected, atol=1e-6)
 
 
@@ -60,7 +61,7 @@ def test_pigdm_is_the_exact_posterior_score_of_isotropic_data(x64, operator, noi
     denoise = images(oracles.gaussian(SCHEDULE, mean, std**2))
     a = matrix(operator)
     y = operator(jax.random.normal(jax.random.key(0), IMAGE))
-    guided = inverse.pigdm(denoise, SCHEDULE, operator, y, noise_std=noise, data_std=std)
+    guided = inverse.pigdm(denoise, SCHEDULE, operator, y, noise_std=noise, sigma_data=std)
     x_t = jax.random.normal(jax.random.key(1), IMAGE)
     got = jax.jit(guided)(x_t, t := jnp.array([0.2, 0.7]))
     for i in range(2):
@@ -124,6 +125,18 @@ def test_dps_agrees_with_the_measurement_and_draws_the_rest_along():
     np.testing.assert_allclose(x[:, 0], 0.6, atol=0.1)
     assert abs(x[:, 1].mean() - 0.48) < 0.25 * 0.48
     assert x[:, 1].std() < 0.8 * np.sqrt(CORRELATED[1, 1])
+
+
+@pytest.mark.parametrize("make", DETERMINISTIC.values(), ids=DETERMINISTIC)
+def test_dps_steers_any_sampler(make):
+    """What it does to x between steps stays, whatever the sampler remembers."""
+    denoise = oracles.gaussian(SCHEDULE, [0.0, 0.0], CORRELATED)
+    y = jnp.broadcast_to(jnp.array([0.6, 0.0]), (64, 2))
+    x_1 = diffjax.prior_sample(jax.random.key(0), SCHEDULE, (64, 2))
+    sampler = inverse.dps(make(denoise, SCHEDULE), inverse.inpainting(FIRST), y, 0.05)
+    x_0, _ = diffjax.sample(jax.random.key(1), sampler, x_1, diffjax.uniform_times(200))
+    np.testing.assert_allclose(x_0[:, 0].mean(), 0.6, atol=0.05)
+    assert x_0[:, 0].std() < 0.1  # of 0.5
 
 
 def test_dps_leaves_alone_what_is_neither_measured_nor_related():

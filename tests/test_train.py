@@ -24,15 +24,6 @@ ROOT = Path(__file__).parents[1]
 TINY = ["--config=configs/digits.py:smoke"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_once(tmp_path_factory):
-    """Runs of the same experiment share their compiled programs."""
-    cache = tmp_path_factory.mktemp("cache")
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-
-
 def run(workdir, *argv):
     train.train(*config_lib.parse([*argv, f"--workdir={workdir}"]))
 
@@ -366,7 +357,7 @@ BAD = {
     ),
     "order": (
         ["--config.sampling.sampler=unipc", "--config.sampling.options", "order=5"],
-        "unipc of order 5.0: there are orders 1 to 3",
+        "unipc of order 5: there are orders 1 to 3",
     ),
 }
 

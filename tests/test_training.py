@@ -74,8 +74,12 @@ def test_what_a_method_remembers_is_the_same_on_every_layout(layout):
     """Losses reach `remember` whole and in the order of the global batch."""
     tx = optax.sgd(0.1)
     state = init_state(jax.random.key(0), jnp.ones(2), tx, extra=jnp.zeros(16))
-    loss_fn = lambda key, params, batch, extra: quadratic(key, params, batch) + 0 * extra[0]
-    remember = lambda extra, key, index, losses: 0.5 * extra + losses * (1 + index)
+
+    def loss_fn(key, params, batch, extra):
+        losses = quadratic(key, params, batch)
+        return losses + 0 * extra[0], {"loss": losses, "index": batch["index"]}
+
+    remember = lambda extra, seen: 0.5 * extra + seen["loss"] * (1 + seen["index"])
     run = functools.partial(train_step, loss_fn=loss_fn, tx=tx, ema_decay=0.9, remember=remember)
     batch = batch_of(16)
     expected, _ = run(state, batch)

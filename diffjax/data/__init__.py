@@ -57,13 +57,18 @@ DATASETS: dict[str, Callable[[Path | None], tuple]] = {
 }
 
 
+LEVELS = {"digits": 17}
+"""How many values a pixel may have, where it is not a byte or a real number."""
+
+
 def levels(name: str, examples: Examples) -> int | None:
     """How many values from -1 to 1 a number of a data set may have; None if it is continuous.
 
     >>> levels("digits", load("digits").train)
     17
     """
-    return 17 if name == "digits" else 256 if examples.x.dtype == np.uint8 else None
+    of_bytes = 256 if examples.x.dtype == np.uint8 else None
+    return LEVELS.get(name, of_bytes)
 
 
 def load(name: str, path: Path | str | None = None) -> Dataset:

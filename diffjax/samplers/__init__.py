@@ -12,12 +12,13 @@ one walks both ways. `docs/samplers.md` has their measured orders and errors.
 from .grids import discrete_times, karras_times, log_snr_times, uniform_times
 from .multistep import dpm_solver_pp_2m, dpm_solver_pp_2m_sde, dpm_solver_pp_3m, lms, unipc
 from .onestep import ancestral, ddim, edm, euler_maruyama, heun, predictor_corrector
-from .walk import Sampler, State, init, sample
+from .walk import Sampler, State, check_times, init, sample
 
 __all__ = [
     "Sampler",
     "State",
     "ancestral",
+    "check_times",
     "ddim",
     "discrete_times",
     "dpm_solver_pp_2m",

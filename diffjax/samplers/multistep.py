@@ -27,7 +27,7 @@ from jax.core import Tracer
 from .. import keys
 from ..process import scales_at
 from ..schedules import Schedule
-from ..types import Array, Data, Denoiser, Scalar, expand
+from ..types import Array, Data, Denoiser, Scalar, expand, select
 from .walk import Sampler, State, in_use
 
 
@@ -60,9 +60,9 @@ def dpm_solver_pp_2m(denoise: Denoiser, schedule: Schedule) -> Sampler:
 def dpm_solver_pp_3m(denoise: Denoiser, schedule: Schedule) -> Sampler:
     """DPM-Solver++(3M): third order from one evaluation a step.
 
-    The multistep method of Lu et al. 2022, appendix B, with the quadratic integrated exactly. (The
-    published code takes half of its second derivative and measures order 2.) Deterministic; wants
-    uniform log-SNR.
+    The multistep method of DPM-Solver's published code (Lu et al. 2022), with the quadratic
+    integrated exactly: the code takes half of its second derivative, and measures order 2.
+    Deterministic; wants uniform log-SNR.
 
     Args:
       denoise: a `Denoiser`.
@@ -107,21 +107,22 @@ def unipc(denoise: Denoiser, schedule: Schedule, *, order: int = 2) -> Sampler:
     _check_order("unipc", order, 3)
 
     def step(key, state, t, s):
-        before, base = state.memory
+        before, base, predicted = state.memory
         x_0 = denoise(state.x, t).x_0
         here = Node(schedule.log_snr(t), x_0)
         redone = _exponential_step(
             base, schedule, (before.nodes[0], here, *before.nodes[1:]), before.used + 1, here
         )
-        x = jnp.where(expand(before.used, x_0) > 0, redone, state.x)
-        history = _after(before, here, schedule.log_snr(s), int(order))
+        # A displacement, so that what others did to x since, such as guidance, stays.
+        x = state.x + select(before.used > 0, redone - predicted, jnp.zeros_like(x_0))
+        history = _after(before, here, schedule.log_snr(s), order)
         there = Node(schedule.log_snr(s), x_0)
         ahead = _exponential_step(x, schedule, history.nodes, history.used, there)
-        return State(ahead, x_0, (history, x))
+        return State(ahead, x_0, (history, x, ahead))
 
     def init(x_1):
-        state = _init(int(order))(x_1)
-        return state._replace(memory=(state.memory, x_1))
+        state = _init(order)(x_1)
+        return state._replace(memory=(state.memory, x_1, x_1))
 
     return Sampler(init, step)
 
@@ -146,7 +147,7 @@ def lms(denoise: Denoiser, schedule: Schedule, *, order: int = 4) -> Sampler:
         x = state.x
         x_0, eps = denoise(x, t)[:2]
         log_snr_s = schedule.log_snr(s)
-        history = _after(state.memory, Node(schedule.log_snr(t), eps), log_snr_s, int(order))
+        history = _after(state.memory, Node(schedule.log_snr(t), eps), log_snr_s, order)
         ratio = lambda log_snr: jnp.exp(-log_snr / 2)
         rise = ratio(log_snr_s) - ratio(schedule.log_snr(t))
         u = [(ratio(node.log_snr) - ratio(schedule.log_snr(t))) / rise for node in history.nodes]
@@ -155,7 +156,7 @@ def lms(denoise: Denoiser, schedule: Schedule, *, order: int = 4) -> Sampler:
         alpha_t, alpha_s = scales_at(schedule, t, x)[0], scales_at(schedule, s, x)[0]
         return State(alpha_s * (x / alpha_t + expand(rise, x) * mean), x_0, history)
 
-    return Sampler(_init(int(order)), step)
+    return Sampler(_init(order), step)
 
 
 def _dpm_solver_pp(denoise, schedule, order, eta: Scalar = 0.0):
@@ -187,7 +188,7 @@ def _init(order):
 
 
 def _after(before, here, log_snr_s, order):
-    """The history with one node more, of which a step to `log_snr_s` may use `count`."""
+    """The history with `here` before it; `used` is how much of it a step to `log_snr_s` may use."""
     last = before.nodes[0].log_snr
     long = jnp.abs(log_snr_s - here.log_snr) > 3 * jnp.abs(here.log_snr - last)
     count = jnp.where(long, 0, before.used)

@@ -165,12 +165,12 @@ def edm(
         raise ValueError(f"{steps=}: must be at least 1")
 
     def churn(key, x, t, s):
-        share = jnp.minimum(s_churn * (t - s if steps is None else 1 / steps), 2**0.5 - 1)
+        gamma = jnp.minimum(s_churn * (t - s if steps is None else 1 / steps), 2**0.5 - 1)
         log_snr = schedule.log_snr(t)
         ratio = jnp.exp(-log_snr / 2)
-        share = jnp.where((ratio >= s_min) & (ratio <= s_max), share, 0.0)
-        later = time_at(schedule, log_snr - 2 * jnp.log1p(share))
-        later = jnp.where(share > 0, later, t)
+        gamma = jnp.where((ratio >= s_min) & (ratio <= s_max), gamma, 0.0)
+        later = time_at(schedule, log_snr - 2 * jnp.log1p(gamma))
+        later = jnp.where(gamma > 0, later, t)
         added = jnp.exp(-schedule.log_snr(later)) - jnp.exp(-log_snr)
         std = s_noise * expand(jnp.sqrt(jnp.maximum(added, 0.0)), x)
         alpha_t, alpha_later = scales_at(schedule, t, x)[0], scales_at(schedule, later, x)[0]
@@ -202,8 +202,8 @@ def predictor_corrector(
 
     Song et al. 2021, Algorithm 1 with the corrector of Algorithms 4 and 5: x + h score +
     sqrt(2 h) z with h = 2 (snr sigma)^2. (They estimate sigma = |z| / |score| from the batch; here
-    it is the one known, so that no sample depends on another.) 1 + `corrections` evaluations a
-    step; wants uniform t.
+    it is the one known, so that no sample depends on another; and Algorithm 5 multiplies h by
+    1 - beta_i, which is nearly 1.) 1 + `corrections` evaluations a step; wants uniform t.
 
     Args:
       denoise: a `Denoiser`.
@@ -223,7 +223,7 @@ def predictor_corrector(
         example_keys = keys.per_example(key, len(state.x))
         state = walk.step(keys.fold_in(example_keys, 0), state, t, s)
         sigma = scales_at(schedule, s, state.x)[1]
-        for i in range(int(corrections)):
+        for i in range(corrections):
             z = keys.normal(keys.fold_in(example_keys, 1 + i), state.x.shape, state.x.dtype)
             # h score = -2 (snr sigma)^2 eps / sigma, and sqrt(2 h) = 2 snr sigma.
             drift = -2 * snr**2 * sigma * denoise(state.x, s).eps

@@ -76,7 +76,7 @@ def sample(
     Array([3., 4.], dtype=float32)
     """
     if not isinstance(ts, Tracer):
-        _check_times(np.asarray(ts), sampler.stochastic)
+        check_times(np.asarray(ts), sampler.stochastic)
     example_keys = keys.per_example(key, x_1.shape[0])
     ts = jnp.asarray(ts)
 
@@ -90,10 +90,11 @@ def sample(
     return state.x, observed
 
 
-def _check_times(ts, stochastic):
-    steps = np.diff(ts)
+def check_times(ts: np.ndarray, stochastic: bool) -> None:
+    """Raise a ValueError unless `sample` can walk along these times."""
     if ts.ndim != 1 or len(ts) < 2:
         raise ValueError(f"times of shape {ts.shape}: need one axis of at least two times")
+    steps = np.diff(ts)
     if not ((steps < 0).all() or (steps > 0).all()):
         raise ValueError(f"times must be strictly decreasing or strictly increasing, got {ts}")
     if stochastic and ts[-1] > ts[0]:
