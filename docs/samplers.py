@@ -1,6 +1,6 @@
 """Measure the samplers: orders of convergence, and error against evaluations, on exact denoisers.
 
-    python docs/samplers.py        # writes docs/samplers.md; about ten minutes on one core
+    python docs/samplers.py        # writes docs/samplers.md; a quarter of an hour on one core
 
 `tests/test_samplers.py` asserts the strong orders; here is how large the errors are.
 """
@@ -119,8 +119,8 @@ PAGE = """\
 # Samplers
 
 Measured on exact denoisers, so that all of the error is the sampler's. Written by
-`python docs/samplers.py` on {date}: JAX {jax}, float64, CPU. `tests/test_samplers.py` asserts the
-strong orders.
+`python docs/samplers.py` on {date}: JAX {jax}, float64, CPU.
+`tests/test_samplers.py` asserts the strong orders.
 
 ## Orders of convergence
 
