@@ -11,14 +11,15 @@ DIR/evaluation.json.
 import dataclasses
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import tyro
 
 from diffjax import checkpoint, data, experiment, likelihood, parallel
+from diffjax.config import plainly
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Arguments:
     """Whether to follow the probability flow too: 4 x flow_steps evaluations and derivatives."""
     flow_steps: int = 50
     """Its steps."""
+    distributed: parallel.Distributed = parallel.Distributed()  # noqa: RUF009, it is frozen
 
 
 def evaluate(args: Arguments) -> dict[str, Any]:
@@ -44,19 +46,20 @@ def evaluate(args: Arguments) -> dict[str, Any]:
             f"samples={args.samples}, flow_steps={args.flow_steps}, n={args.n}: need at least 2 "
             "samples, 1 step and 2 examples"
         )
-    parallel.setup(checkpoint.read_config(args.workdir).batch_size)  # before anything touches JAX
-    network, params, config = checkpoint.load(args.workdir)
+    config = checkpoint.read_config(args.workdir)
+    parallel.setup(args.distributed, config.batch_size)
+    parallel.check_batch(config.batch_size)
+    network, params, _ = checkpoint.load(args.workdir)
     _, test_set = data.load(config.data.name, config.data.path)
     levels = data.levels(config.data.name, test_set)
-    n = min(len(test_set.x), args.n or len(test_set.x))
-    batch = data.take(test_set, np.arange(n))
-    batch["index"] = np.arange(n, dtype=np.int32)
+    batch = data.first(test_set, args.n or len(test_set.x))
+    n = len(batch["index"])
     shape = batch["x"].shape[1:]
 
     measures = {"bound": experiment.make_bound(config, network, levels, args.samples)}
     if args.flow:
         measures["flow"] = experiment.make_flow_bound(config, network, levels, args.flow_steps)
-    runner = parallel.RUNNERS[config.parallel]()
+    runner = parallel.RUNNERS[config.parallel](1)
     found: dict[str, Any] = {}
     for name, measure in measures.items():
         nats = parallel.in_batches(runner, runner.map(measure), params, batch, config.batch_size)
@@ -76,10 +79,10 @@ def evaluate(args: Arguments) -> dict[str, Any]:
 
 def main(args: Arguments) -> None:
     """Evaluate, print and write."""
-    try:
+    with plainly():
         found = evaluate(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    if jax.process_index():
+        return
     for name in ("bound", "flow"):
         if f"{name}_bits_per_dim" in found:
             value, error = found[f"{name}_bits_per_dim"], found[f"{name}_standard_error"]
@@ -88,4 +91,5 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=__doc__, config=(tyro.conf.FlagConversionOff,)))
+    with parallel.failing_fast():
+        main(tyro.cli(Arguments, description=__doc__, config=(tyro.conf.FlagConversionOff,)))

@@ -6,15 +6,15 @@
     python train.py --help                                       # all of them
 
 The run's directory gets config.json, metrics.jsonl, samples.png, loss.png and checkpoints/. The
-same command continues a run that was stopped, exactly where it was.
+same command continues a run that was stopped, exactly where it was, and trains on a pod as well.
 """
 
-import contextlib
 import functools
 import json
+import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffjax import checkpoint, data, evaluation, experiment, keys, metrics, parallel, plots
-from diffjax.config import Config, parse
-from diffjax.models import MODELS
-from diffjax.training import Batch, ema_warmup, init_state, train_step
+from diffjax import (
+    checkpoint,
+    data,
+    evaluation,
+    experiment,
+    keys,
+    metrics,
+    parallel,
+    plots,
+    preemption,
+)
+from diffjax.config import Config, parse, plainly
+from diffjax.training import Batch, ema_warmup, train_step
 
 
 def make_loss(
@@ -64,18 +73,21 @@ def make_loss(
     return loss_fn
 
 
-def train(config: Config, workdir: Path) -> None:
-    """Train, or go on training, until `config.steps`."""
+def train(
+    config: Config, workdir: Path, distributed: parallel.Distributed = parallel.ALONE
+) -> None:
+    """Train, or go on training, until `config.steps`; in every process of a pod alike."""
     began = time.perf_counter()
 
     # Whatever is wrong with the input is said now, before anything is compiled.
     with plainly():
         experiment.check(config)
-        parallel.setup(config.batch_size, config.optimizer.accumulate)
+        parallel.setup(distributed, config.batch_size, config.optimizer.accumulate)
         parallel.check_batch(config.batch_size, config.optimizer.accumulate)
+        runner = parallel.RUNNERS[config.parallel](config.fsdp)
         train_set, test_set = data.load(config.data.name, config.data.path)
         experiment.check_data(config, train_set, test_set)
-        manager = checkpoint.open_run(workdir, config)
+        checkpoints = checkpoint.open_run(workdir, config)
 
     # The network, its loss and its optimiser: pure functions.
     network = experiment.make_network(config)
@@ -84,17 +96,10 @@ def train(config: Config, workdir: Path) -> None:
     loss_fn = make_loss(config, network, times, data.levels(config.data.name, train_set))
     learning_rate = jax.jit(experiment.make_learning_rate(config.optimizer))
     tx = experiment.make_optimizer(config.optimizer)
-
+    initial_state = experiment.make_initial_state(config, shape, tx, times)
     streams = experiment.make_streams(config)
 
-    def initial_state():
-        x, cond = jnp.zeros((1, *shape)), {"label": jnp.zeros(1, jnp.int32)}
-        module = MODELS[type(config.model)](config.model)
-        params = module.init(streams.params, x, jnp.zeros(1), cond)["params"]
-        return init_state(streams.train, params, tx, times.init())
-
     # The same functions on every device there is.
-    runner = parallel.RUNNERS[config.parallel]()
     step_fn = runner.step(
         functools.partial(
             train_step,
@@ -103,6 +108,7 @@ def train(config: Config, workdir: Path) -> None:
             ema_decay=ema_warmup(config.ema),
             accumulate=config.optimizer.accumulate,
             remember=times.remember,
+            skip_nonfinite=config.skip_nonfinite > 0,
         )
     )
     held_out_fn = runner.map(
@@ -121,28 +127,37 @@ def train(config: Config, workdir: Path) -> None:
     def draw() -> None:
         classes = config.model.labels or config.sampling.columns
         x, _ = generate(classes * config.sampling.columns)
-        plots.save_samples(x, config.model.labels, workdir / "samples.png")
-        plots.save_loss_curve(metrics.read(workdir), workdir / "loss.png")
+        if recorder.first:
+            plots.save_samples(x, config.model.labels, workdir / "samples.png")
+            plots.save_loss_curve(metrics.read(workdir), workdir / "loss.png")
 
-    state = runner.replicate(initial_state)
-    state = checkpoint.restore(manager, state) or state
+    state = runner.init(initial_state)
+    with plainly():
+        state = checkpoints.restore(state) or state
     start = int(state.step)
-    held_out = data.take(test_set, np.arange(min(len(test_set.x), 1024)))
-    held_out["index"] = np.arange(len(held_out["x"]), dtype=np.int32)
-    slots = parallel.local_slots(config.batch_size)
+    held_out = data.first(test_set, 1024)
+    slots = runner.slots(config.batch_size)
+    describe = functools.partial(experiment.describe_step, config, len(train_set.x))
+    window = metrics.kept(workdir, start)  # nobody looks at metrics between log points
 
-    devices = f"{jax.device_count()} {jax.default_backend()} devices"
-    with manager, metrics.Recorder(workdir, start, config.steps, f"{devices}  ") as recorder:
+    devices = f"{jax.process_count()} x {jax.local_device_count()} {jax.default_backend()} devices"
+    recorder = metrics.Recorder(workdir, start, config.steps, f"{devices}  ")
+    told = plainly(FloatingPointError, checkpoint.UnwrittenError)
+    with told, checkpoints, recorder, preemption.watch() as asked_to_stop:
         count = sum(x.size for x in jax.tree.leaves(state.params))
-        recorder.say(
-            f"{workdir}: {config.data.name}, target {config.target}, {count:,} parameters, "
-            f"{devices} by {config.parallel}"
-        )
+        what = f"{config.data.name}, target {config.target}, {count:,} parameters"
+        recorder.say(f"{workdir}: {what}, {devices} by {config.parallel}")
         if start:
             recorder.say(f"resumed from the checkpoint of step {start} of {config.steps}")
-        window = []  # metrics still on the devices: nobody looks at them between log points
 
         for step in range(start, config.steps):
+            if asked_to_stop(step):
+                recorder.check(window, step, config.skip_nonfinite, describe)
+                checkpoints.save(step, state)
+                checkpoints.wait()
+                metrics.keep(workdir, step, window)
+                recorder.say(f"asked to stop: saved step {step}; the same command goes on")
+                sys.exit(preemption.RESUME)
             batch = data.train_batch(
                 train_set, config.seed, step, config.batch_size, slots, config.data.flip
             )
@@ -151,22 +166,20 @@ def train(config: Config, workdir: Path) -> None:
 
             done = step + 1
             last = done == config.steps
+            row = {}
             if done == start + 1:
                 jax.block_until_ready(step_metrics)
                 recorder.say(f"compiled, first step after {time.perf_counter() - began:.0f} s")
                 recorder.start(done)
             if done % config.log_every == 0 or last:
-                try:
-                    row = metrics.summary(window, done, learning_rate)
-                except FloatingPointError as error:
-                    manager.wait_until_finished()
-                    sys.exit(f"error: {error}; the last checkpoint: {manager.latest_step()}")
+                recorder.check(window, done, config.skip_nonfinite, describe)
+                row = metrics.summary(window, done, learning_rate)
                 window = []
                 if done % config.eval_every == 0 or last:
                     row["eval_loss"] = float(in_batches(held_out_fn, held_out).mean())
                 recorder.write(done, config.batch_size, **row)
             if done % config.save_every == 0 or last:
-                checkpoint.save(manager, done, state)
+                checkpoints.save(done, state, row.get("eval_loss", math.inf))
             if done % config.sample_every == 0 and not last:
                 draw()
                 recorder.start(done)
@@ -175,19 +188,12 @@ def train(config: Config, workdir: Path) -> None:
         if config.sampling.score:
             real = data.in_range(data.Dataset(train_set, test_set))
             scores = evaluation.score(*generate(config.sampling.score), *real)
-            (workdir / "scores.json").write_text(json.dumps(scores) + "\n")
+            if recorder.first:
+                (workdir / "scores.json").write_text(json.dumps(scores) + "\n")
             recorder.say("  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
         recorder.say(f"{time.perf_counter() - began:.0f} s in all; see {workdir}/samples.png")
 
 
-@contextlib.contextmanager
-def plainly() -> Iterator[None]:
-    """Turn an error in what the user gave into one line instead of a traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    train(*parse(sys.argv[1:]))
+    with parallel.failing_fast():
+        train(*parse(sys.argv[1:]))

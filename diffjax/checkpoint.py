@@ -1,18 +1,26 @@
-"""Checkpoints of the training state, by Orbax, and what a finished run is read back with.
+"""Checkpoints of the training state, by Orbax, sealed; and what a run is read back with.
 
-A run's directory holds `config.json` and `checkpoints/<step>/`. Saving is asynchronous; only
-finished checkpoints are ever seen. The state is replicated, so it is written once and read back
-onto any number of devices.
+A run's directory holds `config.json` and `checkpoints/<step>/`. Saving is asynchronous. Before a
+checkpoint is committed it gets a seal, the size and SHA-256 of each of its files, and a list of its
+arrays. What is not as its seal says is never read: Orbax itself would return wrong numbers for a
+flipped bit. A state may be read back onto any number of devices and processes.
 """
 
+import hashlib
+import json
 import logging
+import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
@@ -23,12 +31,143 @@ from .types import Data
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
-# A checkpoint counts once its commit file is there, not because its name is a number.
+SEAL = "seal.json"
+ARRAYS = "arrays.json"
+# A checkpoint counts once Orbax's commit file is there, not because its name is a number.
+COMMITTED = "commit_success.txt"
+METADATA = "_CHECKPOINT_METADATA"
 ATOMICITY = AtomicityOptions(mode=AtomicityMode.COMMIT_FILE)
 
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file
 
-def open_run(workdir: Path, config: Config) -> ocp.CheckpointManager:
+
+class UnwrittenError(OSError):
+    """The last checkpoint of a run could not be written."""
+
+
+class Checkpoints:
+    """The checkpoints of a run that trains; use as a context manager.
+
+    A checkpoint that cannot be written is reported, and training goes on; leaving the context
+    raises `UnwrittenError` if the last one could not.
+
+    Attributes:
+      directory: where they are.
+      failed: why the last save failed, or None.
+    """
+
+    def __init__(self, workdir: Path, config: Config) -> None:
+        self.directory = (workdir / CHECKPOINTS).absolute()
+        self.failed: str | None = None
+        self._saving = -1
+        self._arrays: dict[str, str] = {}
+        if jax.process_index() == 0:
+            _set_damaged_aside(self.directory)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("checkpoints verified")
+        keep: list[policy.PreservationPolicy] = [policy.LatestN(config.keep)]
+        if config.keep_every is not None:
+            keep.append(policy.EveryNSteps(config.keep_every))
+        loss = lambda metrics: metrics["eval_loss"]
+        if config.keep_best:
+            keep.append(policy.BestN(get_metric_fn=loss, reverse=True, n=config.keep_best))
+        options = ocp.CheckpointManagerOptions(
+            best_fn=loss,  # for Orbax to store it
+            preservation_policy=policy.AnyPreservationPolicy(keep),
+            cleanup_tmp_directories=True,
+            atomicity_options=ATOMICITY,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.wait()
+        if kind is not None and issubclass(kind, Exception) and jax.process_index() == 0:
+            print(f"the newest checkpoint: step {self.newest()}", flush=True)
+        self._manager.close()
+        if self.failed and kind is None:
+            raise UnwrittenError(self.failed)
+
+    def newest(self) -> int | None:
+        """The step of the newest checkpoint; None if there is none. Call `wait` before."""
+        return self._manager.latest_step()
+
+    def restore(self, like: Any) -> Any | None:
+        """The newest checkpoint, or None if there is none.
+
+        Args:
+          like: a pytree of arrays of the shapes, dtypes and shardings wanted.
+
+        Raises:
+          ValueError: if it is of other arrays; lists them.
+        """
+        step = self.newest()
+        if step is None:
+            return None
+        saved = json.loads((self.directory / str(step) / ARRAYS).read_text())
+        wanted = _describe(like)
+        differences = [
+            f"{name}: it has {saved.get(name)}, this config makes {wanted.get(name)}"
+            for name in sorted(saved.keys() | wanted.keys())
+            if saved.get(name) != wanted.get(name)
+        ]
+        if differences:
+            raise ValueError(
+                f"{self.directory / str(step)} is of another state:\n  " + "\n  ".join(differences)
+            )
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+
+    def save(self, step: int, state: Any, eval_loss: float = float("inf")) -> None:
+        """Start to write a checkpoint, after the one before is written.
+
+        Args:
+          step: steps taken.
+          state: a pytree of arrays.
+          eval_loss: what the best are chosen by, less is better.
+        """
+        self.wait()
+        if step in self._manager.all_steps():
+            return
+        self._saving, self._arrays, self.failed = step, _describe(state), None
+        args = ocp.args.StandardSave(jax.tree.map(_savable, state))
+        self._reporting(
+            lambda: self._manager.save(step, args=args, metrics={"eval_loss": eval_loss})
+        )
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that is being written is there, or has failed."""
+        self._reporting(self._manager.wait_until_finished)
+
+    def _reporting(self, write: Callable[[], Any]) -> None:
+        try:
+            write()
+        except (OSError, ValueError) as error:
+            self.failed = f"checkpoint {self._saving} could not be written: {error}"
+            if jax.process_index() == 0:
+                print(self.failed, flush=True)
+                unfinished = self.directory / str(self._saving)
+                if not (unfinished / COMMITTED).exists():
+                    shutil.rmtree(unfinished, ignore_errors=True)
+
+    def _seal(self) -> None:
+        """Called by Orbax when all files are there, before it commits them."""
+        path = self.directory / str(self._saving)
+        (path / ARRAYS).write_text(json.dumps(self._arrays, indent=1) + "\n")
+        # Orbax will yet note in its metadata, which no restoring depends on, when it committed.
+        files = [f for f in sorted(path.rglob("*")) if f.is_file() and f.name != METADATA]
+        seal = {str(f.relative_to(path)): _fingerprint(f) for f in files}
+        (path / SEAL).write_text(json.dumps(seal, indent=1) + "\n")
+
+
+def open_run(workdir: Path, config: Config) -> Checkpoints:
     """Open a run's directory, new or to be continued, and write its `config.json`.
+
+    A checkpoint newer than the newest sound one is set aside, under the name `damaged-<step>`, and
+    what is wrong with it is printed.
 
     Raises:
       ValueError: if it holds a run of a config that this one cannot continue; lists what differs.
@@ -44,44 +183,26 @@ def open_run(workdir: Path, config: Config) -> ocp.CheckpointManager:
             )
     elif list((workdir / CHECKPOINTS).glob("*")):
         raise ValueError(f"{workdir} holds checkpoints but no {CONFIG}: choose another --workdir")
-    workdir.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(config_lib.to_json(config))
-    temporary.replace(path)
-    return _manager(workdir, config)
-
-
-def restore(manager: ocp.CheckpointManager, like: Any) -> Any | None:
-    """The newest finished checkpoint, or None if there is none.
-
-    Args:
-      manager: from `open_run`.
-      like: a pytree of arrays of the shapes, dtypes and shardings wanted.
-    """
-    step = manager.latest_step()
-    if step is None:
-        return None
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    return manager.restore(step, args=ocp.args.StandardRestore(abstract))
-
-
-def save(manager: ocp.CheckpointManager, step: int, state: Any) -> None:
-    """Start writing a checkpoint; `manager.wait_until_finished()` waits for it."""
-    if step not in manager.all_steps():
-        manager.save(step, args=ocp.args.StandardSave(jax.tree.map(_one_copy, state)))
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(config_lib.to_json(config))
+        temporary.replace(path)
+    return Checkpoints(workdir, config)
 
 
 def load(workdir: Path | str) -> tuple[Callable[..., Data], Any, Config]:
     """A trained network from its run's directory.
 
-    The directory is only read, so the run may still be going.
+    The directory is only read, so the run may still be going. A damaged checkpoint is warned of,
+    and the next older one is read.
 
     Returns:
       `network`, a function (params, x_t, log_snr, cond) -> an estimate of `config.target`; the
-      moving average of its parameters at the newest checkpoint; and the run's config.
+      moving average of its parameters at the newest sound checkpoint; and the run's config.
 
     Raises:
-      FileNotFoundError: if there is no config or no finished checkpoint.
+      FileNotFoundError: if there is no config or no sound checkpoint.
       ValueError: if the config cannot be read.
 
     With `functools.partial(network, params)` the core is at home:
@@ -93,13 +214,12 @@ def load(workdir: Path | str) -> tuple[Callable[..., Data], Any, Config]:
     config = read_config(workdir)
     if not (workdir / CHECKPOINTS).is_dir():
         raise FileNotFoundError(f"{workdir} holds no {CHECKPOINTS}")
-    options = ocp.CheckpointManagerOptions(read_only=True, atomicity_options=ATOMICITY)
-    with ocp.CheckpointManager((workdir / CHECKPOINTS).absolute(), options=options) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise FileNotFoundError(f"{workdir / CHECKPOINTS} holds no finished checkpoint")
-        tree = manager.restore(step, args=ocp.args.StandardRestore())
-    return make_network(config), jax.tree.map(jnp.asarray, tree["ema_params"]), config
+    for path in reversed(found(workdir)):
+        damage = damage_of(path)
+        if damage is None:
+            return make_network(config), read(path, "ema_params")["ema_params"], config
+        warnings.warn(f"{path} is damaged: {damage}; trying an older one", stacklevel=2)
+    raise FileNotFoundError(f"{workdir / CHECKPOINTS} holds no sound checkpoint")
 
 
 def read_config(workdir: Path) -> Config:
@@ -118,20 +238,85 @@ def read_config(workdir: Path) -> Config:
         raise ValueError(f"{path} is not a config of this diffjax: {error!r}") from error
 
 
-def _one_copy(x):
+def found(workdir: Path) -> list[Path]:
+    """The finished checkpoints of a run, sound or not, oldest first."""
+    return _finished((workdir / CHECKPOINTS).absolute())
+
+
+def read(path: Path, *fields: str) -> dict[str, Any]:
+    """A checkpoint's arrays on one device, whatever devices wrote them.
+
+    Args:
+      path: one of `found`; it is not verified.
+      fields: which fields of `TrainState` to read, all if none are named.
+    """
+    reader = ocp.PyTreeCheckpointer()
+    saved: Any = reader.metadata(path / "default").item_metadata
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+        {field: saved.tree[field] for field in fields or saved.tree},
+    )
+    how = ocp.checkpoint_utils.construct_restore_args(like)
+    args = ocp.args.PyTreeRestore(like, how, partial_restore=True)
+    return reader.restore(path / "default", args=args)
+
+
+def damage_of(path: Path) -> str | None:
+    """What is wrong with a finished checkpoint, or None if every file is as its seal says."""
+    try:
+        seal = json.loads((path / SEAL).read_text())
+        for name, (size, digest) in seal.items():
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size} bytes, not {size}"
+            if _fingerprint(file)[1] != digest:
+                return f"{name} has changed"
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        return f"{SEAL} cannot be read ({error})"
+    missing = [name for name in (COMMITTED, ARRAYS) if not (path / name).is_file()]
+    return f"{missing[0]} is missing" if missing else None
+
+
+def _finished(directory):
+    # One that was cut off while it was written has neither file, nor has a folder that is not ours.
+    steps = [path for path in directory.glob("*") if path.name.isdecimal()]
+    ours = [p for p in steps if (p / COMMITTED).is_file() or (p / SEAL).is_file()]
+    return sorted(ours, key=lambda path: int(path.name))
+
+
+def _set_damaged_aside(directory):
+    for path in reversed(_finished(directory)):
+        damage = damage_of(path)
+        if damage is None:
+            return
+        aside = path.with_name(f"damaged-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        print(f"{path} is damaged: {damage}; set aside as {aside.name}", flush=True)
+
+
+def _fingerprint(file):
+    with file.open("rb") as stream:
+        return file.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _describe(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}" for path, x in leaves}
+
+
+def _savable(x):
+    if jax.process_count() > 1 and x.is_fully_addressable:
+        # pmap's replicated outputs are each process' own; Orbax wants one array of all processes.
+        mesh = Mesh(np.array(jax.devices()), ("all",))
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(_savable(jax.random.key_data(x)))
+        here = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, everywhere, lambda part: here[part])
     # Orbax shares the writing of a replicated array between its replicas: on one host that gains
     # nothing and compiles a slice for every shape.
     return x.addressable_data(0) if x.is_fully_replicated and x.is_fully_addressable else x
-
-
-def _manager(workdir, config):
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file
-    keep: list[policy.PreservationPolicy] = [policy.LatestN(config.keep)]
-    if config.keep_every is not None:
-        keep.append(policy.EveryNSteps(config.keep_every))
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=policy.AnyPreservationPolicy(keep),
-        cleanup_tmp_directories=True,
-        atomicity_options=ATOMICITY,
-    )
-    return ocp.CheckpointManager((workdir / CHECKPOINTS).absolute(), options=options)

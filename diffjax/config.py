@@ -13,7 +13,7 @@ import inspect
 import json
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +22,7 @@ import tyro
 from . import samplers, schedules, targets, weightings
 from .data import DATASETS
 from .models import MLPConfig, UNetConfig
-from .parallel import RUNNERS
+from .parallel import RUNNERS, Distributed
 
 
 def _linear_betas(steps: int = 1000, start=1e-4, end=0.02, log_snr_max=24.0):
@@ -214,6 +214,8 @@ class Config:
     """Training steps in all."""
     parallel: Annotated[str, one_of(RUNNERS)] = "pmap"
     """The runner."""
+    fsdp: int = 1
+    """Devices that share one copy of the state, with parallel=sharded; 0: all of them."""
     log_every: int = 50
     """Steps between lines of metrics."""
     eval_every: int = 500
@@ -226,18 +228,26 @@ class Config:
     """Newest checkpoints to keep."""
     keep_every: int | None = None
     """Keep besides each checkpoint whose step is a multiple of this."""
+    keep_best: int = 0
+    """Keep besides so many of least loss on held-out data; save_every must be a multiple of
+    eval_every."""
+    skip_nonfinite: int = 0
+    """Batches of infinite or undefined loss or gradient to leave out before the run stops."""
     sampling: Sampling = Sampling()
 
 
 CHANGEABLE = {
     "steps",
     "parallel",
+    "fsdp",
     "log_every",
     "eval_every",
     "sample_every",
     "save_every",
     "keep",
     "keep_every",
+    "keep_best",
+    "skip_nonfinite",
     "sampling",
     "data.path",
 }
@@ -252,11 +262,14 @@ def smoke(config: Config, **changes: Any) -> Config:
     return dataclasses.replace(config, **short)
 
 
-def parse(argv: Sequence[str], default: str = "configs/digits.py") -> tuple[Config, Path]:
+def parse(
+    argv: Sequence[str], default: str = "configs/digits.py"
+) -> tuple[Config, Path, Distributed]:
     """The command line `[--config=FILE[:variant]] [--workdir=DIR] [--config.FIELD=VALUE ...]`.
 
     Returns:
-      The config, not yet checked, and the run's directory, `runs/<config name>` by default.
+      The config, not yet checked; the run's directory, `runs/<config name>` by default; and which
+      of how many processes this is.
 
     Raises:
       SystemExit: after printing what is wrong (or the help) in a few lines.
@@ -273,6 +286,7 @@ def parse(argv: Sequence[str], default: str = "configs/digits.py") -> tuple[Conf
         config: tyro.conf.AvoidSubcommands[Config] = base
         workdir: Path = Path("runs") / Path(path).stem
         """Where checkpoints, metrics and pictures go; resumes what it finds there."""
+        distributed: Distributed = Distributed()  # noqa: RUF009, it is frozen
 
     args = tyro.cli(
         Arguments,
@@ -282,7 +296,20 @@ def parse(argv: Sequence[str], default: str = "configs/digits.py") -> tuple[Conf
         config=(tyro.conf.FlagConversionOff,),
         use_underscores=True,
     )
-    return args.config, args.workdir
+    return args.config, args.workdir, args.distributed
+
+
+@contextlib.contextmanager
+def plainly(*errors: type[Exception]) -> Iterator[None]:
+    """End the program with one line, "error: ...", at an error of these kinds.
+
+    By default at those that what the user gave may cause: ValueError and OSError.
+    """
+    kinds = errors or (ValueError, OSError)
+    try:
+        yield
+    except kinds as error:
+        sys.exit(f"error: {error}")
 
 
 def from_file(spec: str) -> Config:

@@ -80,7 +80,11 @@ def unit_output(network: Network, target: str | Row, schedule: Schedule) -> Netw
     A score spans 1 to 1800 over log-SNR in [-15, 15]; for it this is the division by sigma of Song
     & Ermon 2020, "Improved techniques for training score-based generative models", technique 3.
     Train and sample with the same wrapping.
+
+    Raises:
+      ValueError: if the target is unknown.
     """
+    row(target)  # refused now if it is unknown
 
     def scaled(x_t, log_snr, cond):
         variance = unit_variance(target, *schedule.scales(log_snr))

@@ -13,12 +13,13 @@ import optax
 
 from . import keys, likelihood, loss_aware, losses, samplers, schedules, targets, weightings
 from .config import SAMPLERS, SCHEDULES, TIMES, WEIGHTINGS, Config, Optimizer
-from .data import DATASETS, Examples
+from .data import DATASETS, Examples, batch_indices
 from .denoisers import classifier_free, clip_x_0, denoiser, unit_input, unit_output
 from .learned_variance import hybrid_loss
 from .models import MODELS, UNetConfig, apply
 from .parallel import RUNNERS
 from .process import prior_sample
+from .training import TrainState, init_state
 from .types import Array, Data, Denoiser, Key, Network
 
 
@@ -45,9 +46,19 @@ def check(config: Config) -> None:
             f"keep_every={config.keep_every}: must be at least 1",
         ),
         (
+            config.keep_best == 0
+            or (config.keep_best > 0 and config.save_every % max(config.eval_every, 1) == 0),
+            f"keep_best={config.keep_best}: must be at least 0, and to find the best "
+            f"save_every={config.save_every} a multiple of eval_every={config.eval_every}",
+        ),
+        (
+            config.skip_nonfinite >= 0,
+            f"skip_nonfinite={config.skip_nonfinite}: must be at least 0",
+        ),
+        (
             min(config.eval_every, config.save_every) >= 1
-            and config.eval_every % config.log_every == 0
-            and config.save_every % config.log_every == 0,
+            and config.eval_every % max(config.log_every, 1) == 0
+            and config.save_every % max(config.log_every, 1) == 0,
             f"eval_every={config.eval_every} and save_every={config.save_every}: must be "
             f"multiples of log_every={config.log_every}, so that a resumed run logs the same",
         ),
@@ -193,6 +204,27 @@ def make_grid(config: Config) -> Array:
     ts = TIMES[config.sampling.times](make_schedule(config), config.sampling.steps)
     samplers.check_times(np.asarray(ts), stochastic=True)
     return ts
+
+
+def make_initial_state(
+    config: Config, shape: tuple[int, ...], tx: optax.GradientTransformation, times: "Times"
+) -> Callable[[], TrainState]:
+    """() -> the state before the first step, for data of a shape."""
+
+    def initial_state():
+        streams, module = make_streams(config), MODELS[type(config.model)](config.model)
+        x, cond = jnp.zeros((1, *shape)), {"label": jnp.zeros(1, jnp.int32)}
+        params = module.init(streams.params, x, jnp.zeros(1), cond)["params"]
+        return init_state(streams.train, params, tx, times.init())
+
+    return initial_state
+
+
+def describe_step(config: Config, n: int, taken: int) -> str:
+    """The learning rate after so many steps, and which of n examples the next one looks at."""
+    rate = np.asarray(make_learning_rate(config.optimizer)(taken))
+    index = batch_indices(config.seed, taken, n, config.batch_size)
+    return f"learning rate {rate:.3g}, examples {index.tolist()}"
 
 
 def make_learning_rate(o: Optimizer) -> optax.Schedule:

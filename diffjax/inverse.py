@@ -125,8 +125,10 @@ def pigdm(
         transpose = jax.linear_transpose(one, x_t[0])
 
         def solve(residual, spread):
-            covariance = lambda u: spread * one(transpose(u)[0]) + noise_std**2 * u
-            return transpose(jax.scipy.sparse.linalg.cg(covariance, residual, tol=1e-6)[0])[0]
+            # A^T (r^2 A A^T + noise^2)^-1 = (r^2 A^T A + noise^2)^-1 A^T, and this system has a
+            # solution also for a y that no x_0 gives, as one with pixels that a mask hides.
+            precision = lambda x: spread * transpose(one(x))[0] + noise_std**2 * x
+            return jax.scipy.sparse.linalg.cg(precision, transpose(residual)[0], tol=1e-6)[0]
 
         (score,) = pull_back(jax.vmap(solve)(y - operator(x_0), spread.astype(x_t.dtype)))
         return add_score(prediction, schedule, t, score)
@@ -188,13 +190,16 @@ def repaint(
       repeats: how often to take each step.
 
     Raises:
-      ValueError: if `repeats` is below 1; when called, if y has not the shape of the data.
+      ValueError: if `repeats` is below 1; when called, if y or the mask has not the data's shape,
+        or the sampler remembers steps before.
     """
     if repeats < 1:
         raise ValueError(f"{repeats=}: must be at least 1")
 
     def step(key, state, t, s):
-        _check(lambda x: x, state.x, y)
+        _check(lambda x: jnp.broadcast_to(mask, x.shape), state.x, y)
+        if jax.tree.leaves(state.memory):
+            raise ValueError("repaint: needs a sampler of one step, not one that remembers")
         known = jnp.broadcast_to(mask, y.shape).astype(y.dtype)
         example_keys = keys.per_example(key, len(y))
         draw = lambda k: keys.normal(k, y.shape, y.dtype)
@@ -213,6 +218,9 @@ def repaint(
 
 
 def _check(operator, x, y):
-    shape = jax.eval_shape(operator, x).shape
+    try:
+        shape = jax.eval_shape(operator, x).shape
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the operator does not take data of shape {x.shape}: {error}") from error
     if y.shape != shape:
         raise ValueError(f"a measurement of shape {y.shape}: the operator gives {shape}")

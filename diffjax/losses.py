@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from . import keys
 from .process import scales_at
 from .schedules import Schedule, at_least_float32, rate_at, time_at
-from .targets import Row, encode, eps_per_out, unit_variance
+from .targets import Row, encode, eps_per_out, row, unit_variance
 from .types import (
     Array,
     Cond,
@@ -106,22 +106,25 @@ def effective_weight(
       steps: T, if time is discrete; constant between the times of the grid.
 
     Returns:
-      A function of log-SNR, `[]` or `[n]`, to weights of that shape.
+      A function of log-SNR, `[]` or `[n]`, to weights of that shape: 0 where the schedule never is.
 
     >>> import diffjax
     >>> weighs = effective_weight(diffjax.cosine(), "x_0", diffjax.weightings.elbo)
     >>> bool(jnp.allclose(weighs(jnp.array([0.0, 2.0])), jnp.exp(jnp.array([0.0, 2.0])) / 2))
     True
     """
+    row(target)  # refused now if it is unknown
 
     def weighs(log_snr: Array) -> Array:
-        t = time_at(schedule, jnp.asarray(log_snr))
+        log_snr = jnp.asarray(log_snr)
+        t = time_at(schedule, log_snr)
         drawn = t if steps is None else jnp.ceil(t * steps) / steps
         on_target = loss_weight(schedule, target, drawn, weight, steps)
         on_eps = on_target / eps_per_out(target, *schedule(drawn)) ** 2
         on_x_0 = on_eps * jnp.exp(schedule.log_snr(drawn))
         of_times = 1.0 if density is None else density(t)
-        return jnp.asarray(on_x_0 * of_times / rate_at(schedule, t))
+        visited = (log_snr >= schedule.log_snr(1.0)) & (log_snr <= schedule.log_snr(0.0))
+        return jnp.where(visited, on_x_0 * of_times / rate_at(schedule, t), 0.0)
 
     return weighs
 

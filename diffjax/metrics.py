@@ -1,6 +1,7 @@
 """What a run says of itself: rows of `metrics.jsonl`, and a line on the terminal."""
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,29 +13,38 @@ from rich.console import Console
 from rich.live import Live
 
 ROWS = "metrics.jsonl"
+WINDOW = "window.json"
 
 
 class Recorder:
     """Writes rows of metrics, and shows the newest: a live line on a terminal, else plain lines.
 
-    Use as a context manager; rows are on disk as soon as they are written.
+    Use as a context manager; rows are on disk as soon as they are written, or, if the disk is full,
+    when it takes them. Of many processes only the first writes and shows.
 
     Args:
       workdir: the run's directory.
       step: where the run starts; rows of later steps, of a run that was cut off, are dropped.
       steps: where it ends, for the time it still takes.
       title: what stands before every line.
+
+    Attributes:
+      skipped: how many batches the rows say were left out.
     """
 
     def __init__(self, workdir: Path, step: int, steps: int, title: str = "") -> None:
         self.path, self.steps, self.title = workdir / ROWS, steps, title
-        rows = [row for row in read(workdir) if row["step"] <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        temporary.replace(self.path)
-        self.console = Console()
+        self.first = jax.process_index() == 0
+        self.console = Console(quiet=not self.first)
         self.live = Live(console=self.console)
         self.began = self.at = step, time.perf_counter()
+        rows = [row for row in read(workdir) if row["step"] <= step]
+        self.skipped = sum(row.get("skipped", 0) for row in rows)
+        self.unwritten = b""
+        if self.first:
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            temporary.replace(self.path)
 
     def __enter__(self) -> "Recorder":
         if self.console.is_terminal:
@@ -56,8 +66,8 @@ class Recorder:
         speed = (step - last_step) / (now - last_time)
         row = {"step": step, **metrics, "img_per_s": speed * batch_size}
         left = f"  {_clock((self.steps - step) / speed)} left"
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self.skipped += int(metrics.get("skipped", 0))
+        self._append(json.dumps(row) + "\n")
         numbers = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "step")
         line = f"{self.title}step {step}/{self.steps}  {numbers}{left}"
         if self.live.is_started:
@@ -69,34 +79,64 @@ class Recorder:
         """Measure the speed of the next row from here, so as to leave out what was before."""
         self.at = step, time.perf_counter()
 
+    def check(
+        self, window: list[dict[str, Any]], step: int, allowed: int, describe: Callable[[int], str]
+    ) -> None:
+        """Report each step of infinite or undefined metrics, of those up to `step`.
+
+        Args:
+          window: metrics of consecutive steps, arrays.
+          step: steps taken when the last of them was made.
+          allowed: how many such steps a run may have.
+          describe: what else to say of a step, given the number of steps taken before it.
+
+        Raises:
+          FloatingPointError: if there are more; names the step, and what `describe` says.
+        """
+        skipped = self.skipped
+        for taken, row in enumerate(jax.device_get(window), step - len(window)):
+            bad = [f"{name} is {value}" for name, value in row.items() if not np.isfinite(value)]
+            if bad:
+                skipped += 1
+                what = f"{', '.join(bad)} at step {taken + 1}; {describe(taken)}"
+                if skipped > allowed:
+                    raise FloatingPointError(what)
+                self.say(f"left out {skipped} of {allowed}: {what}")
+
+    def _append(self, line):
+        if not self.first:
+            return
+        self.unwritten += line.encode()
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                end = file.seek(0, os.SEEK_END)
+                if file.write(self.unwritten) != len(self.unwritten):
+                    file.truncate(end)  # no half lines
+                    raise OSError("no space left on the device")
+            self.unwritten = b""
+        except OSError as error:
+            self.say(f"{self.path} cannot be written, rows are kept until it can: {error}")
+
 
 def summary(
     window: list[dict[str, Any]], step: int, learning_rate: Callable[[int], Any]
 ) -> dict[str, float]:
-    """Means over the metrics of the steps up to `step`, fetched from the devices at once.
+    """Means over the finite metrics of the steps up to `step`, fetched from the devices at once.
 
     Args:
-      window: metrics of consecutive steps, arrays on the devices.
+      window: metrics of consecutive steps, arrays.
       step: steps taken when the last of them was made.
       learning_rate: of the number of steps taken before.
 
     Returns:
-      The mean of each metric, and the `learning_rate` of the last step.
-
-    Raises:
-      FloatingPointError: if a metric is not finite; names the step and its learning rate.
+      The mean of each metric; how many steps were `skipped`, if any; and the `learning_rate` of the
+      last step.
     """
-    rows = jax.device_get(window)
-    for i, row in enumerate(rows):
-        for name, value in row.items():
-            if not np.isfinite(value):
-                at = step - len(rows) + i
-                rate = float(learning_rate(at))
-                raise FloatingPointError(
-                    f"{name} is {value} at step {at + 1}, learning rate {rate:.3g}"
-                )
-    means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-    return means | {"learning_rate": float(learning_rate(step - 1))}
+    rows = _floats(window)
+    sound = [row for row in rows if np.isfinite(list(row.values())).all()]
+    means = {name: float(np.mean([row[name] for row in sound])) for name in rows[0] if sound}
+    skipped = {"skipped": len(rows) - len(sound)} if len(sound) < len(rows) else {}
+    return means | skipped | {"learning_rate": float(learning_rate(step - 1))}
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:
@@ -111,6 +151,25 @@ def read(workdir: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def keep(workdir: Path, step: int, window: list[dict[str, Any]]) -> None:
+    """Keep the metrics of the steps since the last log point, for a run stopped between two."""
+    if jax.process_index() == 0:
+        text = json.dumps({"step": step, "window": _floats(window)})
+        (workdir / WINDOW).write_text(text + "\n")
+
+
+def kept(workdir: Path, step: int) -> list[dict[str, Any]]:
+    """What was kept when the run was stopped at `step`, so that it logs as if it had not been."""
+    path = workdir / WINDOW
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found["window"] if found.get("step") == step else []
+
+
+def _floats(window):
+    rows = jax.device_get(window)
+    return [{name: float(value) for name, value in row.items()} for row in rows]
 
 
 def _clock(seconds: float) -> str:

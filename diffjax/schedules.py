@@ -407,12 +407,21 @@ def linear_betas(steps: int, start: float = 1e-4, end: float = 0.02) -> np.ndarr
     """beta_i linear in i, float64 `[steps]` (Ho et al. 2020, section 4).
 
     The ends are not rescaled by 1000 / steps: they are those of DDPM for `steps=1000`.
+
+    Raises:
+      ValueError: if `steps` is below 1 (`from_betas` refuses betas out of range).
     """
+    _require_steps(steps)
     return np.linspace(start, end, steps, dtype=np.float64)
 
 
 def scaled_linear_betas(steps: int, start: float = 0.00085, end: float = 0.012) -> np.ndarray:
-    """sqrt(beta_i) linear in i, float64 `[steps]` (Rombach et al. 2022, latent diffusion)."""
+    """sqrt(beta_i) linear in i, float64 `[steps]` (Rombach et al. 2022, latent diffusion).
+
+    Raises:
+      ValueError: if `steps` is below 1.
+    """
+    _require_steps(steps)
     return np.linspace(start**0.5, end**0.5, steps, dtype=np.float64) ** 2
 
 
@@ -420,7 +429,13 @@ def cosine_betas(steps: int, max_beta: float = 0.999) -> np.ndarray:
     """The betas of abar(t) = cos^2((t + 0.008) / 1.008 pi / 2), float64 `[steps]`.
 
     Nichol & Dhariwal 2021, "Improved DDPM", equation 17, clipped at `max_beta`.
+
+    Raises:
+      ValueError: if `steps` is below 1, or unless `0 < max_beta <= 1`.
     """
+    _require_steps(steps)
+    if not 0 < max_beta <= 1:
+        raise ValueError(f"{max_beta=}: must be in (0, 1]")
     t = np.arange(steps + 1, dtype=np.float64) / steps
     abar = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
     return np.minimum(1 - abar[1:] / abar[:-1], max_beta)
@@ -440,6 +455,11 @@ def zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     alpha = np.exp(0.5 * np.cumsum(np.log1p(-np.asarray(betas, np.float64))))
     alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
     return 1 - (alpha / np.concatenate([[1.0], alpha[:-1]])) ** 2
+
+
+def _require_steps(steps):
+    if steps < 1:
+        raise ValueError(f"{steps=}: must be at least 1")
 
 
 def _require_decreasing(log_snr_min, log_snr_max):

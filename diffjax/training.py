@@ -72,6 +72,7 @@ def train_step(
     axis_name: str | None = None,
     accumulate: int = 1,
     remember: Callable[[Any, Any], Any] | None = None,
+    skip_nonfinite: bool = False,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step of gradient descent on the mean loss, and of the moving average.
 
@@ -88,6 +89,8 @@ def train_step(
       remember: for a method that carries `state.extra` along. `loss_fn` then gets the extra as its
         fourth argument and returns, beside the losses, what is to be remembered, a pytree
         `[batch]`; `remember`(extra, that of the global batch, by ascending index) is the next.
+      skip_nonfinite: whether a batch of infinite or undefined loss or gradient changes nothing but
+        the number of steps taken.
 
     Returns:
       The new state, and metrics: `loss`, the mean over the global batch, and `grad_norm`, the
@@ -129,14 +132,17 @@ def train_step(
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     decay = ema_decay(state.step) if callable(ema_decay) else ema_decay
-    state = state.replace(
-        step=state.step + 1,
+    new = state.replace(
         params=params,
         ema_params=optax.incremental_update(params, state.ema_params, 1 - decay),
         opt_state=opt_state,
         extra=extra,
     )
-    return state, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    grad_norm = optax.tree.norm(grads)
+    if skip_nonfinite:
+        sound = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        new = jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, state)
+    return new.replace(step=state.step + 1), {"loss": loss, "grad_norm": grad_norm}
 
 
 def ema_warmup(decay: float) -> Callable[[Array], Array]:

@@ -20,9 +20,9 @@ Data = Float[Real, "batch *data"]
 """Clean or noisy examples, `[batch, ...]`."""
 Scale = float | int | Float[Real, "..."]
 """alpha or sigma, already of a shape that broadcasts against the data (see `scales_at`)."""
-Time = float | int | Float[Real, ""] | Float[Real, " batch"]
+Time = float | int | np.floating | Float[Real, ""] | Float[Real, " batch"]
 """Diffusion time in [0, 1]: 0 is data, 1 is noise. One for the batch, or one per example."""
-Scalar = float | int | Float[Real, ""]
+Scalar = float | int | np.floating | Float[Real, ""]
 """A number that may be traced: a schedule's parameter, a guidance weight."""
 Cond = Any
 """Whatever the network is conditioned on: a pytree of arrays `[batch, ...]`, or None."""

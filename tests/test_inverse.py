@@ -74,6 +74,19 @@ def test_pigdm_is_the_exact_posterior_score_of_isotropic_data(x64, operator, noi
         np.testing.assert_allclose(explained, x_t[i], rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_what_a_mask_hides_does_not_matter_to_pigdm(noise):
+    denoise = oracles.gaussian(SCHEDULE, jnp.zeros(2), 0.25)
+    x_t = jnp.array([[0.2, 0.3]])
+
+    def guided(hidden):
+        y, operator = jnp.array([[0.5, hidden]]), inverse.inpainting(FIRST)
+        return inverse.pigdm(denoise, SCHEDULE, operator, y, noise, 0.5)(x_t, 0.5).x_0
+
+    assert np.isfinite(guided(3.0)).all()
+    np.testing.assert_allclose(guided(3.0), guided(0.0), atol=1e-6)
+
+
 def test_samples_by_pigdm_are_those_of_the_posterior():
     """The mean and spread of 4000 draws, one measured and one free coordinate, with noise."""
     std, noise = 0.5, 0.2
@@ -192,6 +205,22 @@ def test_a_solution_does_not_depend_on_its_batch_mates(solver):
         (
             lambda d, x: inverse.repaint(diffjax.ddim(d, SCHEDULE), SCHEDULE, FIRST, x, repeats=0),
             "repeats=0",
+        ),
+        (
+            lambda d, x: inverse.pigdm(d, SCHEDULE, inverse.inpainting(jnp.ones(5)), x)(x, 0.5),
+            r"the operator does not take data of shape \(2, 4, 4, 3\)",
+        ),
+        (
+            lambda d, x: inverse.repaint(diffjax.ddim(d, SCHEDULE), SCHEDULE, jnp.ones(5), x).step(
+                jax.random.key(0), diffjax.samplers.init(x), 0.5, 0.4
+            ),
+            r"the operator does not take data of shape \(2, 4, 4, 3\)",
+        ),
+        (
+            lambda d, x: inverse.repaint(
+                sampler := diffjax.lms(d, SCHEDULE), SCHEDULE, jnp.ones(()), x
+            ).step(jax.random.key(0), sampler.init(x), 0.5, 0.4),
+            "needs a sampler of one step",
         ),
         (lambda d, x: inverse.downsampling(0), "factor=0"),
         (lambda d, x: inverse.downsampling(3)(x), "does not divide an image of 4 x 4"),

@@ -248,6 +248,27 @@ def test_the_estimate_is_unbiased_and_its_error_honest(steps):
     assert all(part.shape == (n,) for part in estimate)
 
 
+@pytest.mark.parametrize("samples", [None, 16])
+def test_the_standard_error_is_of_the_noise_and_not_of_the_curve(samples):
+    """In 300 dimensions the terms change more from step to step than the noise moves them."""
+    schedule = diffjax.from_betas(diffjax.linear_betas(50))
+    denoise = oracles.gaussian(schedule, jnp.zeros(300), STD**2)
+    x_0 = jnp.broadcast_to(denoise.sample(jax.random.key(3), 1), (400, 300))
+    found = likelihood.elbo(
+        jax.random.key(0), denoise, schedule, x_0, 50, levels=None, samples=samples
+    )
+    said = jnp.sqrt(jnp.mean(found.standard_error**2))
+    assert 0.85 < said / found.nats.std() < 1.6
+
+
+def test_in_continuous_time_there_is_one_variance():
+    schedule = diffjax.cosine()
+    with pytest.raises(ValueError, match="variance='learned': in continuous time"):
+        likelihood.elbo(
+            jax.random.key(0), gaussian(schedule), schedule, jnp.ones((2, 1)), variance="learned"
+        )
+
+
 def test_the_bound_on_a_model_that_is_wrong_is_above_that_of_the_right_one():
     schedule = diffjax.cosine()
     x_0 = oracles.gaussian(schedule, [MEAN], STD**2).sample(jax.random.key(0), 500)

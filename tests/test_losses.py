@@ -406,6 +406,16 @@ def test_unit_output_with_unit_variance_makes_the_score_network_the_eps_network(
     np.testing.assert_allclose(one, other, rtol=1e-4)
 
 
+def test_a_noise_level_that_the_schedule_never_has_weighs_nothing():
+    weighs = diffjax.effective_weight(diffjax.cosine(-10.0, 10.0), "x_0", weightings.constant)
+    found = weighs(jnp.array([-30.0, -10.1, -9.9, 9.9, 10.1]))
+    assert ((found > 0) == jnp.array([False, False, True, True, False])).all()
+    with pytest.raises(ValueError, match="unknown target 'foo'"):
+        diffjax.effective_weight(diffjax.cosine(), "foo")
+    with pytest.raises(ValueError, match="unknown target 'foo'"):
+        diffjax.unit_output(lambda *a: a[0], "foo", diffjax.cosine())
+
+
 def test_whole_numbers_are_times_too():
     schedule, x_0 = diffjax.linear(), jnp.linspace(-1, 1, 6).reshape(2, 3)
     network = lambda x_t, log_snr, cond: jnp.sin(x_t)

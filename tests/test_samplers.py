@@ -572,6 +572,42 @@ def test_gradients_through_a_walk_are_finite_and_those_of_differences(x64, name)
         np.testing.assert_allclose(slope, difference, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", ["ancestral", "ddim_one", "edm_churn"])
+def test_gradients_from_the_very_ends_are_finite(name):
+    """From t = 1, where EDM adds no noise, on a schedule whose first step keeps nothing of eps."""
+    make = {"ddim_one": functools.partial(diffjax.ddim, eta=1.0)}.get(name) or SAMPLERS[name]
+    table = diffjax.from_betas(diffjax.zero_terminal_snr(diffjax.linear_betas(1000)))
+
+    def end(by):
+        return walk(
+            make, diffjax.shift(table, by), jnp.ones((2, 1)), diffjax.uniform_times(6)
+        ).sum()
+
+    assert jnp.isfinite(jax.grad(end)(0.3))
+
+
+def test_the_gradient_by_eta_is_finite_where_it_begins():
+    schedule = diffjax.cosine()
+    ts = diffjax.uniform_times(3)
+
+    def end(eta):
+        make = functools.partial(diffjax.ddim, eta=eta)
+        return walk(make, schedule, jnp.ones((2, 1)), ts).sum()
+
+    assert jnp.isfinite(jax.grad(end)(0.0))
+
+
+@pytest.mark.parametrize("name", ["edm", "lms"])
+def test_solvers_in_sigma_lose_no_digits_where_it_is_huge(name):
+    """sigma/alpha is 160,000 at t = 1; float32 has seven digits of it, and needs them for x_0."""
+    schedule = diffjax.from_betas(diffjax.zero_terminal_snr(diffjax.linear_betas(1000)))
+    x_1, ts = jax.random.normal(jax.random.key(0), (8, 1)), np.linspace(1.0, 0.0, 21)
+    single = walk(SAMPLERS[name], schedule, x_1, ts.astype(np.float32))
+    with jax.enable_x64(True):
+        double = walk(SAMPLERS[name], schedule, jnp.asarray(x_1, jnp.float64), ts)
+    np.testing.assert_allclose(single, double, rtol=1e-3, atol=1e-3)
+
+
 def test_options_may_be_traced_and_vmapped():
     schedule = diffjax.cosine()
     oracle = oracles.gaussian(schedule, [MEAN], STD**2)
@@ -629,6 +665,17 @@ def test_observe_records_each_step_where_it_arrives():
     assert jnp.array_equal(path[-1], x_0)
     assert jnp.array_equal(at, ts[1:])
     np.testing.assert_allclose(predicted[0], gaussian(schedule)(x_1, 1.0).x_0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("make", [diffjax.ancestral, diffjax.ddim])
+def test_a_grid_of_known_values_is_checked_under_jit_too(make):
+    schedule = diffjax.cosine()
+    sampler = make(gaussian(schedule), schedule)
+    grids = [2 * diffjax.uniform_times(4), diffjax.discrete_times(10, 4)[::-1]]
+    for ts in grids[: 1 if make is diffjax.ddim else 2]:
+        run = jax.jit(lambda x, ts=ts: diffjax.sample(jax.random.key(0), sampler, x, ts)[0])
+        with pytest.raises(ValueError, match=r"must lie in \[0, 1\]|stochastic"):
+            run(jnp.ones((1, 1)))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from PIL import Image
 
 import evaluate
 import train
-from diffjax import checkpoint, config as config_lib, experiment, metrics, parallel
+from diffjax import checkpoint, config as config_lib, data, experiment, metrics, parallel
 from test_data import write_cifar, write_mnist
 
 ROOT = Path(__file__).parents[1]
@@ -34,12 +34,10 @@ def rows_of(workdir):
 
 
 def newest(workdir):
-    """The newest checkpoint's arrays."""
-    config = config_lib.from_json((workdir / "config.json").read_text())
-    with checkpoint.open_run(workdir, config) as manager:
-        return manager.latest_step(), manager.restore(
-            manager.latest_step(), args=checkpoint.ocp.args.StandardRestore()
-        )
+    """The newest checkpoint's step and arrays."""
+    path = checkpoint.found(workdir)[-1]
+    assert checkpoint.damage_of(path) is None
+    return int(path.name), checkpoint.read(path)
 
 
 def assert_bitwise_equal(a, b):
@@ -209,7 +207,9 @@ def test_another_experiment_in_the_same_directory_is_refused(copied):
             run(copied, *TINY, "--config.steps=20", change)
 
 
-def test_a_nan_stops_the_run_says_where_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+def test_a_nan_stops_the_run_says_where_and_keeps_the_last_checkpoint(
+    tmp_path, monkeypatch, capsys
+):
     make_loss = train.make_loss
 
     def breaks(*args):
@@ -227,14 +227,16 @@ def test_a_nan_stops_the_run_says_where_and_keeps_the_last_checkpoint(tmp_path, 
     with pytest.raises(SystemExit) as stop:
         run(tmp_path, *TINY, "--config.steps=200")
     found = re.fullmatch(
-        r"error: grad_norm is nan at step (\d+), learning rate (\S+); the last checkpoint: (\d+)",
+        r"error: grad_norm is nan at step (\d+); learning rate (\S+), examples (\[.*\])",
         str(stop.value),
     )
     assert found, stop.value
-    at, rate, kept = int(found[1]), float(found[2]), int(found[3])
+    at, rate, examples = int(found[1]), float(found[2]), json.loads(found[3])
+    kept = int(re.search(r"the newest checkpoint: step (\d+)", capsys.readouterr().out)[1])
     config = config_lib.from_file("configs/digits.py:smoke")
     schedule = experiment.make_learning_rate(config.optimizer)
     np.testing.assert_allclose(rate, schedule(at - 1), rtol=1e-2)
+    assert examples == data.batch_indices(0, at - 1, 1497, 16).tolist()
     step, arrays = newest(tmp_path)
     assert step == kept == (at - 1) // 20 * 20 > 0
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(arrays["params"]))
@@ -251,8 +253,8 @@ def test_the_loop_compiles_the_step_once_and_fetches_nothing_between_log_points(
     monkeypatch.setattr(array, "_value", counted)
     pmap = parallel.pmap
 
-    def watched():
-        runner = pmap()
+    def watched(fsdp):
+        runner = pmap(fsdp)
 
         def step(f):
             g = runner.step(lambda *args, **kw: compiled.append(None) or f(*args, **kw))
@@ -269,7 +271,7 @@ def test_the_loop_compiles_the_step_once_and_fetches_nothing_between_log_points(
 
 
 def test_a_cpus_cores_become_its_devices_unless_the_user_chose(monkeypatch):
-    code = "from diffjax import parallel; import jax; parallel.setup(%s); print(jax.device_count())"
+    code = "import jax; from diffjax.parallel import *; setup(ALONE, %s); print(jax.device_count())"
 
     def devices(batch, **environment):
         env = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
@@ -355,6 +357,14 @@ BAD = {
         ["--config.sampling.sampler=ancestral", "--config.sampling.options", "variance=learned"],
         "the run must learn one, by its bound_weight",
     ),
+    "fsdp under pmap": (["--config.fsdp=8"], "parallel=pmap copies the state to each device"),
+    "fsdp": (
+        ["--config.parallel=sharded", "--config.fsdp=3"],
+        "fsdp=3: must be 0, for all, or divide the 8 devices",
+    ),
+    "best": (["--config.keep-best=1", "--config.eval-every=40"], "a multiple of eval_every=40"),
+    "skip": (["--config.skip-nonfinite=-1"], "skip_nonfinite=-1: must be at least 0"),
+    "log_every": (["--config.log-every=0"], "log_every=0: must be at least 1"),
     "order": (
         ["--config.sampling.sampler=unipc", "--config.sampling.options", "order=5"],
         "unipc of order 5: there are orders 1 to 3",
@@ -366,7 +376,7 @@ BAD = {
 def test_bad_input_is_one_clear_line_before_anything_is_compiled(
     tmp_path, monkeypatch, argv, message
 ):
-    monkeypatch.setattr(parallel, "_replicate", lambda f: pytest.fail("went on to compile"))
+    monkeypatch.setattr(parallel, "_compile_once", lambda *_, **__: pytest.fail("went on"))
     with pytest.raises(SystemExit) as stop:
         run(tmp_path / "run", *TINY, *argv)
     assert message in str(stop.value) and str(stop.value).startswith("error: ")
@@ -442,9 +452,10 @@ def test_the_config_survives_json():
 
 
 def test_the_default_run_directory_is_named_after_the_config():
-    config, workdir = config_lib.parse([])
+    config, workdir, distributed = config_lib.parse([])
     assert workdir == Path("runs/digits") and config.data.name == "digits"
-    _, workdir = config_lib.parse(["--config=configs/two_moons.py:smoke"])
+    assert distributed == parallel.Distributed()
+    _, workdir, _ = config_lib.parse(["--config=configs/two_moons.py:smoke"])
     assert workdir == Path("runs/two_moons")
 
 

@@ -144,7 +144,7 @@ def run_layout(monkeypatch, kind, devices, steps=20):
     runner = parallel.RUNNERS[kind]()
     initial, step = make_step(SMALL)
     train_set, _ = data.load("digits")
-    state = runner.replicate(initial)
+    state = runner.init(initial)
     mapped = runner.step(step)
     losses = []
     for k in range(steps):

@@ -126,6 +126,12 @@ def take(examples: Examples, index: np.ndarray) -> dict[str, np.ndarray]:
     return batch
 
 
+def first(examples: Examples, n: int) -> dict[str, np.ndarray]:
+    """The first n examples, or all if there are fewer, with their `index`."""
+    index = np.arange(min(len(examples.x), n), dtype=np.int32)
+    return take(examples, index) | {"index": index}
+
+
 def in_range(dataset: Dataset) -> tuple[np.ndarray, np.ndarray | None]:
     """Every example of a data set, in [-1, 1], and its label if there are labels."""
     parts = [take(examples, np.arange(len(examples.x))) for examples in dataset]
@@ -151,7 +157,7 @@ def train_batch(
     seed: int,
     step: int,
     batch_size: int,
-    slots: slice = slice(None),
+    slots: slice | np.ndarray = slice(None),
     flip: bool = False,
 ) -> dict[str, np.ndarray]:
     """The training batch of a step: a pure function of (seed, step).

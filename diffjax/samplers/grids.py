@@ -8,14 +8,14 @@ from ..schedules import Schedule, time_at
 from ..types import Array
 
 
-def uniform_times(n: int) -> Float[Array, " times"]:
+def uniform_times(n: int) -> Float[np.ndarray, " times"]:
     """n steps of equal length: n + 1 times from exactly 1 to exactly 0.
 
     >>> uniform_times(4).tolist()
     [1.0, 0.75, 0.5, 0.25, 0.0]
     """
     _check_steps(n)
-    return jnp.linspace(1.0, 0.0, n + 1)
+    return _known(np.linspace(1.0, 0.0, n + 1))
 
 
 def log_snr_times(schedule: Schedule, n: int) -> Float[Array, " times"]:
@@ -30,13 +30,18 @@ def karras_times(schedule: Schedule, n: int, rho: float = 7.0) -> Float[Array, "
 
     Karras et al. 2022, equation 5. Theirs are n times from sigma_max to sigma_min and then zero;
     these end at the schedule's own finite end.
+
+    Raises:
+      ValueError: if `n` is below 1 or `rho` not positive.
     """
     _check_steps(n)
+    if rho <= 0:
+        raise ValueError(f"{rho=}: must be positive")
     high, low = (jnp.exp(-schedule.log_snr(t) / (2 * rho)) for t in (1.0, 0.0))
     return _between(schedule, -2 * rho * jnp.log(jnp.linspace(high, low, n + 1)))
 
 
-def discrete_times(steps: int, n: int) -> Float[Array, " times"]:
+def discrete_times(steps: int, n: int) -> Float[np.ndarray, " times"]:
     """n steps along the grid i/T, T = `steps`, as evenly spaced as it allows, from 1 to 0.
 
     Raises:
@@ -48,7 +53,12 @@ def discrete_times(steps: int, n: int) -> Float[Array, " times"]:
     _check_steps(n)
     if n > steps:
         raise ValueError(f"{n} steps on a grid of {steps}: there are only {steps}")
-    return jnp.asarray(np.round(np.linspace(steps, 0, n + 1)) / steps, jnp.result_type(float))
+    return _known(np.round(np.linspace(steps, 0, n + 1)) / steps)
+
+
+def _known(ts):
+    # A NumPy array: its values are known under `jit` too, so that `sample` can check them there.
+    return ts.astype(jnp.result_type(float))
 
 
 def _check_steps(n):

@@ -153,8 +153,10 @@ def lms(denoise: Denoiser, schedule: Schedule, *, order: int = 4) -> Sampler:
         u = [(ratio(node.log_snr) - ratio(schedule.log_snr(t))) / rise for node in history.nodes]
         moments = [1 / (k + 1) for k in range(len(u))]
         mean = _integral(history.nodes, u, history.used, moments)
-        alpha_t, alpha_s = scales_at(schedule, t, x)[0], scales_at(schedule, s, x)[0]
-        return State(alpha_s * (x / alpha_t + expand(rise, x) * mean), x_0, history)
+        # x/alpha_t + rise mean, without the difference of large numbers.
+        euler = x_0 + expand(ratio(log_snr_s), x) * eps
+        alpha_s = scales_at(schedule, s, x)[0]
+        return State(alpha_s * (euler + expand(rise, x) * (mean - eps)), x_0, history)
 
     return Sampler(_init(order), step)
 
@@ -249,5 +251,5 @@ def _integral(nodes, u, count, moments):
 
 
 def _check_order(name, order, highest):
-    if order not in range(1, highest + 1):
+    if not isinstance(order, int) or not 1 <= order <= highest:
         raise ValueError(f"{name} of order {order}: there are orders 1 to {highest}")

@@ -65,9 +65,12 @@ def ddim(denoise: Denoiser, schedule: Schedule, *, eta: Scalar = 0.0) -> Sampler
         x_0, eps = denoise(x, t)[:2]
         alpha_s, sigma_s = scales_at(schedule, s, x)
         if in_use(eta):
-            fresh = -(eta**2) * jnp.expm1(schedule.log_snr(t) - schedule.log_snr(s))
+            # 1 - eta^2 (1 - c) would be 0 for a small c, and its root have no gradient.
+            gap = schedule.log_snr(t) - schedule.log_snr(s)
+            kept = jnp.sqrt((1 - eta**2) + eta**2 * jnp.exp(gap))
+            fresh = eta * jnp.sqrt(-jnp.expm1(gap))
             z = keys.normal(key, x.shape, x.dtype)
-            eps = expand(jnp.sqrt(1 - fresh), x) * eps + expand(jnp.sqrt(fresh), x) * z
+            eps = expand(kept, x) * eps + expand(fresh, x) * z
         return State(alpha_s * x_0 + sigma_s * eps, x_0)
 
     return Sampler(init, step, stochastic=in_use(eta))
@@ -172,7 +175,9 @@ def edm(
         later = time_at(schedule, log_snr - 2 * jnp.log1p(gamma))
         later = jnp.where(gamma > 0, later, t)
         added = jnp.exp(-schedule.log_snr(later)) - jnp.exp(-log_snr)
-        std = s_noise * expand(jnp.sqrt(jnp.maximum(added, 0.0)), x)
+        # At t = 1 nothing is added; the root of 0 would have no gradient.
+        added = jnp.where(added > 0, jnp.sqrt(jnp.where(added > 0, added, 1.0)), 0.0)
+        std = s_noise * expand(added, x)
         alpha_t, alpha_later = scales_at(schedule, t, x)[0], scales_at(schedule, later, x)[0]
         return alpha_later * (x / alpha_t + std * keys.normal(key, x.shape, x.dtype)), later
 
@@ -180,12 +185,13 @@ def edm(
         x = state.x
         if in_use(s_churn):
             x, t = churn(key, x, t, s)
-        alpha_t, alpha_s = scales_at(schedule, t, x)[0], scales_at(schedule, s, x)[0]
+        alpha_s = scales_at(schedule, s, x)[0]
         ratio_t, ratio_s = (jnp.exp(-schedule.log_snr(u) / 2) for u in (t, s))
-        h = expand(ratio_s - ratio_t, x)
         x_0, first = denoise(x, t)[:2]
-        second = denoise(alpha_s * (x / alpha_t + h * first), s).eps
-        return State(alpha_s * (x / alpha_t + h * (first + second) / 2), x_0)
+        # x/alpha_t + (ratio_s - ratio_t) first, without the difference of large numbers.
+        euler = x_0 + expand(ratio_s, x) * first
+        second = denoise(alpha_s * euler, s).eps
+        return State(alpha_s * (euler + expand(ratio_s - ratio_t, x) * (second - first) / 2), x_0)
 
     return Sampler(init, step, stochastic=in_use(s_churn))
 

@@ -1,0 +1,62 @@
+"""Being asked to stop: every process saves at the same step and exits with `RESUME`.
+
+A scheduler that takes machines back sends SIGTERM and waits a while; a user presses Ctrl-C. It may
+reach one process of many.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
+
+RESUME = 75
+"""Exit status of a run that was stopped and can go on: EX_TEMPFAIL, "try again later"."""
+
+PROGRESS = "DIFFJAX_PROGRESS"
+"""The environment variable by which the launcher names the file that each step touches."""
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[Callable[[int], bool]]:
+    """Catch SIGTERM and SIGINT.
+
+    Yields:
+      A function of the number of steps taken, to be called after each: whether to save and stop
+      there, the same in every process. A second signal acts as if nothing was caught.
+    """
+    file = os.environ.get(PROGRESS)
+    signals: list[int] = []
+    many = jax.process_count() > 1
+    in_charge = threading.current_thread() is threading.main_thread()
+    catch = [signal.SIGINT] if many else [signal.SIGINT, signal.SIGTERM]
+    former = {number: signal.getsignal(number) for number in catch}
+
+    def restore():
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+    def note(number, frame):
+        restore()
+        signals.append(number)
+        if many:
+            # JAX catches this one itself, and lets all processes know.
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def asked(step):
+        if file is not None:
+            Path(file).touch()
+        return multihost_utils.reached_preemption_sync_point(step) if many else bool(signals)
+
+    if in_charge:
+        for number in catch:
+            signal.signal(number, note)
+    try:
+        yield asked
+    finally:
+        if in_charge:
+            restore()
