@@ -160,7 +160,7 @@ class Checkpoints:
         # Orbax will yet note in its metadata, which no restoring depends on, when it committed.
         files = [f for f in sorted(path.rglob("*")) if f.is_file() and f.name != METADATA]
         seal = {str(f.relative_to(path)): _fingerprint(f) for f in files}
-        (path / SEAL).write_text(json.dumps(seal, indent=1) + "\n")
+        (path / SEAL).write_text(json.dumps(seal, indent=1))
 
 
 def open_run(workdir: Path, config: Config) -> Checkpoints:

@@ -368,13 +368,18 @@ def from_json(text: str) -> Config:
 
 def differences(old: Config, new: Config) -> list[str]:
     """What differs and may not when a run is resumed, a line each; empty if nothing does."""
-    a, b = (_flatten(json.loads(to_json(config))) for config in (old, new))
+    a, b = fields(old), fields(new)
     return [
         f"{name}: the run has {a.get(name)!r}, asked for {b.get(name)!r}"
         for name in sorted(a.keys() | b.keys())
         if a.get(name) != b.get(name)
         and not any(name == c or name.startswith(c + ".") for c in CHANGEABLE)
     ]
+
+
+def fields(config: Config) -> dict[str, Any]:
+    """Every field by its full name, as in `model.width`, as JSON has it."""
+    return _flatten(json.loads(to_json(config)))
 
 
 def _flatten(tree, prefix=""):

@@ -1,0 +1,241 @@
+"""Checkpoints: what is damaged is never read, what is sound is never lost."""
+
+import dataclasses
+import io
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from diffjax import checkpoint, config as config_lib, inspect, parallel
+
+ROOT = Path(__file__).parents[1]
+CONFIG = dataclasses.replace(config_lib.from_file("configs/digits.py:smoke"), keep=2)
+
+
+def state_at(step):
+    """A state with every kind of leaf that a training state has."""
+    key = jax.random.key(7)
+    weights = jax.random.normal(jax.random.fold_in(key, step), (16, 256))
+    return {
+        "step": jnp.int32(step),
+        "ema_params": {"w": weights, "scalar": weights[0, 0], "half": weights.astype("bfloat16")},
+        "key": key,
+        "extra": (),
+    }
+
+
+def save(workdir, *steps, config=CONFIG, losses=()):
+    with checkpoint.open_run(workdir, config) as checkpoints:
+        for step, loss in zip(steps, losses or [1.0] * len(steps), strict=True):
+            checkpoints.save(step, state_at(step), loss)
+
+
+def restored(workdir, like=None, config=CONFIG):
+    with checkpoint.open_run(workdir, config) as checkpoints:
+        return checkpoints.restore(state_at(0) if like is None else like)
+
+
+def equal(a, b):
+    raw = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(raw(x), raw(y)), a, b)
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGE = {
+    "flipped bit": flip,
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "emptied": lambda file: file.write_bytes(b""),
+    "deleted": lambda file: file.unlink(),
+}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A run with the checkpoints of steps 20 and 40, to be copied by who would harm it."""
+    workdir = tmp_path_factory.mktemp("two") / "run"
+    save(workdir, 20, 40)
+    return workdir
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_to_any_file_is_found_and_the_older_checkpoint_used(two, tmp_path, kind, capsys):
+    newest = two / "checkpoints" / "40"
+    files = [f.relative_to(newest) for f in newest.rglob("*") if f.stat().st_size and f.is_file()]
+    # Orbax writes the time into this one when it commits; nothing that is restored depends on it.
+    files.remove(Path(checkpoint.METADATA))
+    assert len(files) > 10
+    for i, name in enumerate(files):
+        if kind != "deleted" and name.name == checkpoint.COMMITTED:
+            continue  # it says nothing but that it is there
+        copy = shutil.copytree(two, tmp_path / str(i))
+        DAMAGE[kind](copy / "checkpoints" / "40" / name)
+        damage = checkpoint.damage_of(copy / "checkpoints" / "40")
+        assert damage is not None, name
+        if name.name not in (checkpoint.SEAL,):
+            assert str(name) in damage
+        if i % 5 == 0:
+            equal(restored(copy), state_at(20))
+            said = capsys.readouterr().out
+            assert damage in said and "set aside as damaged-40" in said
+            # A run goes on, and step 40 is written again.
+            save(copy, 40)
+            equal(restored(copy), state_at(40))
+            assert (copy / "checkpoints" / "damaged-40").is_dir()
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_to_orbaxs_own_notes_harms_nothing(two, tmp_path, kind):
+    copy = shutil.copytree(two, tmp_path / "run")
+    DAMAGE[kind](copy / "checkpoints" / "40" / checkpoint.METADATA)
+    equal(restored(copy), state_at(40))
+
+
+def test_reading_passes_over_a_damaged_checkpoint_with_a_warning(two, tmp_path):
+    copy = shutil.copytree(two, tmp_path / "run")
+    flip(next((copy / "checkpoints" / "40" / "default" / "d").iterdir()))
+    with pytest.warns(UserWarning, match=r"40 is damaged: default.* has changed; trying an older"):
+        _, params, _ = checkpoint.load(copy)
+    equal(params, state_at(20)["ema_params"])
+    assert (copy / "checkpoints" / "40").is_dir()  # reading changes nothing
+    shutil.rmtree(copy / "checkpoints" / "20")
+    with (
+        pytest.warns(UserWarning, match="40 is damaged"),
+        pytest.raises(FileNotFoundError, match="no sound checkpoint"),
+    ):
+        checkpoint.load(copy)
+
+
+def test_orbax_itself_returns_wrong_numbers_for_a_flipped_bit(two, tmp_path):
+    """Why there are seals; when this fails, Orbax has learned to see it."""
+    copy = shutil.copytree(two, tmp_path / "run") / "checkpoints" / "40"
+    equal(checkpoint.read(copy), state_at(40))
+    for file in (copy / "default" / "ocdbt.process_0" / "d").iterdir():
+        if file.stat().st_size > 8000:
+            flip(file)
+    with pytest.raises(AssertionError, match="Mismatched elements"):
+        equal(checkpoint.read(copy), state_at(40))
+
+
+def test_empty_foreign_and_unfinished_folders_are_ignored(two, tmp_path):
+    copy = shutil.copytree(two, tmp_path / "run")
+    (copy / "checkpoints" / "99").mkdir()
+    (copy / "checkpoints" / "98" / "default").mkdir(parents=True)
+    cut_off = shutil.copytree(copy / "checkpoints" / "40", copy / "checkpoints" / "60")
+    (cut_off / checkpoint.SEAL).unlink()
+    (cut_off / checkpoint.COMMITTED).unlink()
+    equal(restored(copy), state_at(40))
+    save(copy, 60)
+    equal(restored(copy), state_at(60))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda s: s | {"ema_params": {**s["ema_params"], "w": jnp.zeros((16, 128))}},
+            r"\['w'\]: it has float32\[16, 256\], this config makes float32\[16, 128\]",
+        ),
+        (
+            lambda s: s | {"ema_params": {**s["ema_params"], "half": jnp.zeros((16, 256))}},
+            r"\['half'\]: it has bfloat16\[16, 256\], this config makes float32\[16, 256\]",
+        ),
+        (
+            lambda s: s | {"more": jnp.zeros(3)},
+            r"\['more'\]: it has None, this config makes float32\[3\]",
+        ),
+        (lambda s: {k: v for k, v in s.items() if k != "step"}, r"\['step'\]: it has int32\[\]"),
+    ],
+)
+def test_another_state_is_refused_with_what_differs(two, change, message):
+    with pytest.raises(ValueError, match=message):
+        restored(two, change(state_at(0)))
+
+
+@pytest.mark.parametrize(("kind", "fsdp"), [("pmap", 1), ("sharded", 1), ("sharded", 8)])
+def test_any_layout_reads_what_any_other_wrote(tmp_path, kind, fsdp):
+    wrote = parallel.RUNNERS[kind](fsdp).init(lambda: state_at(20))
+    with checkpoint.open_run(tmp_path, CONFIG) as checkpoints:
+        checkpoints.save(20, wrote)
+    for other, share in (("pmap", 1), ("sharded", 2)):
+        like = parallel.RUNNERS[other](share).init(lambda: state_at(0))
+        got = restored(tmp_path, like)
+        equal(got, state_at(20))
+        jax.tree.map(lambda a, b: a.sharding == b.sharding or pytest.fail("moved"), got, like)
+    equal(checkpoint.read(tmp_path / "checkpoints" / "20"), state_at(20))
+
+
+def test_the_newest_every_kth_and_the_best_are_kept(tmp_path):
+    losses = [5.0, 1.0, 4.0, 3.0, 2.0, 6.0, 7.0]
+    config = dataclasses.replace(CONFIG, keep=2, keep_every=80, keep_best=1)
+    save(tmp_path, *range(20, 160, 20), config=config, losses=losses)
+    kept = [int(path.name) for path in checkpoint.found(tmp_path)]
+    assert kept == [40, 80, 120, 140]
+
+
+def test_a_full_disk_is_reported_and_training_goes_on(tmp_path):
+    """Files are limited to 4 kB while one checkpoint is written; it is written later."""
+    code = f"""
+import resource, sys
+sys.path[:0] = [{str(ROOT / "tests")!r}]
+from pathlib import Path
+from test_checkpoint import CONFIG, checkpoint, state_at
+with checkpoint.open_run(Path({str(tmp_path)!r}), CONFIG) as checkpoints:
+    checkpoints.save(20, state_at(20))
+    checkpoints.wait()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, limits[1]))
+    for step in (40, 60):
+        checkpoints.save(step, state_at(step))
+        checkpoints.wait()
+        print("newest", checkpoints.newest(), [p.name for p in checkpoints.directory.iterdir()])
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    if len(sys.argv) < 2:
+        checkpoints.save(80, state_at(80))
+"""
+    run = lambda *args: subprocess.run(
+        [sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=ROOT
+    )
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("could not be written") == 2
+    assert done.stdout.count("newest 20 ['20']") == 2  # nothing is left lying about
+    equal(restored(tmp_path), state_at(80))
+    shutil.rmtree(tmp_path / "checkpoints" / "80")
+    done = run("end there")
+    assert "UnwrittenError: checkpoint 60 could not be written" in done.stderr
+    equal(restored(tmp_path), state_at(20))
+
+
+def test_inspect_says_what_a_run_holds(two, tmp_path):
+    copy = shutil.copytree(two, tmp_path / "run")
+    row = {"step": 40, "loss": 0.5, "eval_loss": 0.25}
+    (copy / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+
+    def said():
+        console = Console(record=True, width=160, file=io.StringIO())
+        damaged = inspect.report(copy, console)
+        return damaged, console.export_text()
+
+    damaged, text = said()
+    assert damaged == 0 and text.count("sound") == 2 and "0.25" in text
+    assert "model.width=8" in text and "loss 0.5" in text
+    (copy / "checkpoints" / "40" / "seal.json").unlink()
+    damaged, text = said()
+    assert damaged == 1 and "seal.json cannot be read" in text
+    with pytest.raises(FileNotFoundError, match="not the directory of a run"):
+        inspect.report(tmp_path, Console(quiet=True))
