@@ -1,0 +1,156 @@
+"""The launcher, with scripts that stand in for train.py: it never hangs and says why."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from diffjax import launch
+
+ROOT = Path(__file__).parents[1]
+
+# Process i of a script: a few "steps", then what the test wants of it.
+SCRIPT = """
+import os, pathlib, signal, sys, time
+words = dict(w.removeprefix("--distributed.").split("=") for w in sys.argv[1:])
+me, n = int(words["process"]), int(words["processes"])
+sign = pathlib.Path(os.environ["DIFFJAX_PROGRESS"])
+runs = pathlib.Path("runs%d" % me); attempt = len(runs.read_text()) if runs.exists() else 0
+runs.write_text("x" * (attempt + 1))
+ports = open("ports", "a"); ports.write(words["coordinator"] + "\\n"); ports.close()
+sign.touch()
+"""
+
+
+def start(tmp_path, body, *options, processes=2):
+    (tmp_path / "script.py").write_text(SCRIPT + body)
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "diffjax.launch", f"--processes={processes}", *options),
+            *("--", "script.py"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+
+
+def finish(process):
+    out, _ = process.communicate(timeout=60)
+    return process.returncode, out
+
+
+def attempts(tmp_path):
+    return len((tmp_path / "runs0").read_text())
+
+
+def test_all_well(tmp_path):
+    body = "print(me, n, os.environ['JAX_NUM_CPU_DEVICES'])"
+    status, out = finish(start(tmp_path, body, "--devices=3"))
+    assert status == 0 and sorted(out.split("\n")) == ["", "0 2 3", "1 2 3"]
+
+
+@pytest.mark.parametrize(
+    ("death", "why"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "process 1 of 2 was ended by SIGKILL"),
+        ("sys.exit(70)", "process 1 of 2 ended with status 70"),
+    ],
+)
+def test_when_one_dies_the_others_end_at_once_and_all_start_again(tmp_path, death, why):
+    body = f"""
+if attempt == 0 and me == 1: {death}
+if attempt == 0: time.sleep(60)
+"""
+    began = time.monotonic()
+    status, out = finish(start(tmp_path, body))
+    assert status == 0
+    assert f"launch: {why}" in out and "launch: restart 1 of 3" in out
+    assert time.monotonic() - began < 30  # the one that slept was not waited for
+    ports = (tmp_path / "ports").read_text().split()
+    assert len(set(ports)) == 2  # a port for each attempt
+
+
+def test_one_that_hangs_is_noticed(tmp_path):
+    body = """
+for _ in range(600 if attempt == 0 else 3):
+    if me == 0 or attempt: sign.touch()
+    time.sleep(0.1)
+"""
+    status, out = finish(start(tmp_path, body, "--patience=2"))
+    assert status == 0 and "process 1 of 2 made no step for 2 s" in out
+
+
+def test_it_gives_up_after_so_many_restarts(tmp_path):
+    status, out = finish(start(tmp_path, "sys.exit(70)", "--restarts=2"))
+    assert status == 70 and attempts(tmp_path) == 3 and "launch: giving up" in out
+
+
+@pytest.mark.parametrize("status", launch.REFUSED)
+def test_what_is_refused_is_not_tried_again(tmp_path, status):
+    got, _ = finish(start(tmp_path, f"sys.exit({status})"))
+    assert got == status and attempts(tmp_path) == 1
+
+
+GRACEFUL = """
+def stop(*_):
+    time.sleep(0.5); pathlib.Path("saved%d" % me).touch(); sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+pathlib.Path("ready%d" % me).touch()
+while attempt == 0: time.sleep(0.1)
+"""
+
+
+def until(path):
+    for _ in range(300):
+        if path.exists():
+            return
+        time.sleep(0.1)
+    pytest.fail(f"no {path}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_handed_on_and_the_run_can_be_resumed(tmp_path, number):
+    process = start(tmp_path, GRACEFUL)
+    until(tmp_path / "ready0")
+    until(tmp_path / "ready1")
+    process.send_signal(number)
+    status, out = finish(process)
+    assert status == 75 and "was stopped, saved, and can go on" in out
+    assert (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists()
+    assert attempts(tmp_path) == 1
+
+
+def test_who_does_not_end_within_the_grace_is_ended(tmp_path):
+    body = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + "time.sleep(60)"
+    process = start(tmp_path, body, "--grace=1")
+    until(tmp_path / "runs1")
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    status, out = finish(process)
+    assert status == 75 and "not all of 2 processes ended within 1 s of grace" in out
+
+
+def test_processes_that_were_stopped_by_others_start_again(tmp_path):
+    body = "if attempt == 0: sys.exit(75)"
+    status, out = finish(start(tmp_path, body))
+    assert status == 0 and "restart 1 of 3" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--processes=0", "--", "x.py"], "processes and devices at least 1"),
+        (["--processes=1", "--patience=0", "--", "x.py"], "must be positive"),
+        (["--processes=1"], "give the script after --"),
+    ],
+)
+def test_bad_options_are_refused(argv, message, capsys):
+    assert launch.main(argv) == 2
+    assert message in capsys.readouterr().out

@@ -1,0 +1,133 @@
+"""A run that is asked to stop: it saves that very step and goes on as if nothing had been."""
+
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+from test_train import TINY, assert_bitwise_equal, newest, rows_of, run
+
+from diffjax import data, metrics, preemption
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_saves_that_step_and_goes_on_bit_for_bit(
+    tmp_path, monkeypatch, capsys, number
+):
+    """At step 27, between two log points: the means over both parts are the uninterrupted ones."""
+    train_batch = data.train_batch
+
+    def at_27(examples, seed, step, *rest):
+        if step == 26:
+            os.kill(os.getpid(), number)
+        return train_batch(examples, seed, step, *rest)
+
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "train_batch", at_27)
+        with pytest.raises(SystemExit) as stop:
+            run(tmp_path / "parts", *TINY, "--config.steps=40")
+    assert stop.value.code == preemption.RESUME == 75
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert newest(tmp_path / "parts")[0] == 27
+    assert "asked to stop: saved step 27" in capsys.readouterr().out
+    assert [row["step"] for row in metrics.read(tmp_path / "parts")] == [10, 20]
+
+    run(tmp_path / "parts", *TINY, "--config.steps=40")
+    assert "resumed from the checkpoint of step 27 of 40" in capsys.readouterr().out
+    run(tmp_path / "whole", *TINY, "--config.steps=40")
+    assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
+    (step_a, a), (step_b, b) = newest(tmp_path / "whole"), newest(tmp_path / "parts")
+    assert step_a == step_b == 40
+    assert_bitwise_equal(a, b)
+
+
+def test_a_second_signal_is_not_caught():
+    with preemption.watch() as asked:
+        assert not asked(0)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked(1)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_notebooks_thread_can_train_too():
+    """Python takes signal handlers from the main thread alone."""
+    answers = []
+
+    def work():
+        with preemption.watch() as asked:
+            answers.append(asked(0))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert answers == [False]
+
+
+def test_each_step_tells_the_launcher_that_it_lives(tmp_path, monkeypatch):
+    sign = tmp_path / "sign"
+    monkeypatch.setenv(preemption.PROGRESS, str(sign))
+    with preemption.watch() as asked:
+        assert not sign.exists()
+        asked(0)
+        os.utime(sign, (0, 0))
+        asked(1)
+        assert sign.stat().st_mtime > 0
+
+
+def test_batches_of_no_finite_gradient_are_left_out_so_often_and_no_more(
+    tmp_path, monkeypatch, capsys
+):
+    """Two of the batches are poisoned; the run says which, and is that without their updates."""
+    train_batch = data.train_batch
+
+    def poisoned(examples, seed, step, *rest):
+        batch = train_batch(examples, seed, step, *rest)
+        if step in (7, 23):
+            batch["x"][3] = np.nan
+        return batch
+
+    monkeypatch.setattr(data, "train_batch", poisoned)
+    argv = [*TINY, "--config.steps=40"]
+    run(tmp_path / "two", *argv, "--config.skip-nonfinite=2")
+    out = capsys.readouterr().out
+    for at, count in ((8, 1), (24, 2)):
+        examples = data.batch_indices(0, at - 1, 1497, 16).tolist()
+        assert f"left out {count} of 2: grad_norm is nan, loss is nan at step {at}; " in out
+        assert f"examples {examples}" in out
+    rows = metrics.read(tmp_path / "two")
+    assert [row.get("skipped", 0) for row in rows] == [1, 0, 1, 0]
+    assert all(np.isfinite(list(row.values())).all() for row in rows)
+    _, arrays = newest(tmp_path / "two")
+    assert int(arrays["step"]) == 40
+    assert set(updates_counted(arrays["opt_state"])) == {38}
+
+    with pytest.raises(SystemExit, match="error: grad_norm is nan, loss is nan at step 24"):
+        run(tmp_path / "one", *argv, "--config.skip-nonfinite=1")
+    assert newest(tmp_path / "one")[0] == 20
+    # What was left out before counts when the run goes on.
+    with pytest.raises(SystemExit, match="at step 24"):
+        run(tmp_path / "one", *argv, "--config.skip-nonfinite=1")
+
+
+def updates_counted(tree):
+    """How many updates each part of the optimiser has counted."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [int(x) for path, x in leaves if "count" in jax.tree_util.keystr(path)]
+
+
+def test_a_metrics_file_that_cannot_be_written_waits(tmp_path, capsys):
+    """Rows are kept, in order and whole, until the disk takes them."""
+    with metrics.Recorder(tmp_path, 0, 30) as recorder:
+        recorder.write(10, 16, loss=1.0)
+        path = recorder.path
+        path.rename(tmp_path / "away")
+        path.mkdir()
+        recorder.write(20, 16, loss=2.0)
+        assert "cannot be written, rows are kept" in capsys.readouterr().out.replace("\n", " ")
+        path.rmdir()
+        (tmp_path / "away").rename(path)
+        recorder.write(30, 16, loss=3.0)
+    assert [row["loss"] for row in metrics.read(tmp_path)] == [1.0, 2.0, 3.0]
