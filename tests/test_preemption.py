@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 
+import jax
 import numpy as np
 import pytest
 from test_train import TINY, assert_bitwise_equal, newest, rows_of, run
