@@ -1,4 +1,5 @@
-# Two commands: `make train` ends with a picture, `make test` with the tests passed.
+# Two commands: `make train` ends with a picture, `make test` with the tests passed. And
+# `make test-faults`, `make pod`: see docs/pods.md.
 # Needs python3 >= 3.11, pip and make; ARGS goes to train.py.
 
 PYTHON ?= python3
@@ -8,13 +9,21 @@ BIN := $(VENV)/bin
 # XLA asks for large buffers at every step; glibc's defaults hand them back to the kernel each time.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1
 
-.PHONY: train test lint clean
+.PHONY: train test test-faults pod lint clean
 
 train: $(VENV)/plots.stamp
 	$(BIN)/python train.py $(ARGS)
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# Half an hour: processes are killed, stopped and starved, and must heal.
+test-faults: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -n 2 -m faults $(ARGS)
+
+# Two processes train, one is killed, and the run heals.
+pod: $(VENV)/plots.stamp
+	$(BIN)/python docs/pod.py
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .

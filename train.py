@@ -85,7 +85,7 @@ def train(
         parallel.setup(distributed, config.batch_size, config.optimizer.accumulate)
         parallel.check_batch(config.batch_size, config.optimizer.accumulate)
         runner = parallel.RUNNERS[config.parallel](config.fsdp)
-        train_set, test_set = data.load(config.data.name, config.data.path)
+        train_set, test_set = data.load(config.data.name, config.data.path, config.data.size)
         experiment.check_data(config, train_set, test_set)
         checkpoints = checkpoint.open_run(workdir, config)
 

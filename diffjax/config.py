@@ -124,6 +124,9 @@ class Data:
     """The data set."""
     path: Path | None = None
     """Its folder or file; None for the default place."""
+    size: int | None = None
+    """Side of the squares that the images of a folder are cropped and scaled to; None: leave them,
+    they are all of one size."""
     flip: bool = False
     """Mirror images left to right at random."""
 

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import train
-from diffjax import config as config_lib, data, experiment, keys, parallel
+from diffjax import config as config_lib, data, experiment, keys
 from diffjax.models import MODELS, apply
 from diffjax.training import ema_warmup, init_state, train_step
 
@@ -104,109 +104,6 @@ def test_the_steps_draw_anew():
         state, metrics = train_step(state, batch_of(4), loss_fn=quadratic, tx=tx, ema_decay=0.9)
         losses.append(float(metrics["loss"]))
     assert len(set(losses)) == 3
-
-
-SMALL = dataclasses.replace(
-    config_lib.from_file("configs/digits.py:smoke"),
-    batch_size=16,
-    model=config_lib.UNetConfig(
-        width=8,
-        mults=(1,),
-        blocks=1,
-        attention=(8,),
-        groups=4,
-        dropout=0.2,
-        labels=10,
-        null_label=True,
-    ),
-)
-
-
-def make_step(config):
-    module = MODELS[type(config.model)](config.model)
-    loss_fn = train.make_loss(
-        config, functools.partial(apply, module), experiment.make_times(config), None
-    )
-    tx = experiment.make_optimizer(config.optimizer)
-
-    def initial():
-        cond = {"label": jnp.zeros(1, jnp.int32)}
-        params = module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1), cond)
-        return init_state(jax.random.key(1), params["params"], tx)
-
-    return initial, functools.partial(train_step, loss_fn=loss_fn, tx=tx, ema_decay=0.9)
-
-
-def run_layout(monkeypatch, kind, devices, steps=20):
-    """Train on the first few of the virtual devices, and return the first loss and parameters."""
-    some = jax.devices()[:devices]
-    monkeypatch.setattr(parallel, "_devices", lambda: some)
-    runner = parallel.RUNNERS[kind]()
-    initial, step = make_step(SMALL)
-    train_set, _ = data.load("digits")
-    state = runner.init(initial)
-    mapped = runner.step(step)
-    losses = []
-    for k in range(steps):
-        state, metrics = mapped(state, runner.put(data.train_batch(train_set, 0, k, 16)))
-        losses.append(float(metrics["loss"]))
-    return losses, jax.device_get(state.params)
-
-
-def test_layouts_agree(monkeypatch):
-    """pmap and sharded, on 1, 2 and 8 devices: the same parameters after 20 steps."""
-    reference_losses, reference = run_layout(monkeypatch, "sharded", 1)
-    for kind, devices in (("pmap", 8), ("sharded", 2)):
-        losses, params = run_layout(monkeypatch, kind, devices)
-        np.testing.assert_allclose(losses, reference_losses, rtol=1e-5)
-        jax.tree_util.tree_map_with_path(
-            functools.partial(close, message=f"{kind} on {devices}"), params, reference
-        )
-
-
-def close(path, a, b, message):
-    name = jax.tree_util.keystr(path)
-    if "qkv" in name and "bias" in name:
-        # The keys' bias has no gradient (softmax is shift invariant): Adam amplifies rounding.
-        a, b = (np.delete(x.reshape(3, -1), 1, axis=0) for x in (a, b))
-    np.testing.assert_allclose(a, b, atol=1e-6, err_msg=f"{message}: {name}")
-
-
-@pytest.mark.parametrize("kind", parallel.RUNNERS)
-@pytest.mark.parametrize("devices", [1, 2, 8])
-def test_draws_are_bitwise_equal_on_every_layout(monkeypatch, kind, devices):
-    some = jax.devices()[:devices]
-    monkeypatch.setattr(parallel, "_devices", lambda: some)
-    runner = parallel.RUNNERS[kind]()
-    key = jax.random.key(3)
-
-    def draws(params, batch):
-        each = keys.fold_in(key, batch["index"])
-        normal = keys.normal(each, (len(batch["index"]), 5))
-        bits = jax.vmap(lambda k: jax.random.bits(k, (2,)))(each)
-        return jnp.concatenate([normal, jax.lax.bitcast_convert_type(bits, jnp.float32)], 1)
-
-    index = np.arange(16, dtype=np.int32)
-    got = np.asarray(runner.map(draws)(jnp.zeros(()), runner.put({"index": index})))
-    expected = np.asarray(draws(None, {"index": jnp.asarray(index)}))
-    assert got.tobytes() == expected.tobytes()
-
-
-@pytest.mark.parametrize("kind", parallel.RUNNERS)
-def test_in_batches_takes_any_length(kind):
-    runner = parallel.RUNNERS[kind]()
-    double = runner.map(lambda params, batch: params * batch["x"])
-    for n in (1, 8, 13):
-        batch = {"x": np.arange(n, dtype=np.float32), "index": np.arange(n)}
-        got = parallel.in_batches(runner, double, jnp.float32(2), batch, 8)
-        np.testing.assert_array_equal(got, 2 * np.arange(n))
-
-
-def test_a_batch_that_the_devices_do_not_divide_is_refused():
-    with pytest.raises(ValueError, match="batch_size=12 must be a positive multiple of 8 devices"):
-        parallel.check_batch(12)
-    with pytest.raises(ValueError, match="2 accumulated parts = 16"):
-        parallel.check_batch(24, accumulate=2)
 
 
 @pytest.mark.parametrize("target", ["x_0", "eps", "score"])

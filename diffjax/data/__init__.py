@@ -44,12 +44,13 @@ def _embedded(make):
     return load
 
 
-DATASETS: dict[str, Callable[[Path | None], tuple]] = {
+DATASETS: dict[str, Callable[..., tuple]] = {
     "digits": _embedded(readers.digits),
     "fashion_mnist": readers.fashion_mnist,
     "mnist": readers.mnist,
     "cifar10": readers.cifar10,
     "npz": readers.npz,
+    "folder": readers.folder,
     "two_moons": _embedded(toy.split(toy.two_moons)),
     "checkerboard": _embedded(toy.split(toy.checkerboard)),
     "swiss_roll": _embedded(toy.split(toy.swiss_roll)),
@@ -71,12 +72,13 @@ def levels(name: str, examples: Examples) -> int | None:
     return LEVELS.get(name, of_bytes)
 
 
-def load(name: str, path: Path | str | None = None) -> Dataset:
+def load(name: str, path: Path | str | None = None, size: int | None = None) -> Dataset:
     """Load a data set by name.
 
     Args:
       name: one of `DATASETS`.
       path: the folder or file it lies in; None for its default place, if it has one.
+      size: for `folder`, the side of the squares that images are cropped and scaled to.
 
     Raises:
       ValueError: if the name is unknown, a file is corrupt, or values are of a wrong dtype or
@@ -89,7 +91,10 @@ def load(name: str, path: Path | str | None = None) -> Dataset:
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}: one of {', '.join(DATASETS)}")
-    train, test = DATASETS[name](None if path is None else Path(path))
+    if size is not None and name != "folder":
+        raise ValueError(f"data.size={size}: the data set {name} has a size of its own")
+    options = {} if size is None else {"size": size}
+    train, test = DATASETS[name](None if path is None else Path(path), **options)
     return Dataset(checked(*train, where=f"{name}, train"), checked(*test, where=f"{name}, test"))
 
 

@@ -1,0 +1,159 @@
+"""The same training on any layout: what tests of many devices, and of many processes, compare.
+
+As a script it is one process of many: `python layouts.py OUT.npz --distributed.coordinator=...`.
+"""
+
+import dataclasses
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+import train
+from diffjax import config as config_lib, data, experiment, keys, parallel
+from diffjax.training import train_step
+
+BATCH = 16
+CONFIG = dataclasses.replace(
+    config_lib.from_file("configs/digits.py:smoke"),
+    batch_size=BATCH,
+    data=config_lib.Data("digits", flip=True),
+    label_drop=0.5,
+    model=config_lib.UNetConfig(
+        width=8,
+        mults=(1,),
+        blocks=1,
+        attention=(8,),
+        groups=4,
+        dropout=0.2,
+        labels=10,
+        null_label=True,
+    ),
+)
+LAYOUTS = {
+    "pmap": lambda: parallel.pmap(),
+    "sharded": lambda: parallel.sharded(),
+    "fsdp": lambda: parallel.sharded(0),
+    "two axes": lambda: parallel.sharded(2),
+}
+
+
+def batch_of(runner, step):
+    """The batch of a step, this process' part, on its devices."""
+    train_set, _ = data.load("digits")
+    slots = runner.slots(BATCH)
+    return runner.put(data.train_batch(train_set, 0, step, BATCH, slots, CONFIG.data.flip))
+
+
+def make_step(loss_fn, times, accumulate=1):
+    """The initial state of `CONFIG`, and a training step."""
+    tx = experiment.make_optimizer(CONFIG.optimizer)
+    init = experiment.make_initial_state(CONFIG, (8, 8, 1), tx, times)
+    step = functools.partial(
+        train_step,
+        loss_fn=loss_fn,
+        tx=tx,
+        ema_decay=0.9,
+        accumulate=accumulate,
+        remember=times.remember,
+    )
+    return init, step
+
+
+def training(accumulate=1):
+    """The initial state and the step of train.py."""
+    network, times = experiment.make_network(CONFIG), experiment.make_times(CONFIG)
+    return make_step(train.make_loss(CONFIG, network, times, None), times, accumulate)
+
+
+def draws(runner, accumulate=1):
+    """A digest `[batch]` of all that each example draws in a training step.
+
+    The real loss function of train.py, with a loss and a network that only look at what they get.
+    """
+
+    def bits(x):
+        words = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+        weight = 2 * jnp.arange(words[0].size, dtype=jnp.uint32) + 1
+        return (words.reshape(len(x), -1) * weight[None]).sum(1, dtype=jnp.uint32)
+
+    def network(params, x_t, log_snr, cond, dropout):
+        return jax.vmap(lambda k: jax.random.bernoulli(k, 0.5, (8,)))(dropout)
+
+    def look(key, net, schedule, target, x, cond, weighting, t, steps):
+        dropped = net(x, None, cond)
+        noise = keys.normal(key, x.shape)
+        return jnp.stack([bits(d) for d in (x, noise, t, cond["label"], dropped)], 1)
+
+    make_objective, experiment.make_objective = experiment.make_objective, lambda *_: look
+    times = experiment.make_times(CONFIG)
+    loss_fn = train.make_loss(CONFIG, network, times, None)
+    experiment.make_objective = make_objective
+
+    def looks(key, params, batch, extra):
+        digests = loss_fn(key, params, batch)
+        return jnp.zeros(len(digests)), digests
+
+    remembers = times._replace(
+        init=lambda: jnp.zeros((BATCH, 5), jnp.uint32), remember=lambda extra, seen: seen
+    )
+    init, step = make_step(looks, remembers, accumulate)
+    state, _ = runner.step(step)(runner.init(init), batch_of(runner, 3))
+    return np.asarray(state.extra)
+
+
+def parameters(runner, steps=20, accumulate=1):
+    """The parameters after some steps, by name, and the losses on the way."""
+    init, step = training(accumulate)
+    state, mapped = runner.init(init), runner.step(step)
+    losses = []
+    for k in range(steps):
+        state, metrics = mapped(state, batch_of(runner, k))
+        losses.append(np.asarray(metrics["loss"]))
+    # From FSDP's many pieces and many processes to whole arrays.
+    whole = jax.tree.map(np.asarray, multihost_utils.process_allgather(state.params, tiled=True))
+    named = {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(whole)}
+    return named | {"losses": np.array(losses)}
+
+
+def images(runner):
+    """Sixteen samples of the network as it is made."""
+    network = experiment.make_network(CONFIG)
+    init, _ = make_step(None, experiment.make_times(CONFIG))
+    generate = runner.map(experiment.make_generate(CONFIG, network, (8, 8, 1)))
+    index = np.arange(BATCH, dtype=np.int32)
+    batch = {"index": index, "label": index % 10}
+    return parallel.in_batches(runner, generate, runner.init(init).params, batch, BATCH)
+
+
+def assert_close(got, expected, where):
+    """Within 1e-6, but for the bias of attention's keys."""
+    for name, value in expected.items():
+        a, b = got[name], value
+        if "qkv" in name and "bias" in name:
+            # It has no gradient (softmax is shift invariant): Adam amplifies rounding.
+            a, b = (np.delete(x.reshape(3, -1), 1, axis=0) for x in (a, b))
+        np.testing.assert_allclose(a, b, atol=1e-6, err_msg=f"{where}: {name}")
+
+
+def main(out, *words):
+    """Write what each layout gives in this process of many; the first one writes."""
+    which = dict(word.removeprefix("--distributed.").split("=") for word in words)
+    count, process = int(which["processes"]), int(which["process"])
+    parallel.setup(parallel.Distributed(which["coordinator"], count, process), BATCH)
+    parallel.SMALL = 64
+    found = {}
+    for name, make in LAYOUTS.items():
+        runner = make()
+        found[f"{name}/draws"] = draws(runner)
+        found[f"{name}/images"] = images(runner)
+        found |= {f"{name}/{k}": v for k, v in parameters(runner).items()}
+    if jax.process_index() == 0:
+        np.savez(out, **found)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,130 @@
+"""Layouts: whatever the devices, what is drawn is the same, and what is learned nearly so."""
+
+import jax
+import jax.numpy as jnp
+import layouts
+import numpy as np
+import pytest
+
+from diffjax import parallel
+from diffjax.parallel import Distributed
+
+
+def on(monkeypatch, devices):
+    """Let the layouts have the first so many devices."""
+    some = jax.devices()[:devices]
+    monkeypatch.setattr(parallel, "_devices", lambda: some)
+    monkeypatch.setattr(parallel, "SMALL", 64)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What one device gives."""
+    with pytest.MonkeyPatch.context() as patch:
+        on(patch, 1)
+        runner = parallel.sharded()
+        return layouts.draws(runner), layouts.images(runner), layouts.parameters(runner)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    [("pmap", 1), ("pmap", 4), ("pmap", 8), ("sharded", 2), ("fsdp", 4), ("two axes", 8)],
+)
+def test_draws_are_bitwise_equal_on_every_layout(monkeypatch, alone, name, devices, accumulate):
+    """Times, noise, dropout, dropped labels and flips of every example."""
+    on(monkeypatch, devices)
+    got = layouts.draws(layouts.LAYOUTS[name](), accumulate)
+    assert got.dtype == np.uint32
+    np.testing.assert_array_equal(got, alone[0])
+
+
+def test_draws_differ_between_examples(alone):
+    x, noise, t, label, dropped = alone[0].T
+    for each in (x, noise, t):
+        assert len(set(each)) == layouts.BATCH
+    assert 2 < len(set(label)) <= 11 and len(set(dropped)) > 8
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "accumulate"),
+    [("pmap", 8, 1), ("sharded", 2, 2), ("fsdp", 8, 1), ("two axes", 4, 2)],
+)
+def test_layouts_agree(monkeypatch, alone, name, devices, accumulate):
+    """The parameters after 20 steps."""
+    on(monkeypatch, devices)
+    got = layouts.parameters(layouts.LAYOUTS[name](), accumulate=accumulate)
+    layouts.assert_close(got, alone[2], f"{name} on {devices}")
+
+
+@pytest.mark.parametrize("name", ["pmap", "fsdp"])
+def test_an_image_depends_on_its_index_alone(monkeypatch, alone, name):
+    on(monkeypatch, 8)
+    np.testing.assert_allclose(layouts.images(layouts.LAYOUTS[name]()), alone[1], atol=1e-5)
+
+
+def test_fsdp_splits_the_state_and_its_optimiser_and_keeps_them_split(monkeypatch):
+    """Each device holds an eighth of what is large, before and after a step."""
+    on(monkeypatch, 8)
+    init, step = layouts.training()
+    runner = parallel.sharded(0)
+    after, _ = runner.step(step)(runner.init(init), layouts.batch_of(runner, 0))
+    born = runner.init(init)
+    split = 0
+    for x, y in zip(jax.tree.leaves(born), jax.tree.leaves(after), strict=True):
+        assert x.sharding == y.sharding
+        divisible = any(n % 8 == 0 for n in x.shape)
+        if x.size >= 64 and divisible and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            assert x.addressable_shards[0].data.size == x.size // 8
+            split += 1
+    assert split > 40
+
+
+def test_the_largest_divisible_axis_is_split():
+    spec = lambda *shape: tuple(parallel._split_largest(shape, "fsdp", 8))
+    assert spec(3, 3, 64, 128) == (None, None, None, "fsdp")
+    assert spec(3, 3, 128, 64) == (None, None, "fsdp")
+    assert spec(64, 64) == ("fsdp",)
+    assert spec(100, 99) == () and spec(8) == ()
+
+
+@pytest.mark.parametrize("name", layouts.LAYOUTS)
+def test_in_batches_takes_any_length(name):
+    runner = layouts.LAYOUTS[name]()
+    double = runner.map(lambda params, batch: params * batch["x"])
+    for n in (1, 8, 13):
+        batch = {"x": np.arange(n, dtype=np.float32), "index": np.arange(n)}
+        got = parallel.in_batches(runner, double, jnp.float32(2), batch, 8)
+        np.testing.assert_array_equal(got, 2 * np.arange(n))
+
+
+def test_a_step_on_split_state_is_compiled_once(monkeypatch):
+    on(monkeypatch, 8)
+    traced, runner = [], parallel.sharded(0)
+    init, step = layouts.training()
+    mapped = runner.step(lambda *args: traced.append(None) or step(*args))
+    state = runner.init(init)
+    for k in range(3):
+        state, _ = mapped(state, layouts.batch_of(runner, k))
+    assert len(traced) == 1
+
+
+def test_a_batch_that_the_devices_do_not_divide_is_refused():
+    with pytest.raises(ValueError, match="batch_size=12 must be a positive multiple of 8 devices"):
+        parallel.check_batch(12)
+    with pytest.raises(ValueError, match="2 accumulated parts = 16"):
+        parallel.check_batch(24, accumulate=2)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (Distributed("host:1"), "give coordinator, processes and process together"),
+        (Distributed(processes=2), "or processes=1 to be alone"),
+        (Distributed(None, 2, 0), "give coordinator, processes and process together"),
+        (Distributed("host:1", 2, 2), r"process must be in 0\.\.1"),
+    ],
+)
+def test_processes_that_make_no_sense_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        parallel.setup(given, 16)

@@ -1,0 +1,243 @@
+"""Files from anywhere: any bytes give images or a clear error, in little memory and time."""
+
+import gzip
+import io
+import resource
+import struct
+import time
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings, strategies as st
+from PIL import Image
+
+from diffjax import data
+from diffjax.data import readers
+from test_data import idx_bytes, write_cifar, write_mnist
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (6, 4, 4), np.uint8)
+fuzz = settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+def npz_bytes(**arrays):
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)
+    return file.getvalue()
+
+
+def png_bytes(x=IMAGES[0]):
+    file = io.BytesIO()
+    Image.fromarray(x).save(file, "PNG")
+    return file.getvalue()
+
+
+def read_npz(path, raw):
+    (path / "a.npz").write_bytes(raw)
+    return data.load("npz", path / "a.npz")
+
+
+def read_idx(path, raw):
+    (path / "a").write_bytes(raw)
+    return readers.read_idx(path / "a")
+
+
+def read_idx_gz(path, raw):
+    (path / "a.gz").write_bytes(raw)
+    return readers.read_idx(path / "a.gz")
+
+
+def read_cifar(path, raw):
+    if not (path / "data_batch_1.bin").exists():
+        write_cifar(path)
+    (path / "data_batch_1.bin").write_bytes(raw)
+    return data.load("cifar10", path)
+
+
+def read_folder(path, raw):
+    for name, content in (("a.png", raw), ("b.png", png_bytes()), ("c.png", png_bytes())):
+        (path / name).write_bytes(content)
+    return data.load("folder", path)
+
+
+READERS = {
+    "idx": (read_idx, idx_bytes(IMAGES)),
+    "idx.gz": (read_idx_gz, gzip.compress(idx_bytes(IMAGES), mtime=0)),
+    "npz": (read_npz, npz_bytes(x_train=IMAGES[:4], x_test=IMAGES[4:], y_train=np.arange(4))),
+    "cifar": (read_cifar, bytes([3] * 3073)),
+    "folder": (read_folder, png_bytes()),
+}
+each = pytest.mark.parametrize(("read", "valid"), READERS.values(), ids=READERS)
+
+
+def tried(read, path, raw):
+    """What a reader makes of bytes: an array, or None for the one error that it may raise."""
+    try:
+        found = read(path, raw)
+    except ValueError as error:
+        said = str(error)
+    else:
+        return found if isinstance(found, np.ndarray) else found.train.x
+    assert str(path) in said or "train" in said, said
+    return None
+
+
+@each
+def test_valid_files_are_read(tmp_path, read, valid):
+    assert tried(read, tmp_path, valid) is not None
+
+
+@each
+@fuzz
+@given(raw=st.binary(max_size=400))
+@example(raw=b"")
+@example(raw=b"\0\0\x08\x03" + b"\xff" * 12)
+def test_any_bytes_are_an_array_or_a_clear_error(tmp_path, read, valid, raw):
+    tried(read, tmp_path, raw)
+
+
+@each
+@fuzz
+@given(changes=st.lists(st.tuples(st.integers(0), st.integers(0, 255)), max_size=4), cut=st.data())
+def test_valid_files_that_are_changed_or_cut(tmp_path, read, valid, changes, cut):
+    raw = bytearray(valid)
+    for at, value in changes:
+        raw[at % len(raw)] = value
+    end = cut.draw(st.integers(0, len(raw)))
+    found = tried(read, tmp_path, bytes(raw[: end or None]))
+    assert found is None or found.nbytes < 2**20
+
+
+def claiming(shape, dtype="|u1", content=b"\0" * 64):
+    """An npy file whose header claims more than there is."""
+    header = repr({"descr": dtype, "fortran_order": False, "shape": shape}).encode()
+    header += b" " * (117 - len(header)) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + content
+
+
+def zipped(**members):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+def wide_png(side):
+    """A PNG whose header, of a correct checksum, claims side x side pixels."""
+    raw = bytearray(png_bytes())
+    raw[16:24] = struct.pack(">II", side, side)
+    raw[29:33] = struct.pack(">I", zlib.crc32(raw[12:29]))
+    return bytes(raw)
+
+
+BOMBS = {
+    "idx": (read_idx, b"\0\0\x08\x03" + struct.pack(">3I", 2**31, 2**20, 2**20) + b"\0" * 99),
+    "idx.gz": (
+        read_idx_gz,
+        gzip.compress(b"\0\0\x08\x03" + struct.pack(">3I", 300, 1000, 1000) + bytes(300 * 10**6)),
+    ),
+    "npz header": (
+        read_npz,
+        zipped(**{"x_train.npy": claiming((2**20, 2**20)), "x_test.npy": claiming((8, 8))}),
+    ),
+    "npz member": (
+        read_npz,
+        zipped(
+            **{"x_train.npy": claiming((3 * 10**8,), content=bytes(3 * 10**8)), "x_test.npy": b""}
+        ),
+    ),
+    "png": (read_folder, wide_png(60_000)),
+}
+
+
+@pytest.mark.parametrize(("read", "raw"), BOMBS.values(), ids=BOMBS)
+def test_files_that_claim_absurd_sizes_cost_neither_memory_nor_time(tmp_path, read, raw):
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    assert tried(read, tmp_path, raw) is None
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+    assert time.monotonic() - began < 5
+
+
+class Code:
+    """What a pickle would run."""
+
+    def __reduce__(self):
+        return print, ("this was executed",)
+
+
+def test_nothing_in_a_file_is_executed(tmp_path, capsys):
+    raw = npz_bytes(x_train=np.array([Code()], object), x_test=IMAGES)
+    with pytest.raises(ValueError, match="Python objects, which are never read"):
+        read_npz(tmp_path, raw)
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_names_that_lead_out_of_an_archive_are_of_no_use(tmp_path):
+    raw = zipped(**{"../../x_train.npy": b"", "/x_test.npy": b""})
+    with pytest.raises(ValueError, match="lacks"):
+        read_npz(tmp_path, raw)
+
+
+def draw_folder(path, shape, classes):
+    for i in range(20):
+        where = path / f"class{i % classes}" if classes > 1 else path
+        where.mkdir(exist_ok=True)
+        x = np.full(shape(i), 10 * i, np.uint8)
+        Image.fromarray(x).save(where / f"{i:02}.png")
+
+
+@pytest.mark.parametrize("channels", [(), (3,)])
+def test_a_folder_of_images_is_read_with_its_subfolders_for_labels(tmp_path, channels):
+    draw_folder(tmp_path, lambda i: (8, 8, *channels), classes=2)
+    train, test = data.load("folder", tmp_path)
+    assert train.x.shape == (18, 8, 8, *(channels or (1,))) and len(test.x) == 2
+    assert set(train.label) == {0, 1}
+    # Images 0, 2, 4, ... are class 0, and their grey level is ten times their number.
+    assert (train.x[:, 0, 0, 0] // 10 % 2 == train.label).all()
+
+
+def test_images_of_many_sizes_are_cropped_and_scaled_on_request(tmp_path):
+    draw_folder(tmp_path, lambda i: (8 + i, 30, 3) if i % 2 else (9, 8 + i), classes=1)
+    with pytest.raises(ValueError, match=r"images of 20 sizes, as .*00\.png.*: give data\.size"):
+        data.load("folder", tmp_path)
+    train, test = data.load("folder", tmp_path, size=6)
+    assert train.x.shape == (18, 6, 6, 3) and train.label is None
+    assert sorted(train.x[:, 3, 3, 0].tolist() + test.x[:, 3, 3, 0].tolist()) == list(
+        range(0, 200, 10)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("folder", 0, "data.size=0: must be at least 1"),
+        ("digits", 8, "data.size=8: the data set digits has a size of its own"),
+        ("folder", None, "0 images"),
+    ],
+)
+def test_sizes_and_empty_folders_are_refused(tmp_path, name, size, message):
+    with pytest.raises(ValueError, match=message):
+        data.load(name, tmp_path if name == "folder" else None, size)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere must be a folder"):
+        data.load("folder", tmp_path / "nowhere")
+
+
+def test_mnist_files_survive_the_checks(tmp_path):
+    """Black images shrink most; real ones must not be taken for a bomb."""
+    write_mnist(tmp_path)
+    black = gzip.compress(idx_bytes(np.zeros((1000, 28, 28))))
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(black)
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(
+        gzip.compress(idx_bytes(np.arange(1000) % 10))
+    )
+    assert data.load("mnist", tmp_path).train.x.shape == (1000, 28, 28, 1)
