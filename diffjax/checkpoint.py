@@ -217,7 +217,9 @@ def load(workdir: Path | str) -> tuple[Callable[..., Data], Any, Config]:
     for path in reversed(found(workdir)):
         damage = damage_of(path)
         if damage is None:
-            return make_network(config), read(path, "ema_params")["ema_params"], config
+            # By way of the host, so that they are tied to no device.
+            to_host = jax.tree.map(np.asarray, read(path, "ema_params")["ema_params"])
+            return make_network(config), jax.tree.map(jnp.asarray, to_host), config
         warnings.warn(f"{path} is damaged: {damage}; trying an older one", stacklevel=2)
     raise FileNotFoundError(f"{workdir / CHECKPOINTS} holds no sound checkpoint")
 

@@ -318,6 +318,8 @@ def plainly(*errors: type[Exception]) -> Iterator[None]:
 def from_file(spec: str) -> Config:
     """The config of `FILE.py` or `FILE.py:variant`.
 
+    The file is Python, and is executed: run your own.
+
     Raises:
       FileNotFoundError: if there is no such file; names those beside it.
       ValueError: if it has no such variant.

@@ -98,8 +98,7 @@ def _start(options, command, signs):
         sign.touch()
         which = dict(coordinator=f"127.0.0.1:{port}", processes=options.processes, process=i)
         words = [f"--distributed.{name}={value}" for name, value in which.items()]
-        environment = {"GLOO_LOG_LEVEL": "ERROR", **os.environ}
-        environment |= {PROGRESS: str(sign), "JAX_NUM_CPU_DEVICES": str(devices)}
+        environment = os.environ | {PROGRESS: str(sign), "JAX_NUM_CPU_DEVICES": str(devices)}
         # A session of its own: Ctrl-C reaches the launcher, which hands it on.
         processes.append(
             subprocess.Popen(

@@ -102,7 +102,7 @@ def draws(runner, accumulate=1):
     )
     init, step = make_step(looks, remembers, accumulate)
     state, _ = runner.step(step)(runner.init(init), batch_of(runner, 3))
-    return np.asarray(state.extra)
+    return multihost_utils.process_allgather(state.extra, tiled=True)
 
 
 def parameters(runner, steps=20, accumulate=1):

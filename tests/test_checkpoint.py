@@ -12,10 +12,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from rich.console import Console
 
+import diffjax
 from diffjax import checkpoint, config as config_lib, inspect, parallel
+from diffjax.training import init_state
 
 ROOT = Path(__file__).parents[1]
 CONFIG = dataclasses.replace(config_lib.from_file("configs/digits.py:smoke"), keep=2)
@@ -126,7 +129,7 @@ def test_orbax_itself_returns_wrong_numbers_for_a_flipped_bit(two, tmp_path):
     for file in (copy / "default" / "ocdbt.process_0" / "d").iterdir():
         if file.stat().st_size > 8000:
             flip(file)
-    with pytest.raises(AssertionError, match="Mismatched elements"):
+    with pytest.raises(AssertionError, match="Arrays are not equal"):
         equal(checkpoint.read(copy), state_at(40))
 
 
@@ -163,6 +166,24 @@ def test_empty_foreign_and_unfinished_folders_are_ignored(two, tmp_path):
 def test_another_state_is_refused_with_what_differs(two, change, message):
     with pytest.raises(ValueError, match=message):
         restored(two, change(state_at(0)))
+
+
+def test_what_methods_carry_along_comes_back_as_what_it_was(tmp_path):
+    """A schedule that is learned, the history of losses, the optimiser's position."""
+    tx = optax.adam(optax.linear_schedule(0.0, 1.0, 10))
+    params = {"schedule": diffjax.monotone_params(4), "net": jnp.ones(3)}
+    history = diffjax.remember_losses(diffjax.loss_history(5), jnp.full(2, 0.4), jnp.ones(2))
+    state = init_state(jax.random.key(0), params, tx, history)
+    _, opt_state = tx.update(params, state.opt_state)
+    state = state.replace(opt_state=opt_state)
+    with checkpoint.open_run(tmp_path, CONFIG) as checkpoints:
+        checkpoints.save(20, state)
+    got = restored(tmp_path, init_state(jax.random.key(1), params, tx, diffjax.loss_history(5)))
+    equal(got, state)
+    assert jax.tree.structure(got) == jax.tree.structure(state)
+    t = jnp.linspace(0, 1, 5)
+    schedules = [diffjax.monotone(s.params["schedule"]).log_snr(t) for s in (got, state)]
+    assert jnp.array_equal(*schedules)
 
 
 @pytest.mark.parametrize(("kind", "fsdp"), [("pmap", 1), ("sharded", 1), ("sharded", 8)])

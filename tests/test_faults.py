@@ -1,4 +1,4 @@
-"""Real processes that are killed, stopped and starved: `make test-faults`, about half an hour.
+"""Real processes that are killed, stopped and starved: `make test-faults`, about ten minutes.
 
 Each test says what must hold after it: nothing is lost, nothing wrong is read, nobody hangs.
 """
@@ -103,10 +103,13 @@ def test_thirty_kills_at_random_moments_change_nothing(tmp_path, environment):
         _, out = finish(process)
         kills += 1
         found = re.search(r"resumed from the checkpoint of step (\d+)", out)
-        resumed.append(int(found[1]) if found else 0)
+        if found:
+            resumed.append(int(found[1]))
+        # Whatever was saved is used, and is sound.
+        assert found or not before or "compiled" not in out, out
         assert "damaged" not in out
     assert kills == 30
-    assert resumed == sorted(resumed) and resumed[-1] > 0
+    assert resumed == sorted(resumed) and len(resumed) > 10
     status, out = finish(start(environment, *argv, f"--workdir={killed}"))
     assert status == 0, out
     (step_a, a), (step_b, b) = newest(whole), newest(killed)

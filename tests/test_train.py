@@ -130,6 +130,12 @@ def test_a_run_is_evaluated_in_bits_with_a_standard_error(copied):
     for name in ("bound", "flow"):
         assert 0.5 < found[f"{name}_bits_per_dim"] < 20
         assert 0 < found[f"{name}_standard_error"] < 2
+    # The other runner says the same.
+    config = (copied / "config.json").read_text()
+    (copied / "config.json").write_text(config.replace('"pmap"', '"sharded"'))
+    evaluate.main(evaluate.Arguments(copied, n=32, samples=4))
+    again = json.loads((copied / "evaluation.json").read_text())
+    np.testing.assert_allclose(again["bound_bits_per_dim"], found["bound_bits_per_dim"], rtol=1e-4)
     with pytest.raises(SystemExit, match="samples=1"):
         evaluate.main(evaluate.Arguments(copied, samples=1))
     with pytest.raises(SystemExit, match="not the directory of a run"):
