@@ -69,6 +69,12 @@ def training(accumulate=1):
     return make_step(train.make_loss(CONFIG, network, times, None), times, accumulate)
 
 
+def whole(x):
+    """An array on the host, gathered from the processes if it is split over them."""
+    split = not (x.is_fully_addressable or x.is_fully_replicated)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True) if split else x)
+
+
 def draws(runner, accumulate=1):
     """A digest `[batch]` of all that each example draws in a training step.
 
@@ -102,7 +108,7 @@ def draws(runner, accumulate=1):
     )
     init, step = make_step(looks, remembers, accumulate)
     state, _ = runner.step(step)(runner.init(init), batch_of(runner, 3))
-    return multihost_utils.process_allgather(state.extra, tiled=True)
+    return whole(state.extra)
 
 
 def parameters(runner, steps=20, accumulate=1):
@@ -113,9 +119,8 @@ def parameters(runner, steps=20, accumulate=1):
     for k in range(steps):
         state, metrics = mapped(state, batch_of(runner, k))
         losses.append(np.asarray(metrics["loss"]))
-    # From FSDP's many pieces and many processes to whole arrays.
-    whole = jax.tree.map(np.asarray, multihost_utils.process_allgather(state.params, tiled=True))
-    named = {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(whole)}
+    leaves = jax.tree_util.tree_leaves_with_path(state.params)
+    named = {jax.tree_util.keystr(path): whole(x) for path, x in leaves}
     return named | {"losses": np.array(losses)}
 
 

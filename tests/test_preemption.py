@@ -12,31 +12,35 @@ from test_train import TINY, assert_bitwise_equal, newest, rows_of, run
 from diffjax import data, metrics, preemption
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_saves_that_step_and_goes_on_bit_for_bit(
-    tmp_path, monkeypatch, capsys, number
-):
-    """At step 27, between two log points: the means over both parts are the uninterrupted ones."""
+def stopped_at(step, number, workdir, monkeypatch):
+    """A run of 40 steps that gets a signal while it takes this step."""
     train_batch = data.train_batch
 
-    def at_27(examples, seed, step, *rest):
-        if step == 26:
+    def signalled(examples, seed, taken, *rest):
+        if taken == step - 1:
             os.kill(os.getpid(), number)
-        return train_batch(examples, seed, step, *rest)
+        return train_batch(examples, seed, taken, *rest)
 
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     with monkeypatch.context() as patch:
-        patch.setattr(data, "train_batch", at_27)
+        patch.setattr(data, "train_batch", signalled)
         with pytest.raises(SystemExit) as stop:
-            run(tmp_path / "parts", *TINY, "--config.steps=40")
+            run(workdir, *TINY, "--config.steps=40")
     assert stop.value.code == preemption.RESUME == 75
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
-    assert newest(tmp_path / "parts")[0] == 27
+    assert newest(workdir)[0] == step
+
+
+def test_a_stopped_run_saves_that_step_and_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
+    """At step 27, between two log points: the means over both parts are the uninterrupted ones."""
+    stopped_at(27, signal.SIGTERM, tmp_path / "parts", monkeypatch)
     assert "asked to stop: saved step 27" in capsys.readouterr().out
     assert [row["step"] for row in metrics.read(tmp_path / "parts")] == [10, 20]
 
-    run(tmp_path / "parts", *TINY, "--config.steps=40")
+    stopped_at(33, signal.SIGINT, tmp_path / "parts", monkeypatch)
     assert "resumed from the checkpoint of step 27 of 40" in capsys.readouterr().out
+    run(tmp_path / "parts", *TINY, "--config.steps=40")
+    assert "resumed from the checkpoint of step 33 of 40" in capsys.readouterr().out
     run(tmp_path / "whole", *TINY, "--config.steps=40")
     assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
     (step_a, a), (step_b, b) = newest(tmp_path / "whole"), newest(tmp_path / "parts")
