@@ -47,6 +47,8 @@ def evaluate(args: Arguments) -> dict[str, Any]:
             "samples, 1 step and 2 examples"
         )
     config = checkpoint.read_config(args.workdir)
+    # Nothing would be saved: a signal shall end it, not wait for a step to ask.
+    jax.config.update("jax_enable_preemption_service", False)
     parallel.setup(args.distributed, config.batch_size)
     parallel.check_batch(config.batch_size)
     network, params, _ = checkpoint.load(args.workdir)
@@ -87,7 +89,8 @@ def main(args: Arguments) -> None:
         if f"{name}_bits_per_dim" in found:
             value, error = found[f"{name}_bits_per_dim"], found[f"{name}_standard_error"]
             print(f"{name}: {value:.3f} +- {error:.3f} bits per dimension, n={found['n']}")
-    (args.workdir / "evaluation.json").write_text(json.dumps(found) + "\n")
+    with plainly():
+        (args.workdir / "evaluation.json").write_text(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

@@ -127,21 +127,20 @@ def train(
     def draw() -> None:
         classes = config.model.labels or config.sampling.columns
         x, _ = generate(classes * config.sampling.columns)
-        if recorder.first:
-            plots.save_samples(x, config.model.labels, workdir / "samples.png")
-            plots.save_loss_curve(metrics.read(workdir), workdir / "loss.png")
+        recorder.aside(plots.save_samples, x, config.model.labels, workdir / "samples.png")
+        recorder.aside(plots.save_loss_curve, metrics.read(workdir), workdir / "loss.png")
 
+    devices = f"{jax.process_count()} x {jax.local_device_count()} {jax.default_backend()} devices"
     state = runner.init(initial_state)
     with plainly():
         state = checkpoints.restore(state) or state
-    start = int(state.step)
+        start = int(state.step)
+        recorder = metrics.Recorder(workdir, start, config.steps, f"{devices}  ")
     held_out = data.first(test_set, 1024)
     slots = runner.slots(config.batch_size)
     describe = functools.partial(experiment.describe_step, config, len(train_set.x))
     window = metrics.kept(workdir, start)  # nobody looks at metrics between log points
 
-    devices = f"{jax.process_count()} x {jax.local_device_count()} {jax.default_backend()} devices"
-    recorder = metrics.Recorder(workdir, start, config.steps, f"{devices}  ")
     told = plainly(FloatingPointError, checkpoint.UnwrittenError)
     with told, checkpoints, recorder, preemption.watch() as asked_to_stop:
         count = sum(x.size for x in jax.tree.leaves(state.params))
@@ -153,9 +152,9 @@ def train(
         for step in range(start, config.steps):
             if asked_to_stop(step):
                 recorder.check(window, step, config.skip_nonfinite, describe)
+                recorder.keep(step, window)
                 checkpoints.save(step, state)
-                checkpoints.wait()
-                metrics.keep(workdir, step, window)
+                checkpoints.require()
                 recorder.say(f"asked to stop: saved step {step}; the same command goes on")
                 sys.exit(preemption.RESUME)
             batch = data.train_batch(
@@ -188,8 +187,7 @@ def train(
         if config.sampling.score:
             real = data.in_range(data.Dataset(train_set, test_set))
             scores = evaluation.score(*generate(config.sampling.score), *real)
-            if recorder.first:
-                (workdir / "scores.json").write_text(json.dumps(scores) + "\n")
+            recorder.aside((workdir / "scores.json").write_text, json.dumps(scores) + "\n")
             recorder.say("  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
         recorder.say(f"{time.perf_counter() - began:.0f} s in all; see {workdir}/samples.png")
 

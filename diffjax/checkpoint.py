@@ -6,10 +6,12 @@ arrays. What is not as its seal says is never read: Orbax itself would return wr
 flipped bit. A state may be read back onto any number of devices and processes.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import shutil
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +40,8 @@ COMMITTED = "commit_success.txt"
 METADATA = "_CHECKPOINT_METADATA"
 ATOMICITY = AtomicityOptions(mode=AtomicityMode.COMMIT_FILE)
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file
+# Orbax tells of every file, and of a save that failed in hundreds of lines; we, in one.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class UnwrittenError(OSError):
@@ -59,12 +62,17 @@ class Checkpoints:
     def __init__(self, workdir: Path, config: Config) -> None:
         self.directory = (workdir / CHECKPOINTS).absolute()
         self.failed: str | None = None
-        self._saving = -1
+        self._saving: int | None = None
         self._arrays: dict[str, str] = {}
-        if jax.process_index() == 0:
-            _set_damaged_aside(self.directory)
+        self._remains: set[Path] = set()
+        self._config = config
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        config = self._config
         if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("checkpoints verified")
+            # What the first process has tidied up, all shall find.
+            multihost_utils.sync_global_devices("checkpoints")
         keep: list[policy.PreservationPolicy] = [policy.LatestN(config.keep)]
         if config.keep_every is not None:
             keep.append(policy.EveryNSteps(config.keep_every))
@@ -78,18 +86,27 @@ class Checkpoints:
             atomicity_options=ATOMICITY,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        return ocp.CheckpointManager(self.directory, options=options)
 
     def __enter__(self) -> "Checkpoints":
+        # A save that failed leaves one such complaint behind for each array.
+        self._unraisable = hook = sys.unraisablehook
+        noise = "Event loop is closed"
+        sys.unraisablehook = lambda what: None if noise in str(what.exc_value) else hook(what)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        sys.unraisablehook = self._unraisable
+        together = kind is None or issubclass(kind, (SystemExit, FloatingPointError))
+        if jax.process_count() > 1 and not together:
+            return  # the others are elsewhere, and to wait for them would be for ever
         self.wait()
         if kind is not None and issubclass(kind, Exception) and jax.process_index() == 0:
             print(f"the newest checkpoint: step {self.newest()}", flush=True)
         self._manager.close()
-        if self.failed and kind is None:
-            raise UnwrittenError(self.failed)
+        self._sweep()
+        if kind is None:
+            self.require()
 
     def newest(self) -> int | None:
         """The step of the newest checkpoint; None if there is none. Call `wait` before."""
@@ -107,7 +124,7 @@ class Checkpoints:
         step = self.newest()
         if step is None:
             return None
-        saved = json.loads((self.directory / str(step) / ARRAYS).read_text())
+        saved = _json(self.directory / str(step) / ARRAYS)
         wanted = _describe(like)
         differences = [
             f"{name}: it has {saved.get(name)}, this config makes {wanted.get(name)}"
@@ -130,28 +147,51 @@ class Checkpoints:
           eval_loss: what the best are chosen by, less is better.
         """
         self.wait()
+        self._sweep()
         if step in self._manager.all_steps():
             return
         self._saving, self._arrays, self.failed = step, _describe(state), None
         args = ocp.args.StandardSave(jax.tree.map(_savable, state))
-        self._reporting(
-            lambda: self._manager.save(step, args=args, metrics={"eval_loss": eval_loss})
-        )
+        metrics = {"eval_loss": eval_loss if np.isfinite(eval_loss) else float("inf")}
+        self._reporting(lambda: self._manager.save(step, args=args, metrics=metrics))
 
     def wait(self) -> None:
         """Wait until the checkpoint that is being written is there, or has failed."""
+        if self._saving is None:
+            return
         self._reporting(self._manager.wait_until_finished)
+        step, self._saving = self._saving, None
+        failed = self.failed is not None
+        if jax.process_count() > 1:
+            failed = bool(multihost_utils.process_allgather(np.array(failed)).any())
+        if failed:
+            self.failed = self.failed or f"checkpoint {step} failed in another process"
+            # The manager that failed would fail again, and has forgotten what it was to delete.
+            with contextlib.suppress(Exception):
+                self._manager.close()
+            self._remains.add(self.directory / str(step))
+            self._sweep()
+            self._manager = self._open()
+
+    def _sweep(self) -> None:
+        # More than once: a thread of the save that failed may still be writing.
+        for path in self._remains if jax.process_index() == 0 else ():
+            if not (path / COMMITTED).exists():
+                shutil.rmtree(path, ignore_errors=True)
+
+    def require(self) -> None:
+        """Wait, and raise an `UnwrittenError` if the last checkpoint could not be written."""
+        self.wait()
+        if self.failed:
+            raise UnwrittenError(self.failed)
 
     def _reporting(self, write: Callable[[], Any]) -> None:
         try:
             write()
         except (OSError, ValueError) as error:
-            self.failed = f"checkpoint {self._saving} could not be written: {error}"
-            if jax.process_index() == 0:
+            if self.failed is None:
+                self.failed = f"checkpoint {self._saving} could not be written: {error}"
                 print(self.failed, flush=True)
-                unfinished = self.directory / str(self._saving)
-                if not (unfinished / COMMITTED).exists():
-                    shutil.rmtree(unfinished, ignore_errors=True)
 
     def _seal(self) -> None:
         """Called by Orbax when all files are there, before it commits them."""
@@ -160,7 +200,9 @@ class Checkpoints:
         # Orbax will yet note in its metadata, which no restoring depends on, when it committed.
         files = [f for f in sorted(path.rglob("*")) if f.is_file() and f.name != METADATA]
         seal = {str(f.relative_to(path)): _fingerprint(f) for f in files}
-        (path / SEAL).write_text(json.dumps(seal, indent=1))
+        temporary = path / f"{SEAL}.tmp"
+        temporary.write_text(json.dumps(seal, indent=1))
+        temporary.replace(path / SEAL)
 
 
 def open_run(workdir: Path, config: Config) -> Checkpoints:
@@ -170,8 +212,9 @@ def open_run(workdir: Path, config: Config) -> Checkpoints:
     what is wrong with it is printed.
 
     Raises:
-      ValueError: if it holds a run of a config that this one cannot continue; lists what differs.
-      OSError: if it cannot be written to.
+      ValueError: if it holds a run of a config that this one cannot continue, and lists what
+        differs; or if it holds checkpoints, and none is sound.
+      OSError: if it cannot be read or written.
     """
     path = workdir / CONFIG
     if path.exists():
@@ -188,6 +231,7 @@ def open_run(workdir: Path, config: Config) -> Checkpoints:
         temporary = path.with_suffix(".tmp")
         temporary.write_text(config_lib.to_json(config))
         temporary.replace(path)
+        _set_damaged_aside(found(workdir))
     return Checkpoints(workdir, config)
 
 
@@ -216,6 +260,8 @@ def load(workdir: Path | str) -> tuple[Callable[..., Data], Any, Config]:
         raise FileNotFoundError(f"{workdir} holds no {CHECKPOINTS}")
     for path in reversed(found(workdir)):
         damage = damage_of(path)
+        if not path.exists():
+            return load(workdir)  # the run has deleted it meanwhile, for newer ones
         if damage is None:
             # By way of the host, so that they are tied to no device.
             to_host = jax.tree.map(np.asarray, read(path, "ema_params")["ema_params"])
@@ -242,7 +288,11 @@ def read_config(workdir: Path) -> Config:
 
 def found(workdir: Path) -> list[Path]:
     """The finished checkpoints of a run, sound or not, oldest first."""
-    return _finished((workdir / CHECKPOINTS).absolute())
+    # One that was cut off while it was written has neither file, nor has a folder that is not ours.
+    # The seal comes first: what is as it says is whole, whether or not Orbax came to commit it.
+    steps = [p for p in (workdir / CHECKPOINTS).absolute().glob("*") if p.name.isdecimal()]
+    ours = [p for p in steps if (p / SEAL).is_file() or (p / COMMITTED).is_file()]
+    return sorted(ours, key=lambda path: int(path.name))
 
 
 def read(path: Path, *fields: str) -> dict[str, Any]:
@@ -265,35 +315,44 @@ def read(path: Path, *fields: str) -> dict[str, Any]:
 
 
 def damage_of(path: Path) -> str | None:
-    """What is wrong with a finished checkpoint, or None if every file is as its seal says."""
+    """What is wrong with a finished checkpoint, or None if every file is as its seal says.
+
+    Raises:
+      OSError: if a file is there and cannot be read: that says nothing of what is in it.
+    """
+    if not (path / SEAL).is_file():
+        return f"{SEAL} is missing"
     try:
-        seal = json.loads((path / SEAL).read_text())
-        for name, (size, digest) in seal.items():
-            file = path / name
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != size:
-                return f"{name} has {file.stat().st_size} bytes, not {size}"
-            if _fingerprint(file)[1] != digest:
-                return f"{name} has changed"
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        return f"{SEAL} cannot be read ({error})"
-    missing = [name for name in (COMMITTED, ARRAYS) if not (path / name).is_file()]
-    return f"{missing[0]} is missing" if missing else None
+        seal = {path / name: tuple(print_) for name, print_ in _json(path / SEAL).items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        return f"{SEAL} cannot be understood ({error})"
+    for file, fingerprint in seal.items():
+        name = file.relative_to(path)
+        if not file.is_file():
+            return f"{name} is missing"
+        if _fingerprint(file) != fingerprint:
+            return f"{name} has changed"
+    return None if path / ARRAYS in seal else f"{SEAL} does not know {ARRAYS}"
 
 
-def _finished(directory):
-    # One that was cut off while it was written has neither file, nor has a folder that is not ours.
-    steps = [path for path in directory.glob("*") if path.name.isdecimal()]
-    ours = [p for p in steps if (p / COMMITTED).is_file() or (p / SEAL).is_file()]
-    return sorted(ours, key=lambda path: int(path.name))
+def _json(path):
+    return json.loads(path.read_text())
 
 
-def _set_damaged_aside(directory):
-    for path in reversed(_finished(directory)):
+def _set_damaged_aside(paths):
+    damaged = {}
+    for path in reversed(paths):
         damage = damage_of(path)
         if damage is None:
-            return
+            (path / COMMITTED).touch()  # if a kill came between the seal and this
+            break
+        damaged[path] = damage
+    if damaged and len(damaged) == len(paths):
+        lines = [f"{path}: {damage}" for path, damage in damaged.items()]
+        raise ValueError(
+            "no checkpoint is sound; choose another --workdir:\n  " + "\n  ".join(lines)
+        )
+    for path, damage in damaged.items():
         aside = path.with_name(f"damaged-{path.name}")
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)

@@ -9,7 +9,6 @@ new port. SIGTERM and Ctrl-C are handed on: the run saves and ends with status 7
 scheduler does this; on one machine with GPUs a single process, without this, drives all of them.
 """
 
-import contextlib
 import dataclasses
 import os
 import signal
@@ -23,7 +22,10 @@ from pathlib import Path
 
 import tyro
 
+from .parallel import CRASHED
 from .preemption import PROGRESS, RESUME
+
+DEVICES = "JAX_NUM_CPU_DEVICES"
 
 REFUSED = (1, 2)
 """Exit statuses of a script that was asked for what cannot be: it would be so again."""
@@ -36,7 +38,7 @@ class Options:
     processes: int
     """How many."""
     devices: int | None = None
-    """CPU devices of each process; None: the machine's cores, shared out."""
+    """CPU devices of each process; None: JAX_NUM_CPU_DEVICES, or the machine's cores shared out."""
     restarts: int = 3
     """How often to start again."""
     patience: float = 900.0
@@ -56,13 +58,16 @@ def launch(options: Options, command: Sequence[str]) -> int:
     if min(options.patience, options.grace) <= 0:
         raise ValueError(f"{options}: patience and grace must be positive")
     asked: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: asked.append(number))
     status = 0
     for restart in range(options.restarts + 1):
         status, why = _run_once(options, command, asked)
         if status == 0:
             return 0
+        if status < 0:
+            # As a shell says it; what was asked to stop before it could save has lost nothing.
+            status = RESUME if asked else 128 - status
         print(f"launch: {why}", flush=True)
         if asked or status in REFUSED:
             return status
@@ -74,42 +79,42 @@ def launch(options: Options, command: Sequence[str]) -> int:
 
 def _run_once(options, command, asked):
     """Start all processes and see to them until all have ended; returns status and reason."""
+    processes: list[subprocess.Popen] = []
     with tempfile.TemporaryDirectory(prefix="diffjax-launch-") as folder:
         signs = [Path(folder) / str(i) for i in range(options.processes)]
-        processes = _start(options, command, signs)
         try:
-            status, why = _watch(options, processes, signs, asked)
+            _start(processes, options, command, signs)
+            return _watch(options, processes, signs, asked)
         finally:
             for process in processes:
-                with contextlib.suppress(ProcessLookupError):
+                if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    return status, why
 
 
-def _start(options, command, signs):
+def _start(processes, options, command, signs):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    devices = options.devices or max(1, (cores or 1) // options.processes)
-    processes = []
+    share = max(1, (cores or 1) // options.processes)
+    devices = options.devices or 2 ** (share.bit_length() - 1)  # a power of 2, as batches are
+    chosen = {} if options.devices else {k: v for k, v in os.environ.items() if k == DEVICES}
     for i, sign in enumerate(signs):
         sign.touch()
         which = dict(coordinator=f"127.0.0.1:{port}", processes=options.processes, process=i)
         words = [f"--distributed.{name}={value}" for name, value in which.items()]
-        environment = os.environ | {PROGRESS: str(sign), "JAX_NUM_CPU_DEVICES": str(devices)}
+        environment = os.environ | {PROGRESS: str(sign), DEVICES: str(devices)} | chosen
         # A session of its own: Ctrl-C reaches the launcher, which hands it on.
         processes.append(
             subprocess.Popen(
                 [sys.executable, *command, *words], env=environment, start_new_session=True
             )
         )
-    return processes
 
 
 def _watch(options, processes, signs, asked):
-    n, deadline = len(processes), float("inf")
+    n, deadline, told = len(processes), float("inf"), False
     while True:
         time.sleep(0.1)
         statuses = [process.poll() for process in processes]
@@ -121,16 +126,17 @@ def _watch(options, processes, signs, asked):
                 return status, f"process {i} of {n} {_how(status)}"
         if len(ended) == n:
             return RESUME, "the run was stopped, saved, and can go on"
+        if asked and not told:
+            told = True
+            for process in processes:
+                process.send_signal(signal.SIGTERM)
         if (asked or RESUME in ended) and deadline == float("inf"):
             deadline = time.monotonic() + options.grace
-            for process in processes if asked else ():
-                with contextlib.suppress(ProcessLookupError):
-                    process.send_signal(signal.SIGTERM)
         if time.monotonic() > deadline:
-            return RESUME, f"not all of {n} processes ended within {options.grace:g} s of grace"
+            return CRASHED, f"not all of {n} processes ended within {options.grace:g} s of grace"
         for i, sign in enumerate(signs):
             if statuses[i] is None and time.time() - sign.stat().st_mtime > options.patience:
-                return RESUME, f"process {i} of {n} made no step for {options.patience:g} s"
+                return CRASHED, f"process {i} of {n} made no step for {options.patience:g} s"
 
 
 def _how(status):

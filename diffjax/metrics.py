@@ -1,5 +1,6 @@
 """What a run says of itself: rows of `metrics.jsonl`, and a line on the terminal."""
 
+import contextlib
 import json
 import os
 import time
@@ -42,9 +43,7 @@ class Recorder:
         self.skipped = sum(row.get("skipped", 0) for row in rows)
         self.unwritten = b""
         if self.first:
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            temporary.replace(self.path)
+            _replace(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def __enter__(self) -> "Recorder":
         if self.console.is_terminal:
@@ -52,6 +51,8 @@ class Recorder:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.unwritten:
+            self.aside(self._append, b"")
         self.live.stop()
 
     def say(self, text: str) -> None:
@@ -67,7 +68,7 @@ class Recorder:
         row = {"step": step, **metrics, "img_per_s": speed * batch_size}
         left = f"  {_clock((self.steps - step) / speed)} left"
         self.skipped += int(metrics.get("skipped", 0))
-        self._append(json.dumps(row) + "\n")
+        self.aside(self._append, json.dumps(row).encode() + b"\n")
         numbers = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "step")
         line = f"{self.title}step {step}/{self.steps}  {numbers}{left}"
         if self.live.is_started:
@@ -103,19 +104,32 @@ class Recorder:
                     raise FloatingPointError(what)
                 self.say(f"left out {skipped} of {allowed}: {what}")
 
+    def aside(self, write: Callable[..., Any], *args: Any) -> None:
+        """Write, in the first process, a file that a run can do without: a full disk is only told.
+
+        Args:
+          write: the function that writes it.
+          args: its arguments.
+        """
+        if self.first:
+            try:
+                write(*args)
+            except OSError as error:
+                self.say(f"not written: {error}")
+
+    def keep(self, step: int, window: list[dict[str, Any]]) -> None:
+        """Keep the metrics of the steps since the last log point, for a run stopped between two."""
+        text = json.dumps({"step": step, "window": _floats(window)})
+        self.aside(_replace, self.path.with_name(WINDOW), text + "\n")
+
     def _append(self, line):
-        if not self.first:
-            return
-        self.unwritten += line.encode()
-        try:
-            with self.path.open("ab", buffering=0) as file:
-                end = file.seek(0, os.SEEK_END)
-                if file.write(self.unwritten) != len(self.unwritten):
-                    file.truncate(end)  # no half lines
-                    raise OSError("no space left on the device")
-            self.unwritten = b""
-        except OSError as error:
-            self.say(f"{self.path} cannot be written, rows are kept until it can: {error}")
+        self.unwritten += line
+        with self.path.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            if file.write(self.unwritten) != len(self.unwritten):
+                file.truncate(end)  # no half lines
+                raise OSError(f"{self.path}: no space left; its rows wait")
+        self.unwritten = b""
 
 
 def summary(
@@ -140,31 +154,31 @@ def summary(
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics, oldest first; a last line cut short by a kill is left out."""
+    """The rows of a run's metrics, oldest first, without lines that a kill or a disk has spoilt."""
     path = workdir / ROWS
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text().splitlines():
-        try:
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
-def keep(workdir: Path, step: int, window: list[dict[str, Any]]) -> None:
-    """Keep the metrics of the steps since the last log point, for a run stopped between two."""
-    if jax.process_index() == 0:
-        text = json.dumps({"step": step, "window": _floats(window)})
-        (workdir / WINDOW).write_text(text + "\n")
+    return [row for row in rows if isinstance(row, dict) and "step" in row]
 
 
 def kept(workdir: Path, step: int) -> list[dict[str, Any]]:
     """What was kept when the run was stopped at `step`, so that it logs as if it had not been."""
-    path = workdir / WINDOW
-    found = json.loads(path.read_text()) if path.exists() else {}
-    return found["window"] if found.get("step") == step else []
+    try:
+        found = json.loads((workdir / WINDOW).read_text())
+        return found["window"] if found["step"] == step else []
+    except (OSError, ValueError, TypeError, KeyError):
+        return []  # there is none, or its writing was cut off
+
+
+def _replace(path, text):
+    """Write a file whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def _floats(window):

@@ -22,6 +22,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from . import preemption
+
 AXIS = "batch"
 CRASHED = 70
 """Exit status after an error that is nobody's input: EX_SOFTWARE."""
@@ -29,7 +31,7 @@ CRASHED = 70
 
 @dataclasses.dataclass(frozen=True)
 class Distributed:
-    """Which of how many processes this is. A TPU pod, Slurm, Open MPI and Kubernetes tell it."""
+    """Which of how many processes this is. A TPU pod, Slurm and Open MPI tell it."""
 
     coordinator: str | None = None
     """HOST:PORT of process 0. None: ask the cluster, and be alone if there is none."""
@@ -40,6 +42,8 @@ class Distributed:
 
 
 ALONE = Distributed(processes=1)
+CLUSTER = {"JAX_COORDINATOR_ADDRESS", "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE"}
+"""Environment variables that only a process of a cluster has."""
 
 
 class Runner(NamedTuple):
@@ -94,11 +98,11 @@ def setup(distributed: Distributed, batch_size: int, accumulate: int = 1) -> Non
         try:
             join()
             return
-        except ValueError:
-            pass  # there is no cluster
-        except RuntimeError as error:
-            # JAX has started, in a notebook, say: then this is no process of many.
-            if "before any JAX calls" not in str(error):
+        except (ValueError, RuntimeError) as error:
+            # There is no cluster; or JAX has started already, in a notebook, say. Where there is
+            # one, though, a process that thinks itself alone would spoil the others' run.
+            alone = "coordinator_address should be defined", "before any JAX calls"
+            if CLUSTER & set(os.environ) or not any(why in str(error) for why in alone):
                 raise
     chosen = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if chosen or "JAX_NUM_CPU_DEVICES" in os.environ:
@@ -119,15 +123,15 @@ def failing_fast() -> Iterator[None]:
     try:
         yield
     except SystemExit as stop:
-        if jax.process_count() == 1 or isinstance(stop.code, int):
+        if not jax.distributed.is_initialized() or isinstance(stop.code, int | None):
             raise
         print(stop.code, file=sys.stderr, flush=True)
         os._exit(1)
-    except BaseException:
+    except BaseException as error:
         traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(CRASHED)
+        os._exit(130 if isinstance(error, KeyboardInterrupt) else CRASHED)
 
 
 def check_batch(batch_size: int, accumulate: int = 1) -> None:
@@ -262,6 +266,7 @@ def in_batches(
         rows = np.minimum(start + runner.slots(size), n - 1)
         part = jax.tree.map(lambda x, rows=rows: x[rows], batch)
         parts.append(np.asarray(mapped(params, runner.put(part))))
+        preemption.tell_alive()
     return np.concatenate(parts)[:n]
 
 

@@ -18,20 +18,27 @@ RESUME = 75
 """Exit status of a run that was stopped and can go on: EX_TEMPFAIL, "try again later"."""
 
 PROGRESS = "DIFFJAX_PROGRESS"
-"""The environment variable by which the launcher names the file that each step touches."""
+"""The environment variable by which the launcher names the file that `tell_alive` touches."""
+
+
+def tell_alive() -> None:
+    """Let the launcher, if there is one, know that this process makes progress."""
+    if PROGRESS in os.environ:
+        Path(os.environ[PROGRESS]).touch()
 
 
 @contextlib.contextmanager
 def watch() -> Iterator[Callable[[int], bool]]:
-    """Catch SIGTERM and SIGINT.
+    """Catch SIGTERM and SIGINT, and notice when the launcher has died.
 
     Yields:
       A function of the number of steps taken, to be called after each: whether to save and stop
-      there, the same in every process. A second signal acts as if nothing was caught.
+      there, the same in every process. In a process alone, a second signal acts as if nothing was
+      caught.
     """
-    file = os.environ.get(PROGRESS)
+    launcher = os.getppid() if PROGRESS in os.environ else None
     signals: list[int] = []
-    many = jax.process_count() > 1
+    many = jax.distributed.is_initialized()
     in_charge = threading.current_thread() is threading.main_thread()
     catch = [signal.SIGINT] if many else [signal.SIGINT, signal.SIGTERM]
     former = {number: signal.getsignal(number) for number in catch}
@@ -48,8 +55,9 @@ def watch() -> Iterator[Callable[[int], bool]]:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def asked(step):
-        if file is not None:
-            Path(file).touch()
+        tell_alive()
+        if launcher not in (None, os.getppid()) and not signals:
+            note(signal.SIGINT, None)
         return multihost_utils.reached_preemption_sync_point(step) if many else bool(signals)
 
     if in_charge:

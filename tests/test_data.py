@@ -185,7 +185,7 @@ def test_fashion_mnist_says_how_to_get_it(monkeypatch, tmp_path):
         ),
         ({"x_train": np.full((4, 2), np.nan, np.float32)}, "values from nan"),
         ({"x_train": np.zeros((4, 2))}, "dtype float64, need uint8 or float32"),
-        ({"x_train": np.zeros((0, 2), np.float32)}, "n > 0"),
+        ({"x_train": np.zeros((0, 2), np.float32)}, "of at least 1 each"),
         ({"x_train": np.zeros((4, 2), np.float32), "y_train": np.zeros(3, int)}, "labels int64"),
         ({"x_train": np.zeros((4, 2), np.float32), "y_train": np.zeros(4)}, "labels float64"),
         ({"x_train": np.zeros((4, 2), np.float32), "y_train": np.full(4, -1)}, "integer >= 0"),

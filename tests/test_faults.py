@@ -261,19 +261,6 @@ def test_an_exception_in_one_process_ends_both_at_once(tmp_path, environment):
     assert saved(tmp_path / "run") == [10, 20]
 
 
-def test_a_missing_coordinator_is_not_waited_for_for_ever(tmp_path, environment):
-    """A launcher whose process cannot join reports it; JAX ends such a process itself."""
-    words = ["--distributed.coordinator=127.0.0.1:1", "--distributed.processes=2"]
-    process = start(
-        environment, "train.py", *TINY, f"--workdir={tmp_path}", *words, "--distributed.process=1"
-    )
-    time.sleep(20)
-    assert process.poll() is None  # it still hopes; the launcher's patience is what bounds that
-    process.kill()
-    finish(process)
-    assert not (tmp_path / "checkpoints").exists()
-
-
 def test_metrics_are_written_by_the_first_process_alone(two_processes):
     for workdir in two_processes.values():
         assert [row["step"] for row in metrics.read(workdir)] == [10, 20, 30, 40, 50, 60]

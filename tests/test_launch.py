@@ -54,6 +54,9 @@ def test_all_well(tmp_path):
     body = "print(me, n, os.environ['JAX_NUM_CPU_DEVICES'])"
     status, out = finish(start(tmp_path, body, "--devices=3"))
     assert status == 0 and sorted(out.split("\n")) == ["", "0 2 3", "1 2 3"]
+    # This test's own choice, of conftest.py.
+    status, out = finish(start(tmp_path, body))
+    assert status == 0 and sorted(out.split("\n")) == ["", "0 2 8", "1 2 8"]
 
 
 @pytest.mark.parametrize(
@@ -134,7 +137,21 @@ def test_who_does_not_end_within_the_grace_is_ended(tmp_path):
     time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
     status, out = finish(process)
-    assert status == 75 and "not all of 2 processes ended within 1 s of grace" in out
+    assert status == 70 and "not all of 2 processes ended within 1 s of grace" in out
+
+
+def test_who_is_stopped_before_it_can_save_can_be_resumed(tmp_path):
+    process = start(tmp_path, "time.sleep(60)")
+    until(tmp_path / "runs1")
+    process.send_signal(signal.SIGHUP)
+    status, out = finish(process)
+    assert status == 75 and "ended by SIGTERM" in out
+
+
+def test_a_status_says_which_signal_it_was(tmp_path):
+    body = "os.kill(os.getpid(), signal.SIGKILL)"
+    status, _ = finish(start(tmp_path, body, "--restarts=0"))
+    assert status == 128 + 9
 
 
 def test_processes_that_were_stopped_by_others_start_again(tmp_path):

@@ -118,6 +118,14 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused():
         parallel.check_batch(24, accumulate=2)
 
 
+def test_a_process_of_a_cluster_never_thinks_itself_alone(monkeypatch):
+    """Here JAX has started, so it cannot join; without a cluster that is a notebook."""
+    parallel.setup(Distributed(), 16)
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    with pytest.raises(RuntimeError, match="before any JAX calls"):
+        parallel.setup(Distributed(), 16)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

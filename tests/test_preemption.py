@@ -71,11 +71,30 @@ def test_a_notebooks_thread_can_train_too():
     assert answers == [False]
 
 
+def test_a_run_whose_launcher_has_died_saves_and_stops(monkeypatch, tmp_path):
+    monkeypatch.setenv(preemption.PROGRESS, str(tmp_path / "sign"))
+    with preemption.watch() as asked:
+        assert not asked(0)
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        assert asked(1)
+
+
+def test_rows_that_a_disk_has_spoilt_are_left_out_and_no_others(tmp_path):
+    lines = [b'{"step": 1}', b'{"st\xff', b"3", b'{"step": 4}', b'{"step": 5, "lo']
+    (tmp_path / metrics.ROWS).write_bytes(b"\n".join(lines))
+    assert metrics.read(tmp_path) == [{"step": 1}, {"step": 4}]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"step": 7}', '{"step": 8, "window": []}'])
+def test_a_spoilt_window_is_none(tmp_path, text):
+    (tmp_path / metrics.WINDOW).write_text(text)
+    assert metrics.kept(tmp_path, 7) == []
+
+
 def test_each_step_tells_the_launcher_that_it_lives(tmp_path, monkeypatch):
     sign = tmp_path / "sign"
     monkeypatch.setenv(preemption.PROGRESS, str(sign))
     with preemption.watch() as asked:
-        assert not sign.exists()
         asked(0)
         os.utime(sign, (0, 0))
         asked(1)
@@ -131,7 +150,7 @@ def test_a_metrics_file_that_cannot_be_written_waits(tmp_path, capsys):
         path.rename(tmp_path / "away")
         path.mkdir()
         recorder.write(20, 16, loss=2.0)
-        assert "cannot be written, rows are kept" in capsys.readouterr().out.replace("\n", " ")
+        assert "not written: " in capsys.readouterr().out.replace("\n", " ")
         path.rmdir()
         (tmp_path / "away").rename(path)
         recorder.write(30, 16, loss=3.0)

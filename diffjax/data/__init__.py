@@ -105,8 +105,8 @@ def checked(x: np.ndarray, label: np.ndarray | None = None, *, where: str = "dat
       ValueError: unless x is uint8, or float32 within [-1, 1], and labels are integers >= 0, one
         for each example.
     """
-    if x.ndim < 2 or len(x) == 0:
-        raise ValueError(f"{where}: examples of shape {x.shape}, need [n, ...] with n > 0")
+    if x.ndim < 2 or x.size == 0:
+        raise ValueError(f"{where}: examples of shape {x.shape}, need [n, ...] of at least 1 each")
     if x.dtype not in (np.uint8, np.float32):
         raise ValueError(f"{where}: dtype {x.dtype}, need uint8 or float32 in [-1, 1]")
     if x.dtype == np.float32 and not (x.min() >= -1 and x.max() <= 1):

@@ -5,6 +5,7 @@ checked against their size before memory is asked for, and whatever is wrong is 
 names the file.
 """
 
+import functools
 import gzip
 import math
 import zipfile
@@ -78,6 +79,8 @@ def npz(path: Path | None) -> tuple:
             if missing:
                 raise ValueError(f"has arrays {sorted(found)}, lacks {sorted(missing)}")
             wanted = {"x_train", "x_test", "y_train", "y_test"} & set(found)
+            claimed = sum(found[name].file_size for name in wanted)
+            _refuse_bomb("its arrays", claimed, path.stat().st_size)
             arrays = {name: _member(archive, found[name]) for name in wanted}
     except Exception as error:  # the bytes of a stranger make the parsers raise anything
         raise ValueError(f"{path}: not a readable npz archive ({error})") from error
@@ -85,8 +88,7 @@ def npz(path: Path | None) -> tuple:
 
 
 def _member(archive, info):
-    """An array of a zip file, after a look at its header and what it will weigh."""
-    _refuse_bomb(info.filename, info.file_size, info.compress_size)
+    """An array of a zip file, after a look at its header."""
     with archive.open(info) as file:
         version = np.lib.format.read_magic(file)
         read_header = {
@@ -125,11 +127,15 @@ def folder(path: Path | None, size: int | None = None) -> tuple:
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() in FOLDER and f.is_file())
     if len(files) < 2:
         raise ValueError(f"{path}: {len(files)} images ({', '.join(FOLDER)}), need at least 2")
-    images = [_image(file, size) for file in files]
-    shapes = {image.shape[:2]: file for image, file in zip(images, files, strict=True)}
-    if len(shapes) > 1:
-        sizes = ", ".join(f"{h} x {w} ({file.name})" for (h, w), file in list(shapes.items())[:3])
-        raise ValueError(f"{path}: images of {len(shapes)} sizes, as {sizes}: give data.size")
+    if size is None:
+        sizes = {_image(file, lambda image: image.size): file for file in files}
+        if len(sizes) > 1:
+            some = ", ".join(f"{w} x {h} ({file.name})" for (w, h), file in list(sizes.items())[:3])
+            raise ValueError(f"{path}: images of {len(sizes)} sizes, as {some}: give data.size")
+        ((width, height),) = sizes
+        packed = sum(file.stat().st_size for file in files)
+        _refuse_bomb(f"{path}", 3 * width * height * len(files), packed)
+    images = [_image(file, functools.partial(_pixels, size=size)) for file in files]
     grey = all(image.ndim == 2 for image in images)
     rgb = lambda image: image if image.ndim == 3 else np.repeat(image[..., None], 3, -1)
     x = np.stack([image[..., None] if grey else rgb(image) for image in images])
@@ -141,15 +147,22 @@ def folder(path: Path | None, size: int | None = None) -> tuple:
     return part(~held_out), part(held_out)
 
 
-def _image(file, size):
-    """uint8 `[height, width]` or `[height, width, 3]`."""
+def _image(file, look):
+    """What `look` sees in an image file, of which only the header has been read."""
     try:
         with Image.open(file, formats=("PNG", "JPEG", "WEBP", "BMP")) as image:
             if image.width * image.height > LARGEST:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than {LARGEST}")
-            image = image.convert("L" if image.mode in ("1", "L", "I;16", "LA") else "RGB")
+            return look(image)
     except Exception as error:  # as above
         raise ValueError(f"{file}: not a readable image ({error})") from error
+
+
+def _pixels(image, size):
+    """uint8 `[height, width]` or `[height, width, 3]`."""
+    if image.mode.startswith("I"):  # 16 bits of grey
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
     if size is not None:
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -160,7 +173,7 @@ def _image(file, size):
 
 def _refuse_bomb(name, size, packed):
     # Pixels shrink to a tenth, black ones to a thousandth; there may be a megabyte of those.
-    if size > 200 * packed + 2**20:
+    if size > 100 * packed + 2**20:
         raise ValueError(f"{name}: {packed} bytes that claim to be {size}: refused")
 
 
