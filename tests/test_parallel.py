@@ -41,6 +41,17 @@ def test_draws_are_bitwise_equal_on_every_layout(monkeypatch, alone, name, devic
     np.testing.assert_array_equal(got, alone[0])
 
 
+def test_draws_are_bitwise_equal_without_any_compilation(alone):
+    eager = parallel.Runner(
+        init=lambda f: f(),
+        step=lambda f: f,
+        map=lambda f: f,
+        slots=np.arange,
+        put=lambda batch: jax.tree.map(jnp.asarray, batch),
+    )
+    np.testing.assert_array_equal(layouts.draws(eager), alone[0])
+
+
 def test_draws_differ_between_examples(alone):
     x, noise, t, label, dropped = alone[0].T
     for each in (x, noise, t):
