@@ -17,7 +17,7 @@ train: $(VENV)/plots.stamp
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-# Ten minutes: processes are killed, stopped and starved, and must heal.
+# Ten to twenty minutes: processes are killed, stopped and starved, and must heal.
 test-faults: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n 2 -m faults $(ARGS)
 

@@ -51,7 +51,8 @@ def attempts(tmp_path):
 
 
 def test_all_well(tmp_path):
-    body = "print(me, n, os.environ['JAX_NUM_CPU_DEVICES'])"
+    # One write each: the lines of two processes on one pipe must not mix.
+    body = "os.write(1, f'{me} {n} {os.environ[\"JAX_NUM_CPU_DEVICES\"]}\\n'.encode())"
     status, out = finish(start(tmp_path, body, "--devices=3"))
     assert status == 0 and sorted(out.split("\n")) == ["", "0 2 3", "1 2 3"]
     # This test's own choice, of conftest.py.
