@@ -32,3 +32,13 @@ def x64():
     """Double precision, for the tests whose oracle is sharper than float32."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A run of 40 steps with the checkpoints of 20 and 40, to be copied by who would change it."""
+    import test_train
+
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    test_train.run(workdir, *test_train.TINY, "--config.steps=40")
+    return workdir

@@ -31,7 +31,9 @@ def stopped_at(step, number, workdir, monkeypatch):
     assert newest(workdir)[0] == step
 
 
-def test_a_stopped_run_saves_that_step_and_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
+def test_a_stopped_run_saves_that_step_and_goes_on_bit_for_bit(
+    finished, tmp_path, monkeypatch, capsys
+):
     """At step 27, between two log points: the means over both parts are the uninterrupted ones."""
     stopped_at(27, signal.SIGTERM, tmp_path / "parts", monkeypatch)
     assert "asked to stop: saved step 27" in capsys.readouterr().out
@@ -41,9 +43,8 @@ def test_a_stopped_run_saves_that_step_and_goes_on_bit_for_bit(tmp_path, monkeyp
     assert "resumed from the checkpoint of step 27 of 40" in capsys.readouterr().out
     run(tmp_path / "parts", *TINY, "--config.steps=40")
     assert "resumed from the checkpoint of step 33 of 40" in capsys.readouterr().out
-    run(tmp_path / "whole", *TINY, "--config.steps=40")
-    assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
-    (step_a, a), (step_b, b) = newest(tmp_path / "whole"), newest(tmp_path / "parts")
+    assert rows_of(tmp_path / "parts") == rows_of(finished)
+    (step_a, a), (step_b, b) = newest(finished), newest(tmp_path / "parts")
     assert step_a == step_b == 40
     assert_bitwise_equal(a, b)
 

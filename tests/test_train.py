@@ -25,7 +25,10 @@ TINY = ["--config=configs/digits.py:smoke"]
 
 
 def run(workdir, *argv):
-    train.train(*config_lib.parse([*argv, f"--workdir={workdir}"]))
+    """Train as train.py does, on two devices: eight virtual ones would only take longer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "_devices", lambda: jax.devices()[:2])
+        train.train(*config_lib.parse([*argv, f"--workdir={workdir}"]))
 
 
 def rows_of(workdir):
@@ -45,17 +48,17 @@ def assert_bitwise_equal(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(raw(x), raw(y)), a, b)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run of 20 steps, to be copied by who would change it."""
-    workdir = tmp_path_factory.mktemp("finished") / "run"
-    run(workdir, *TINY, "--config.steps=20")
-    return workdir
-
-
 @pytest.fixture
 def copied(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "copied")
+
+
+def interrupted(finished, workdir):
+    """A copy of the run as it was when it had just saved step 20."""
+    shutil.copytree(finished, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "40")
+    (workdir / "samples.png").unlink()
+    return workdir
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "configs").glob("*.py")))
@@ -67,37 +70,32 @@ def test_every_config_runs_its_smoke_variant(name, tmp_path, capsys):
     if name == "cifar10":
         write_cifar(tmp_path)
         argv.append(f"--config.data.path={tmp_path}")
-    run(tmp_path / "run", *argv, "--config.steps=40")
+    run(tmp_path / "run", *argv, "--config.steps=20")
     out = capsys.readouterr().out
-    assert "step 40/40" in out and "img_per_s" in out
+    assert "step 20/20" in out and "img_per_s" in out
     rows = metrics.read(tmp_path / "run")
-    assert [row["step"] for row in rows] == [10, 20, 30, 40]
+    assert [row["step"] for row in rows] == [10, 20]
     assert all(np.isfinite(row["loss"]) and row["img_per_s"] > 0 for row in rows)
     assert all({"grad_norm", "learning_rate"} <= set(row) for row in rows)
     assert "eval_loss" in rows[1]
-    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["20", "40"]
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["20"]
     for picture in ("samples.png", "loss.png"):
         assert np.asarray(Image.open(tmp_path / "run" / picture)).std() > 1
 
 
-def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path, capsys):
-    """From the checkpoint of step 40, which was written while training went on."""
-    run(tmp_path / "whole", *TINY, "--config.steps=60")
-    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
-    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "60")
-    (tmp_path / "parts" / "samples.png").unlink()
+def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(finished, tmp_path, capsys):
+    """From the checkpoint of step 20, which was written while training went on."""
+    parts = interrupted(finished, tmp_path / "parts")
     # Rows after the restored step are dropped, and so is a line that a kill cut short.
-    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 70, "lo')
-    capsys.readouterr()
-    run(tmp_path / "parts", *TINY, "--config.steps=60")
-    assert "resumed from the checkpoint of step 40 of 60" in capsys.readouterr().out
-    assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
-    (step_a, a), (step_b, b) = newest(tmp_path / "whole"), newest(tmp_path / "parts")
-    assert step_a == step_b == 60
+    with (parts / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 50, "lo')
+    run(parts, *TINY, "--config.steps=40")
+    assert "resumed from the checkpoint of step 20 of 40" in capsys.readouterr().out
+    assert rows_of(parts) == rows_of(finished)
+    (step_a, a), (step_b, b) = newest(finished), newest(parts)
+    assert step_a == step_b == 40
     assert_bitwise_equal(a, b)
-    pictures = [(tmp_path / n / "samples.png").read_bytes() for n in ("whole", "parts")]
-    assert pictures[0] == pictures[1]
+    assert (parts / "samples.png").read_bytes() == (finished / "samples.png").read_bytes()
 
 
 LEARNED = [
@@ -109,9 +107,9 @@ LEARNED = [
 
 def test_learned_variance_and_loss_aware_times_are_trained_resumed_and_evaluated(tmp_path, capsys):
     """The history of losses is in the checkpoint: a resumed run draws the same times."""
-    run(tmp_path / "whole", *TINY, "--config.steps=40", *LEARNED)
-    run(tmp_path / "halves", *TINY, "--config.steps=20", *LEARNED)
-    run(tmp_path / "halves", *TINY, "--config.steps=40", *LEARNED)
+    argv = [*TINY, "--config.steps=40", *LEARNED]
+    run(tmp_path / "whole", *argv)
+    run(interrupted(tmp_path / "whole", tmp_path / "halves"), *argv)
     whole, halves = newest(tmp_path / "whole"), newest(tmp_path / "halves")
     assert_bitwise_equal(whole[1], halves[1])
     history = jax.tree.leaves(whole[1]["extra"])
@@ -142,16 +140,16 @@ def test_a_run_is_evaluated_in_bits_with_a_standard_error(copied):
         evaluate.main(evaluate.Arguments(copied / "checkpoints"))
 
 
-def test_the_runner_may_change_at_resumption(copied, tmp_path):
-    run(copied, *TINY, "--config.steps=40", "--config.parallel=sharded")
-    run(tmp_path / "whole", *TINY, "--config.steps=40")
-    losses = [[row["loss"] for row in metrics.read(d)] for d in (copied, tmp_path / "whole")]
+def test_the_runner_may_change_at_resumption(finished, tmp_path):
+    parts = interrupted(finished, tmp_path / "parts")
+    run(parts, *TINY, "--config.steps=40", "--config.parallel=sharded")
+    losses = [[row["loss"] for row in metrics.read(d)] for d in (parts, finished)]
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def test_a_run_is_read_back_in_two_lines(copied):
     network, params, config = checkpoint.load(copied)
-    assert config.steps == 20 and config.batch_size == 16
+    assert config.steps == 40 and config.batch_size == 16
     out = network(params, jnp.ones((2, 8, 8, 1)), jnp.zeros(2), {"label": jnp.zeros(2, int)})
     assert out.shape == (2, 8, 8, 1) and np.isfinite(out).all()
     assert_bitwise_equal(params, newest(copied)[1]["ema_params"])
@@ -161,7 +159,7 @@ def test_a_run_is_read_back_in_two_lines(copied):
 
 def test_reading_a_run_leaves_it_alone(copied):
     """It may still be writing: what is in flight is not cleaned up."""
-    in_flight = copied / "checkpoints" / "40.orbax-checkpoint-tmp"
+    in_flight = copied / "checkpoints" / "60.orbax-checkpoint-tmp"
     in_flight.mkdir()
     checkpoint.load(copied)
     assert in_flight.exists()
@@ -169,7 +167,7 @@ def test_reading_a_run_leaves_it_alone(copied):
 
 def test_a_finished_run_draws_again_when_sampling_changes(copied):
     before = (copied / "samples.png").read_bytes()
-    run(copied, *TINY, "--config.steps=20", "--config.sampling.steps=7")
+    run(copied, *TINY, "--config.steps=40", "--config.sampling.steps=7")
     assert (copied / "samples.png").read_bytes() != before
 
 
@@ -199,7 +197,7 @@ def test_a_damaged_config_is_named(copied, text):
 def test_empty_and_foreign_numeric_folders_are_ignored(copied):
     (copied / "checkpoints" / "99").mkdir()
     (copied / "checkpoints" / "98" / "default").mkdir(parents=True)
-    assert newest(copied)[0] == 20
+    assert newest(copied)[0] == 40
 
 
 def test_another_experiment_in_the_same_directory_is_refused(copied):
@@ -210,7 +208,7 @@ def test_another_experiment_in_the_same_directory_is_refused(copied):
         ("--config.optimizer.learning-rate=0.1", "optimizer.learning_rate: the run has 0.002"),
     ):
         with pytest.raises(SystemExit, match=re.escape(line)):
-            run(copied, *TINY, "--config.steps=20", change)
+            run(copied, *TINY, "--config.steps=40", change)
 
 
 def test_a_nan_stops_the_run_says_where_and_keeps_the_last_checkpoint(
@@ -225,7 +223,7 @@ def test_a_nan_stops_the_run_says_where_and_keeps_the_last_checkpoint(
             losses = loss_fn(key, params, batch, *rest, **options)
             # At some step, when Adam has moved far enough: the loss is fine, its gradient not.
             bias = jnp.abs(params["conv_out"]["bias"]).max()
-            return losses + 0 * jnp.sqrt(jnp.where(bias > 0.02, 0 * bias, 1.0))
+            return losses + 0 * jnp.sqrt(jnp.where(bias > 0.006, 0 * bias, 1.0))
 
         return broken
 
@@ -366,7 +364,7 @@ BAD = {
     "fsdp under pmap": (["--config.fsdp=8"], "parallel=pmap copies the state to each device"),
     "fsdp": (
         ["--config.parallel=sharded", "--config.fsdp=3"],
-        "fsdp=3: must be 0, for all, or divide the 8 devices",
+        "fsdp=3: must be 0, for all, or divide the 2 devices",
     ),
     "best": (["--config.keep-best=1", "--config.eval-every=40"], "a multiple of eval_every=40"),
     "skip": (["--config.skip-nonfinite=-1"], "skip_nonfinite=-1: must be at least 0"),
