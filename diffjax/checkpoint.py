@@ -12,6 +12,7 @@ import json
 import logging
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -169,12 +170,17 @@ class Checkpoints:
             # The manager that failed would fail again, and has forgotten what it was to delete.
             with contextlib.suppress(Exception):
                 self._manager.close()
-            self._remains.add(self.directory / str(step))
-            self._sweep()
+            remains = self.directory / str(step)
+            self._remains.add(remains)
+            for _ in range(20):
+                self._sweep()
+                time.sleep(0.1)  # its threads may still be writing, and would trip the next one
+                if not remains.exists():
+                    break
             self._manager = self._open()
 
     def _sweep(self) -> None:
-        # More than once: a thread of the save that failed may still be writing.
+        # And again later: its last thread may yet make the folder anew.
         for path in self._remains if jax.process_index() == 0 else ():
             if not (path / COMMITTED).exists():
                 shutil.rmtree(path, ignore_errors=True)

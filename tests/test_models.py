@@ -1,12 +1,21 @@
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from diffjax.models import MLP, MLPConfig, UNet, UNetConfig, apply
-from diffjax.models.unet import double, fold, halve, level_embedding, unfold
+from diffjax.models.unet import (
+    DoubleConv,
+    attention,
+    double,
+    fold,
+    halve,
+    level_embedding,
+    unfold,
+)
 
 TINY = UNetConfig(width=8, mults=(1, 2), blocks=1, attention=(4,), groups=4, dropout=0.0)
 
@@ -199,6 +208,26 @@ def test_an_image_that_does_not_halve_is_refused(shape, message):
 def test_a_config_that_does_not_divide_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(TINY, **change)
+
+
+def test_a_convolution_of_the_doubled_image_is_just_that(x64):
+    """And so are its gradients, edges included."""
+    x, w = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(2, 3, 5, 4), (6,)]))
+    conv = nn.Conv(6, (3, 3), param_dtype=jnp.float64)
+    params = jax.tree.map(lambda p: p + 0.1, conv.init(jax.random.key(2), double(x)))
+    either = lambda f: jax.value_and_grad(lambda p, x: jnp.sum(jnp.sin(f(p, x)) * w[None, None, None]), (0, 1))
+    expected = either(lambda p, x: conv.apply(p, double(x)))(params, x)
+    got = either(DoubleConv(6, jnp.dtype(jnp.float64)).apply)(params, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), got, expected)
+
+
+def test_attention_is_jaxs_own():
+    qkv = jax.random.normal(jax.random.key(0), (3, 2, 7, 4, 5))
+    expected = jax.nn.dot_product_attention(*qkv)
+    np.testing.assert_allclose(attention(*qkv), expected, atol=1e-6)
+    half = attention(*qkv.astype(jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(float), expected, atol=0.03)
 
 
 def test_halve_inverts_double():

@@ -1,0 +1,165 @@
+"""What a run costs: its speed beside the hardware's, what it waits for, compiling, memory, traces."""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.monitoring
+
+PEAK_FLOPS = {
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L4": 121e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+"""Dense bfloat16 operations a second of one device, the makers' figures; by its kind's beginning."""
+
+ALLOCATOR = (
+    "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:"
+    "glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1"
+)
+"""GLIBC_TUNABLES with which large buffers are kept between steps, not given back to the kernel."""
+
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+class Meter:
+    """What a run spends, from one reading to the next. Use as a context manager.
+
+    Attributes:
+      flops: operations of one step on one device; 0 if nobody knows.
+    """
+
+    def __init__(self) -> None:
+        self.flops = 0.0
+        self._compiling = self._waiting = 0.0
+        self._told = False
+
+    def __enter__(self) -> "Meter":
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+
+    def _listen(self, event: str, seconds: float, **_: Any) -> None:
+        if event == _COMPILED:
+            self._compiling += seconds
+
+    def waited(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The same batches; the time until each of them is there counts as waiting."""
+        while True:
+            began = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self._waiting += time.perf_counter() - began
+            yield batch
+
+    def read(self, steps: int, seconds: float) -> dict[str, float]:
+        """Numbers for a row of metrics, over so many steps in so many seconds.
+
+        Returns:
+          `data_stall`, the fraction of the time spent waiting for input; `tflop_per_s` of one
+          device, and `mfu`, that as a fraction of the hardware's peak in bfloat16, where they are
+          known; `memory_gb`, the most that a device has held so far, on a CPU the whole process;
+          and `compile_s`, the seconds spent compiling, in a row after which there were any.
+        """
+        row = {"data_stall": self._waiting / seconds, "memory_gb": peak_memory() / 1e9}
+        if self.flops:
+            speed = self.flops * steps / seconds
+            row["tflop_per_s"] = speed / 1e12
+            peak = peak_flops(jax.devices()[0].device_kind)
+            if peak:
+                row["mfu"] = speed / peak
+        if self._compiling:
+            row["compile_s"] = self._compiling
+        self.start()
+        return row
+
+    def start(self) -> None:
+        """Begin a new reading."""
+        self._waiting = self._compiling = 0.0
+
+
+def flops(step: Callable[..., Any], *args: Any) -> float:
+    """Operations of a compiled function on one device, as XLA counts them before it optimises.
+
+    So recomputation (`remat`) counts, what a fused kernel does counts, and a compiler's tricks do
+    not. 0 if XLA does not say.
+    """
+    analysis = step.lower(*args).cost_analysis()
+    return float((analysis or {}).get("flops", 0.0))
+
+
+def peak_flops(kind: str) -> float | None:
+    """The peak of `PEAK_FLOPS` for a device's kind, or None.
+
+    >>> peak_flops("NVIDIA H100 80GB HBM3") / 1e12
+    989.0
+    """
+    return next((peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)), None)
+
+
+def peak_memory() -> float:
+    """The most bytes that one of this process' devices has held; on a CPU, the process itself."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    if all(stats):
+        return float(max(s.get("peak_bytes_in_use", 0) for s in stats if s))
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def advice() -> str | None:
+    """What would make this CPU faster and must be set before the process starts; None if nothing.
+
+    XLA asks for large buffers at every step, and glibc by default hands them back to the kernel.
+    """
+    if jax.default_backend() != "cpu" or not hasattr(os, "confstr"):
+        return None
+    with contextlib.suppress(ValueError, OSError):
+        libc = os.confstr("CS_GNU_LIBC_VERSION") or ""
+        other = "malloc" in os.environ.get("LD_PRELOAD", "")  # jemalloc, tcmalloc, mimalloc
+        if libc.startswith("glibc") and not other and "GLIBC_TUNABLES" not in os.environ:
+            return f"for speed, start with GLIBC_TUNABLES={ALLOCATOR} (`make train` does)"
+    return None
+
+
+@contextlib.contextmanager
+def traced(folder: Path, steps: range) -> Iterator[Callable[[int, Any], None]]:
+    """Trace some steps, for TensorBoard's profiler and for https://ui.perfetto.dev.
+
+    Args:
+      folder: where `plugins/profile/` goes, with a `perfetto_trace.json.gz` in it.
+      steps: which ones, by steps taken; none if empty.
+
+    Yields:
+      A function of the steps taken and of what to wait for before the trace begins or ends.
+    """
+
+    def at(taken, outputs):
+        if steps and taken in (steps.start, steps.stop):
+            jax.block_until_ready(outputs)
+            if taken == steps.start:
+                jax.profiler.start_trace(folder, create_perfetto_trace=True)
+                tracing.append(True)
+            elif tracing:
+                tracing.clear()
+                jax.profiler.stop_trace()
+
+    tracing: list[bool] = []
+    try:
+        yield at
+    finally:
+        if tracing:
+            jax.profiler.stop_trace()
