@@ -32,9 +32,11 @@ from diffjax import (
     parallel,
     plots,
     preemption,
+    telemetry,
 )
 from diffjax.config import Config, parse, plainly
-from diffjax.training import Batch, ema_warmup, train_step
+from diffjax.parallel import ALONE, Distributed
+from diffjax.training import Batch
 
 
 def make_loss(
@@ -74,7 +76,7 @@ def make_loss(
 
 
 def train(
-    config: Config, workdir: Path, distributed: parallel.Distributed = parallel.ALONE
+    config: Config, workdir: Path, distributed: Distributed = ALONE, profile: int = 0
 ) -> None:
     """Train, or go on training, until `config.steps`; in every process of a pod alike."""
     began = time.perf_counter()
@@ -100,17 +102,7 @@ def train(
     streams = experiment.make_streams(config)
 
     # The same functions on every device there is.
-    step_fn = runner.step(
-        functools.partial(
-            train_step,
-            loss_fn=loss_fn,
-            tx=tx,
-            ema_decay=ema_warmup(config.ema),
-            accumulate=config.optimizer.accumulate,
-            remember=times.remember,
-            skip_nonfinite=config.skip_nonfinite > 0,
-        )
-    )
+    step_fn = runner.step(experiment.make_step(config, loss_fn, tx, times))
     held_out_fn = runner.map(
         lambda params, batch: loss_fn(streams.held_out, params, batch, times.init(), train=False)
     )
@@ -138,18 +130,27 @@ def train(
         recorder = metrics.Recorder(workdir, start, config.steps, f"{devices}  ")
     held_out = data.first(test_set, 1024)
     slots = runner.slots(config.batch_size)
+
+    def fetch(step: int) -> Batch:
+        n, flip = config.batch_size, config.data.flip
+        return runner.put(data.train_batch(train_set, config.seed, step, n, slots, flip))
+
+    batches = data.prefetch(fetch, range(start, config.steps))
     describe = functools.partial(experiment.describe_step, config, len(train_set.x))
     window = metrics.kept(workdir, start)  # nobody looks at metrics between log points
 
     told = plainly(FloatingPointError, checkpoint.UnwrittenError)
-    with told, checkpoints, recorder, preemption.watch() as asked_to_stop:
+    traced = telemetry.traced(workdir / "profile", range(start + 10, start + 10 + profile))
+    with told, checkpoints, recorder, traced as trace, preemption.watch() as asked_to_stop:
         count = sum(x.size for x in jax.tree.leaves(state.params))
         what = f"{config.data.name}, target {config.target}, {count:,} parameters"
         recorder.say(f"{workdir}: {what}, {devices} by {config.parallel}")
         if start:
             recorder.say(f"resumed from the checkpoint of step {start} of {config.steps}")
+        if advice := telemetry.advice():
+            recorder.say(advice)
 
-        for step in range(start, config.steps):
+        for step, batch in enumerate(recorder.meter.waited(batches), start):
             if asked_to_stop(step):
                 recorder.check(window, step, config.skip_nonfinite, describe)
                 recorder.keep(step, window)
@@ -157,11 +158,9 @@ def train(
                 checkpoints.require()
                 recorder.say(f"asked to stop: saved step {step}; the same command goes on")
                 sys.exit(preemption.RESUME)
-            batch = data.train_batch(
-                train_set, config.seed, step, config.batch_size, slots, config.data.flip
-            )
-            state, step_metrics = step_fn(state, runner.put(batch))
+            state, step_metrics = step_fn(state, batch)
             window.append(step_metrics)
+            trace(step + 1, step_metrics)
 
             done = step + 1
             last = done == config.steps
@@ -169,6 +168,7 @@ def train(
             if done == start + 1:
                 jax.block_until_ready(step_metrics)
                 recorder.say(f"compiled, first step after {time.perf_counter() - began:.0f} s")
+                recorder.meter.flops = telemetry.flops(step_fn, state, batch)
                 recorder.start(done)
             if done % config.log_every == 0 or last:
                 recorder.check(window, done, config.skip_nonfinite, describe)

@@ -267,12 +267,12 @@ def smoke(config: Config, **changes: Any) -> Config:
 
 def parse(
     argv: Sequence[str], default: str = "configs/digits.py"
-) -> tuple[Config, Path, Distributed]:
+) -> tuple[Config, Path, Distributed, int]:
     """The command line `[--config=FILE[:variant]] [--workdir=DIR] [--config.FIELD=VALUE ...]`.
 
     Returns:
-      The config, not yet checked; the run's directory, `runs/<config name>` by default; and which
-      of how many processes this is.
+      The config, not yet checked; the run's directory, `runs/<config name>` by default; which of
+      how many processes this is; and how many steps to trace.
 
     Raises:
       SystemExit: after printing what is wrong (or the help) in a few lines.
@@ -290,6 +290,8 @@ def parse(
         workdir: Path = Path("runs") / Path(path).stem
         """Where checkpoints, metrics and pictures go; resumes what it finds there."""
         distributed: Distributed = Distributed()  # noqa: RUF009, it is frozen
+        profile: int = 0
+        """Trace so many steps, from the tenth on, into WORKDIR/profile."""
 
     args = tyro.cli(
         Arguments,
@@ -299,7 +301,7 @@ def parse(
         config=(tyro.conf.FlagConversionOff,),
         use_underscores=True,
     )
-    return args.config, args.workdir, args.distributed
+    return args.config, args.workdir, args.distributed, args.profile
 
 
 @contextlib.contextmanager

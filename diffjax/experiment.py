@@ -19,7 +19,7 @@ from .learned_variance import hybrid_loss
 from .models import MODELS, UNetConfig, apply
 from .parallel import RUNNERS
 from .process import prior_sample
-from .training import TrainState, init_state
+from .training import TrainState, ema_warmup, init_state, train_step
 from .types import Array, Data, Denoiser, Key, Network
 
 
@@ -238,6 +238,21 @@ def make_optimizer(o: Optimizer) -> optax.GradientTransformation:
     """Clipping by global norm, then Adam (AdamW if there is weight decay)."""
     adam = optax.adamw(make_learning_rate(o), b1=o.beta_1, b2=o.beta_2, weight_decay=o.weight_decay)
     return adam if o.clip is None else optax.chain(optax.clip_by_global_norm(o.clip), adam)
+
+
+def make_step(
+    config: Config, loss_fn: Callable, tx: optax.GradientTransformation, times: "Times"
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """`train_step` as the config has it, for `Runner.step`."""
+    return functools.partial(
+        train_step,
+        loss_fn=loss_fn,
+        tx=tx,
+        ema_decay=ema_warmup(config.ema),
+        accumulate=config.optimizer.accumulate,
+        remember=times.remember,
+        skip_nonfinite=config.skip_nonfinite > 0,
+    )
 
 
 def make_network(config: Config) -> Callable[..., Data]:

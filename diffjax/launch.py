@@ -24,6 +24,7 @@ import tyro
 
 from .parallel import CRASHED
 from .preemption import PROGRESS, RESUME
+from .telemetry import ALLOCATOR, TUNABLES
 
 DEVICES = "JAX_NUM_CPU_DEVICES"
 
@@ -104,7 +105,8 @@ def _start(processes, options, command, signs):
         sign.touch()
         which = dict(coordinator=f"127.0.0.1:{port}", processes=options.processes, process=i)
         words = [f"--distributed.{name}={value}" for name, value in which.items()]
-        environment = os.environ | {PROGRESS: str(sign), DEVICES: str(devices)} | chosen
+        environment = {TUNABLES: ALLOCATOR} | os.environ | {PROGRESS: str(sign)}
+        environment |= {DEVICES: str(devices)} | chosen
         # A session of its own: Ctrl-C reaches the launcher, which hands it on.
         processes.append(
             subprocess.Popen(

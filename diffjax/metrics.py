@@ -13,6 +13,8 @@ import numpy as np
 from rich.console import Console
 from rich.live import Live
 
+from .telemetry import Meter
+
 ROWS = "metrics.jsonl"
 WINDOW = "window.json"
 
@@ -31,6 +33,7 @@ class Recorder:
 
     Attributes:
       skipped: how many batches the rows say were left out.
+      meter: what the run spends; each row has its reading.
     """
 
     def __init__(self, workdir: Path, step: int, steps: int, title: str = "") -> None:
@@ -42,10 +45,12 @@ class Recorder:
         rows = [row for row in read(workdir) if row["step"] <= step]
         self.skipped = sum(row.get("skipped", 0) for row in rows)
         self.unwritten = b""
+        self.meter = Meter()
         if self.first:
             _replace(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def __enter__(self) -> "Recorder":
+        self.meter.__enter__()
         if self.console.is_terminal:
             self.live.start()
         return self
@@ -54,6 +59,7 @@ class Recorder:
         if self.unwritten:
             self.aside(self._append, b"")
         self.live.stop()
+        self.meter.__exit__()
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -65,10 +71,11 @@ class Recorder:
         last_step, last_time = self.at if step > self.at[0] else self.began
         self.at = step, now = step, time.perf_counter()
         speed = (step - last_step) / (now - last_time)
+        spent = self.meter.read(step - last_step, now - last_time)
         row = {"step": step, **metrics, "img_per_s": speed * batch_size}
         left = f"  {_clock((self.steps - step) / speed)} left"
         self.skipped += int(metrics.get("skipped", 0))
-        self.aside(self._append, json.dumps(row).encode() + b"\n")
+        self.aside(self._append, json.dumps(row | spent).encode() + b"\n")
         numbers = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "step")
         line = f"{self.title}step {step}/{self.steps}  {numbers}{left}"
         if self.live.is_started:
@@ -79,6 +86,7 @@ class Recorder:
     def start(self, step: int) -> None:
         """Measure the speed of the next row from here, so as to leave out what was before."""
         self.at = step, time.perf_counter()
+        self.meter.start()
 
     def check(
         self, window: list[dict[str, Any]], step: int, allowed: int, describe: Callable[[int], str]

@@ -1,4 +1,4 @@
-"""What a run costs: its speed beside the hardware's, what it waits for, compiling, memory, traces."""
+"""What a run costs: speed beside the hardware's, waiting, compiling, memory; and traces of it."""
 
 import contextlib
 import os
@@ -20,13 +20,14 @@ PEAK_FLOPS = {
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
 }
-"""Dense bfloat16 operations a second of one device, the makers' figures; by its kind's beginning."""
+"""Dense bfloat16 operations a second of a device, the makers' figures; by its kind's beginning."""
 
+TUNABLES = "GLIBC_TUNABLES"
 ALLOCATOR = (
     "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:"
     "glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1"
 )
-"""GLIBC_TUNABLES with which large buffers are kept between steps, not given back to the kernel."""
+"""Its value with which large buffers are kept between steps, not given back to the kernel."""
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -41,7 +42,6 @@ class Meter:
     def __init__(self) -> None:
         self.flops = 0.0
         self._compiling = self._waiting = 0.0
-        self._told = False
 
     def __enter__(self) -> "Meter":
         jax.monitoring.register_event_duration_secs_listener(self._listen)
@@ -50,9 +50,9 @@ class Meter:
     def __exit__(self, *_: object) -> None:
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
-    def _listen(self, event: str, seconds: float, **_: Any) -> None:
+    def _listen(self, event: str, duration_secs: float, **_: Any) -> None:
         if event == _COMPILED:
-            self._compiling += seconds
+            self._compiling += duration_secs
 
     def waited(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The same batches; the time until each of them is there counts as waiting."""
@@ -83,22 +83,24 @@ class Meter:
                 row["mfu"] = speed / peak
         if self._compiling:
             row["compile_s"] = self._compiling
+        self._compiling = 0.0
         self.start()
         return row
 
     def start(self) -> None:
-        """Begin a new reading."""
-        self._waiting = self._compiling = 0.0
+        """Measure waiting from here."""
+        self._waiting = 0.0
 
 
-def flops(step: Callable[..., Any], *args: Any) -> float:
+def flops(step: Any, *args: Any) -> float:
     """Operations of a compiled function on one device, as XLA counts them before it optimises.
 
     So recomputation (`remat`) counts, what a fused kernel does counts, and a compiler's tricks do
-    not. 0 if XLA does not say.
+    not. 0 if nobody knows: the function is not a compiled one, or XLA does not say.
     """
-    analysis = step.lower(*args).cost_analysis()
-    return float((analysis or {}).get("flops", 0.0))
+    if not hasattr(step, "lower"):
+        return 0.0
+    return float((step.lower(*args).cost_analysis() or {}).get("flops", 0.0))
 
 
 def peak_flops(kind: str) -> float | None:
@@ -130,8 +132,8 @@ def advice() -> str | None:
     with contextlib.suppress(ValueError, OSError):
         libc = os.confstr("CS_GNU_LIBC_VERSION") or ""
         other = "malloc" in os.environ.get("LD_PRELOAD", "")  # jemalloc, tcmalloc, mimalloc
-        if libc.startswith("glibc") and not other and "GLIBC_TUNABLES" not in os.environ:
-            return f"for speed, start with GLIBC_TUNABLES={ALLOCATOR} (`make train` does)"
+        if libc.startswith("glibc") and not other and TUNABLES not in os.environ:
+            return f"for speed, start with {TUNABLES}={ALLOCATOR} (`make train` does)"
     return None
 
 

@@ -10,7 +10,6 @@ compiler's operation counts and on published hardware figures, and says so.
 
 import dataclasses
 import datetime
-import functools
 import json
 import os
 import re
@@ -28,7 +27,6 @@ import numpy as np
 import train
 from diffjax import checkpoint, config as config_lib, data, experiment, parallel
 from diffjax.models import UNet, UNetConfig, apply
-from diffjax.training import ema_warmup, train_step
 
 ROOT = Path(__file__).parents[1]
 BATCH = 128
@@ -43,12 +41,7 @@ def program(kind: str, fsdp: int):
     train_set, _ = data.load("digits")
     times, network = experiment.make_times(CONFIG), experiment.make_network(CONFIG)
     tx = experiment.make_optimizer(CONFIG.optimizer)
-    step = functools.partial(
-        train_step,
-        loss_fn=train.make_loss(CONFIG, network, times, None),
-        tx=tx,
-        ema_decay=ema_warmup(CONFIG.ema),
-    )
+    step = experiment.make_step(CONFIG, train.make_loss(CONFIG, network, times, None), tx, times)
     state = runner.init(experiment.make_initial_state(CONFIG, (8, 8, 1), tx, times))
     batch = runner.put(data.train_batch(train_set, 0, 0, BATCH, runner.slots(BATCH)))
     return state, runner.step(step), batch

@@ -15,6 +15,7 @@ import jaxtyping
 
 # Most tests compile small programs, many of them the same ones; the workers share what they have.
 CACHE = os.environ.setdefault("DIFFJAX_TEST_CACHE", tempfile.mkdtemp(prefix="diffjax-test-"))
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE  # of processes that tests start
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -215,7 +215,9 @@ def test_a_convolution_of_the_doubled_image_is_just_that(x64):
     x, w = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(2, 3, 5, 4), (6,)]))
     conv = nn.Conv(6, (3, 3), param_dtype=jnp.float64)
     params = jax.tree.map(lambda p: p + 0.1, conv.init(jax.random.key(2), double(x)))
-    either = lambda f: jax.value_and_grad(lambda p, x: jnp.sum(jnp.sin(f(p, x)) * w[None, None, None]), (0, 1))
+    either = lambda f: jax.value_and_grad(
+        lambda p, x: jnp.sum(jnp.sin(f(p, x)) * w[None, None, None]), (0, 1)
+    )
     expected = either(lambda p, x: conv.apply(p, double(x)))(params, x)
     got = either(DoubleConv(6, jnp.dtype(jnp.float64)).apply)(params, x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), got, expected)

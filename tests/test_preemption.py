@@ -14,16 +14,17 @@ from diffjax import data, metrics, preemption
 
 def stopped_at(step, number, workdir, monkeypatch):
     """A run of 40 steps that gets a signal while it takes this step."""
-    train_batch = data.train_batch
+    prefetch = data.prefetch
 
-    def signalled(examples, seed, taken, *rest):
-        if taken == step - 1:
-            os.kill(os.getpid(), number)
-        return train_batch(examples, seed, taken, *rest)
+    def signalled(fetch, steps):
+        for taken, batch in zip(steps, prefetch(fetch, steps), strict=True):
+            yield batch
+            if taken == step - 1:
+                os.kill(os.getpid(), number)
 
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     with monkeypatch.context() as patch:
-        patch.setattr(data, "train_batch", signalled)
+        patch.setattr(data, "prefetch", signalled)
         with pytest.raises(SystemExit) as stop:
             run(workdir, *TINY, "--config.steps=40")
     assert stop.value.code == preemption.RESUME == 75

@@ -42,8 +42,9 @@ MAY_IMPORT = {
     "data": {"data"},
     "preemption": set(),
     "parallel": {"preemption"},
-    "launch": {"parallel", "preemption"},
-    "metrics": set(),
+    "launch": {"parallel", "preemption", "telemetry"},
+    "telemetry": set(),
+    "metrics": {"telemetry"},
     "plots": set(),
     "evaluation": set(),
 }

@@ -21,6 +21,7 @@ from diffjax import checkpoint, config as config_lib, data, experiment, metrics,
 from test_data import write_cifar, write_mnist
 
 ROOT = Path(__file__).parents[1]
+COSTS = {"img_per_s", "data_stall", "memory_gb", "tflop_per_s", "compile_s"}
 TINY = ["--config=configs/digits.py:smoke"]
 
 
@@ -32,8 +33,8 @@ def run(workdir, *argv):
 
 
 def rows_of(workdir):
-    """The metrics without what depends on the clock."""
-    return [{k: v for k, v in row.items() if k != "img_per_s"} for row in metrics.read(workdir)]
+    """The metrics without what depends on the clock and on the machine."""
+    return [{k: v for k, v in row.items() if k not in COSTS} for row in metrics.read(workdir)]
 
 
 def newest(workdir):
@@ -267,8 +268,9 @@ def test_the_loop_compiles_the_step_once_and_fetches_nothing_between_log_points(
         return runner._replace(step=step)
 
     monkeypatch.setitem(parallel.RUNNERS, "pmap", watched)
-    run(tmp_path, *TINY, "--config.steps=30")
+    run(tmp_path, *TINY, "--config.steps=30", "--profile=2")
     assert len(compiled) == 1
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     fetches = np.diff(at_step)  # after steps 1, 2, ... 29
     assert fetches[9] > 0 and fetches[19] > 0  # the counter works: log points
     assert not np.delete(fetches, [9, 19]).any()
@@ -456,10 +458,10 @@ def test_the_config_survives_json():
 
 
 def test_the_default_run_directory_is_named_after_the_config():
-    config, workdir, distributed = config_lib.parse([])
-    assert workdir == Path("runs/digits") and config.data.name == "digits"
+    config, workdir, distributed, profile = config_lib.parse([])
+    assert profile == 0 and workdir == Path("runs/digits") and config.data.name == "digits"
     assert distributed == parallel.Distributed()
-    _, workdir, _ = config_lib.parse(["--config=configs/two_moons.py:smoke"])
+    _, workdir, *_ = config_lib.parse(["--config=configs/two_moons.py:smoke"])
     assert workdir == Path("runs/two_moons")
 
 

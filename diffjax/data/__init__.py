@@ -4,14 +4,18 @@ A data set is two `Examples`, to train on and held out. Images are uint8 and bec
 [-1, 1] batch by batch; everything else is float32 in [-1, 1] already. Nothing is ever downloaded.
 """
 
+import collections
+import concurrent.futures
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from . import readers, toy
+
+T = TypeVar("T")
 
 
 class Examples(NamedTuple):
@@ -185,6 +189,27 @@ def train_batch(
         batch["x"] = np.where(mirror[:, None, None, None], batch["x"][:, :, ::-1], batch["x"])
     batch["index"] = np.arange(batch_size, dtype=np.int32)[slots]
     return batch
+
+
+def prefetch(fetch: Callable[[int], T], steps: Iterable[int], ahead: int = 2) -> Iterator[T]:
+    """Call `fetch` for each step, some calls ahead of their use, in a thread of its own.
+
+    Args:
+      fetch: a pure function of the step.
+      steps: what to call it with, in order.
+      ahead: how many results may wait; an error in one is raised when its turn comes.
+
+    >>> list(prefetch(lambda step: 10 * step, range(3)))
+    [0, 10, 20]
+    """
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        waiting = collections.deque[concurrent.futures.Future[T]]()
+        for step in steps:
+            waiting.append(thread.submit(fetch, step))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 _ORDER, _FLIPS = 0, 1  # which of a seed's generators
