@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # XLA asks for large buffers at every step; glibc's defaults hand them back to the kernel each time.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1
 
-.PHONY: train test test-faults pod lint clean
+.PHONY: train test test-faults pod bench bench-gpu lint clean
 
 train: $(VENV)/plots.stamp
 	$(BIN)/python train.py $(ARGS)
@@ -24,6 +24,17 @@ test-faults: $(VENV)/test.stamp
 # Two processes train, one is killed, and the run heals.
 pod: $(VENV)/plots.stamp
 	$(BIN)/python docs/pod.py
+
+# diffjax beside PyTorch, which has an environment of its own: half an hour on two cores.
+bench: $(VENV)/plots.stamp
+	$(MAKE) VENV=.venv-peers .venv-peers/peers.stamp
+	$(BIN)/python benchmarks/run.py $(ARGS)
+	$(BIN)/python benchmarks/page.py
+
+bench-gpu: $(VENV)/cuda12.stamp
+	$(MAKE) VENV=.venv-peers .venv-peers/peers.stamp
+	$(BIN)/python benchmarks/run.py --device=gpu $(ARGS)
+	$(BIN)/python benchmarks/page.py
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .

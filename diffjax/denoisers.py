@@ -196,7 +196,7 @@ def rescale(
 
 
 def classifier_free(denoise: Denoiser, weight: Time, null: Cond) -> Denoiser:
-    """Classifier-free guidance: (1 - w) unconditional + w conditional.
+    """Classifier-free guidance: (1 - w) unconditional + w conditional, in one call of both.
 
     Args:
       denoise: a denoiser trained with and without its conditioning.
@@ -208,16 +208,20 @@ def classifier_free(denoise: Denoiser, weight: Time, null: Cond) -> Denoiser:
     Raises:
       ValueError: when called, if `cond` is not a pytree like `null`.
     """
+    if null is None:
+        return autoguidance(denoise, lambda x_t, t, cond=None: denoise(x_t, t), weight)
 
-    def unconditional(x_t, t, cond=None):
-        nothing = null
-        if null is not None:
-            if jax.tree.structure(cond) != jax.tree.structure(null):
-                raise ValueError(f"guidance needs a cond like its null {null!r}, got {cond!r}")
-            nothing = jax.tree.map(lambda n, c: jnp.broadcast_to(n, jnp.shape(c)), null, cond)
-        return denoise(x_t, t, nothing)
+    def guided(x_t, t, cond=None):
+        if jax.tree.structure(cond) != jax.tree.structure(null):
+            raise ValueError(f"guidance needs a cond like its null {null!r}, got {cond!r}")
+        # Each example beside itself, so that one split over devices stays where it is.
+        twice = lambda a, b: jnp.stack([a, b], 1).reshape(2 * len(a), *a.shape[1:])
+        conds = jax.tree.map(lambda c, n: twice(c, jnp.broadcast_to(n, jnp.shape(c))), cond, null)
+        both = denoise(twice(x_t, x_t), t if jnp.ndim(t) == 0 else twice(t, t), conds)
+        given, without = (jax.tree.map(lambda a, i=i: a[i::2], both) for i in (0, 1))
+        return _extrapolate(without, given, expand(weight, x_t))
 
-    return autoguidance(denoise, unconditional, weight)
+    return guided
 
 
 def autoguidance(denoise: Denoiser, weaker: Denoiser, weight: Time) -> Denoiser:
@@ -234,11 +238,14 @@ def autoguidance(denoise: Denoiser, weaker: Denoiser, weight: Time) -> Denoiser:
 
     def guided(x_t, t, cond=None):
         without, given = weaker(x_t, t, cond), denoise(x_t, t, cond)
-        w = expand(weight, x_t)
-        mix = lambda field: (1 - w) * getattr(without, field) + w * getattr(given, field)
-        return given._replace(x_0=mix("x_0"), eps=mix("eps"))
+        return _extrapolate(without, given, expand(weight, x_t))
 
     return guided
+
+
+def _extrapolate(without, given, w):
+    mix = lambda field: (1 - w) * getattr(without, field) + w * getattr(given, field)
+    return given._replace(x_0=mix("x_0"), eps=mix("eps"))
 
 
 def classifier_guidance(

@@ -230,7 +230,9 @@ def describe_step(config: Config, n: int, taken: int) -> str:
 def make_learning_rate(o: Optimizer) -> optax.Schedule:
     """Learning rate as a function of the step: warm-up, then constant or a cosine to zero."""
     if o.decay_steps is None:
-        return optax.warmup_constant_schedule(0.0, o.learning_rate, o.warmup)
+        # Optax's warm-up of no steps would stay at 0.
+        first = 0.0 if o.warmup else o.learning_rate
+        return optax.warmup_constant_schedule(first, o.learning_rate, o.warmup)
     return optax.warmup_cosine_decay_schedule(0.0, o.learning_rate, o.warmup, o.decay_steps)
 
 

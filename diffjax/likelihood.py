@@ -201,6 +201,7 @@ def elbo(
     variance: str = "posterior",
     levels: int | None = 256,
     samples: int | None = 32,
+    at_once: int = 1,
 ) -> Elbo:
     """An unbiased estimate of the bound of each example, with its standard error.
 
@@ -220,13 +221,15 @@ def elbo(
       levels: how many values from -1 to 1 a number of the data may have; None if it is continuous.
       samples: how many times to look at, at least 2; None, in discrete time, for every step, each
         with two noises.
+      at_once: how many looks to take in one call of the network, for a batch too small to fill the
+        device; memory grows with it.
 
     Returns:
       An `Elbo`.
 
     Raises:
-      ValueError: if `steps`, `levels` or `samples` is below 2, `samples` is None in continuous
-        time, or `variance` is unknown, or in continuous time another than the posterior's.
+      ValueError: if `steps`, `levels` or `samples` is below 2, `at_once` below 1, `samples` is None
+        in continuous time, or `variance` is unknown, or in continuous time not the posterior's.
 
     >>> import diffjax
     >>> schedule = diffjax.cosine()
@@ -240,6 +243,8 @@ def elbo(
     _check(steps=steps, levels=levels, samples=samples)
     if samples is None and steps is None:
         raise ValueError(f"samples=None, every step: needs discrete time, not {steps=}")
+    if at_once < 1:
+        raise ValueError(f"{at_once=}: must be at least 1")
     example_keys = keys.per_example(key, len(x_0))
     parts = samples or 2 * ((steps or 2) - 1)
 
@@ -266,7 +271,7 @@ def elbo(
         return reconstruction_term(denoise, schedule, x_0, eps, steps, variance, levels)
 
     with jax.default_matmul_precision("highest"):
-        terms = jax.lax.map(look, jnp.arange(parts))
+        terms = jax.lax.map(look, jnp.arange(parts), batch_size=at_once if at_once > 1 else None)
         starts = jax.lax.map(reconstruct, jnp.arange(RECONSTRUCTIONS))
     if samples is None:
         variance_of_mean = jnp.sum((terms[::2] - terms[1::2]) ** 2, axis=0) / parts**2

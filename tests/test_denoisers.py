@@ -270,3 +270,27 @@ def test_denoisers_compose():
     walk = diffjax.ancestral(functools.partial(all_of_it, cond=COND), schedule)
     x_0, _ = diffjax.sample(jax.random.key(0), walk, X, diffjax.uniform_times(4))
     assert jnp.isfinite(x_0).all()
+
+
+def test_both_halves_of_guidance_are_one_call_and_nothing_is_traced_again():
+    """Of the network, whatever the weights, labels, guidance weight and key."""
+    seen, schedule = [], diffjax.cosine()
+
+    @jax.jit
+    def draw(key, params, label, weight):
+        def network(x_t, log_snr, cond):
+            seen.append(x_t.shape)
+            return labelled(params * x_t, log_snr, cond)
+
+        denoise = diffjax.denoiser(network, schedule, "v")
+        guided = diffjax.classifier_free(denoise, weight, {"label": jnp.int32(9)})
+        walk = diffjax.ddim(functools.partial(guided, cond={"label": label}), schedule)
+        x_1 = diffjax.prior_sample(key, schedule, X.shape)
+        return diffjax.sample(key, walk, x_1, diffjax.uniform_times(5))[0]
+
+    for i in range(3):
+        draw(jax.random.key(i), 1.0 + i, jnp.arange(4) + i, 2.0 + i)
+    assert set(seen) == {(8, 3)} and draw._cache_size() == 1
+    compiled = len(seen)
+    draw(jax.random.key(9), 0.5, jnp.zeros(4, jnp.int32), 1.5)
+    assert len(seen) == compiled

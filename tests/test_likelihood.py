@@ -385,3 +385,20 @@ def test_what_has_no_meaning_is_refused(call, message):
     schedule = diffjax.cosine()
     with pytest.raises(ValueError, match=message):
         call(likelihood, gaussian(schedule), schedule, jnp.ones((2, 1)))
+
+
+def test_looks_at_once_say_the_same():
+    schedule = diffjax.cosine()
+    x_0 = jax.random.normal(jax.random.key(0), (3, 1))
+    bound = functools.partial(
+        diffjax.elbo, jax.random.key(1), gaussian(schedule), schedule, x_0, 10, levels=None
+    )
+    for samples in (32, None):
+        one, several = (bound(samples=samples, at_once=n) for n in (1, 5))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), one, several)
+    # The walk over the looks is as much shorter.
+    jaxprs = [str(jax.make_jaxpr(lambda n=n: bound(at_once=n))()) for n in (1, 8)]
+    lengths = [jaxpr.count("length=32") for jaxpr in jaxprs]
+    assert lengths[0] > 0 and lengths[1] == 0
+    with pytest.raises(ValueError, match="at_once=0: must be at least 1"):
+        bound(at_once=0)

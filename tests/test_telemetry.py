@@ -143,4 +143,4 @@ print(seen.count("/jax/compilation_cache/cache_hits"))
     assert found() == (1, 1)
     mine["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     assert found(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "chosen")) == (0, 1)
-    assert len(list((tmp_path / "chosen").iterdir())) == 1
+    assert list((tmp_path / "chosen").iterdir())

@@ -471,3 +471,6 @@ def test_the_learning_rate_is_constant_unless_a_decay_says_when_it_ends():
     np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(10**6)], [0, 0.25, 0.5, 0.5])
     rate = experiment.make_learning_rate(dataclasses.replace(o, decay_steps=110))
     np.testing.assert_allclose([rate(10), rate(60), rate(110)], [0.5, 0.25, 0], atol=1e-6)
+    for decay in (None, 110):
+        rate = experiment.make_learning_rate(dataclasses.replace(o, warmup=0, decay_steps=decay))
+        assert rate(0) == 0.5  # no warm-up: at once

@@ -1,0 +1,158 @@
+"""diffjax's side of a benchmark: `python benchmarks/ours.py WORKLOAD VARIANT FOLDER`.
+
+Prints a line of JSON when it is ready; then for each line `train N`, `sample N`, `load N` (batches)
+or `loop N` (steps of train.py) that it reads it does that, and prints the seconds it took. Writes
+parameters, and what the network says of some inputs, into the folder for the peers to compare with.
+"""
+
+import time
+
+BEGAN = time.perf_counter()
+
+import contextlib
+import dataclasses
+import functools
+import json
+import resource
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import diffjax
+import train
+from diffjax import data, experiment, metrics as metrics_lib, parallel, telemetry
+from diffjax.config import Config, Data, Optimizer, UNetConfig
+from workloads import CLIP, DDIM_STEPS, EMA, IMAGES, LEARNING_RATE, WORKLOADS
+
+VARIANTS = {
+    "float32": {},
+    "bfloat16": {"bfloat16": True},
+}
+
+
+def make_config(workload, variant: str) -> Config:
+    fields = workload._asdict()
+    for name in ("size", "channels", "batch"):
+        del fields[name]
+    return Config(
+        data=Data("digits"),
+        model=UNetConfig(**fields, null_label=workload.labels > 0, **VARIANTS[variant]),
+        optimizer=Optimizer(learning_rate=LEARNING_RATE, warmup=0, clip=CLIP),
+        ema=EMA,
+        batch_size=workload.batch,
+        label_drop=0.1,
+    )
+
+
+def main(name: str, variant: str, folder: str) -> None:
+    workload = WORKLOADS[name]
+    config = make_config(workload, variant)
+    parallel.setup(parallel.ALONE, config.batch_size)
+    runner = parallel.pmap()
+    shape = (workload.size, workload.size, workload.channels)
+    network, times = experiment.make_network(config), experiment.make_times(config)
+    loss_fn = train.make_loss(config, network, times, None)
+    tx = experiment.make_optimizer(config.optimizer)
+    state = runner.init(experiment.make_initial_state(config, shape, tx, times))
+    step = runner.step(experiment.make_step(config, loss_fn, tx, times))
+    rng = np.random.default_rng(0)
+    n = config.batch_size
+    batch = {
+        "x": rng.uniform(-1, 1, (n, *shape)).astype(np.float32),
+        "label": np.arange(n, dtype=np.int32) % max(workload.labels, 1),
+        "index": np.arange(n, dtype=np.int32),
+    }
+    batch = runner.put(batch)
+    schedule = experiment.make_schedule(config)
+    streams = experiment.make_streams(config)
+
+    def draw(params, batch):
+        key = diffjax.keys.fold_in(streams.samples, batch["index"])
+        cond = {"label": batch["label"]} if workload.labels else None
+        net = functools.partial(network, params)
+        denoise = functools.partial(experiment.make_denoiser(config, net), cond=cond)
+        walk = diffjax.ddim(denoise, schedule)
+        x_1 = diffjax.prior_sample(key, schedule, (len(batch["index"]), *shape))
+        return diffjax.sample(key, walk, x_1, diffjax.uniform_times(DDIM_STEPS))[0]
+
+    generate = runner.map(draw)
+    index = np.arange(IMAGES, dtype=np.int32)
+    asked = runner.put({"index": index, "label": index % max(workload.labels, 1)})
+
+    state, metrics = step(state, batch)
+    jax.block_until_ready(metrics)
+    first_step = time.perf_counter() - BEGAN
+    per_step = telemetry.flops(step, state, batch)
+    began = time.perf_counter()
+    jax.block_until_ready(generate(state.ema_params, asked))
+    first_image = time.perf_counter() - began
+    dump(Path(folder), network, state.params, shape, workload)
+    ready = {
+        "first_step": first_step,
+        "first_image": first_image,
+        "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+        "gflop_per_image": per_step * jax.device_count() / n / 1e9,
+        "devices": [device.device_kind for device in jax.devices()],
+        "version": f"jax {jax.__version__}",
+    }
+    print(json.dumps(ready), flush=True)
+    examples = data.Examples(rng.integers(0, 256, (20_000, *shape), np.uint8))
+    for line in sys.stdin:
+        what, count = line.split()[0], int(line.split()[1])
+        began = time.perf_counter()
+        for i in range(count if what != "loop" else 0):
+            if what == "train":
+                state, metrics = step(state, batch)
+            elif what == "sample":
+                metrics = generate(state.ema_params, asked)
+            elif what == "load":
+                data.train_batch(examples, 0, i, n, flip=True)
+        jax.block_until_ready(metrics)
+        taken = time.perf_counter() - began if what != "loop" else loop(config, count)
+        print(json.dumps({"seconds": taken, "memory": memory()}), flush=True)
+
+
+def loop(config: Config, steps: int) -> float:
+    """Seconds that train.py takes for so many steps of the digits, logging and saving included."""
+    often = dict(log_every=steps, save_every=steps, eval_every=1000 * steps, sample_every=10**9)
+    sampling = dataclasses.replace(config.sampling, steps=1, columns=1)
+    config = dataclasses.replace(config, steps=4 * steps, sampling=sampling, **often)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        train.train(config, Path(folder), parallel.ALONE)
+        rows = metrics_lib.read(Path(folder))[1:-1]  # not the first, nor the one that evaluates
+    return steps * config.batch_size / statistics.median(row["img_per_s"] for row in rows)
+
+
+def memory() -> float:
+    """The most bytes held so far: by the device, or by the process where it is the device."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats:
+        return stats["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def dump(folder, network, params, shape, workload):
+    """Shaken parameters, so that every path matters, and the network's answer to some inputs."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    rng = np.random.default_rng(1)
+    shaken = {
+        "/".join(str(k.key) for k in path): np.asarray(x)
+        + 0.05 * rng.standard_normal(x.shape).astype(np.float32)
+        for path, x in leaves
+    }
+    params = jax.tree.unflatten(tree, list(shaken.values()))
+    x = rng.standard_normal((4, *shape)).astype(np.float32)
+    log_snr = np.linspace(-6, 6, 4, dtype=np.float32)
+    label = np.arange(4, dtype=np.int32) % max(workload.labels, 1)
+    out = jax.jit(network)(params, jnp.asarray(x), jnp.asarray(log_snr), {"label": label})
+    inputs = {"x": x, "log_snr": log_snr, "label": label, "out": np.asarray(out)}
+    np.savez(folder / "ours.npz", **inputs, **{f"params/{k}": v for k, v in shaken.items()})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

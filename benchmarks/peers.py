@@ -1,0 +1,291 @@
+"""PyTorch's side of a benchmark: `python benchmarks/peers.py WORKLOAD VARIANT FOLDER [THREADS]`.
+
+The same lines in and out as ours.py. diffusers' UNet2DModel gets our parameters and must give our
+outputs; lucidrains' Unet is of its own architecture and only stands beside it.
+"""
+
+import time
+
+BEGAN = time.perf_counter()
+
+import copy
+import importlib.util
+import itertools
+import json
+import math
+import os
+import resource
+import sys
+import unittest.mock
+
+import numpy as np
+import torch
+
+from workloads import CLIP, DDIM_STEPS, EMA, IMAGES, LEARNING_RATE, WORKLOADS
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEFAULT = dict(layout=torch.channels_last, autocast=False, compiled=False, own=False)
+VARIANTS = {
+    "eager": dict(layout=torch.contiguous_format),
+    "channels_last": dict(),
+    "channels_last bf16": dict(autocast=True),
+    "compile": dict(compiled=True),
+    "compile bf16": dict(compiled=True, autocast=True),
+    "lucidrains": dict(own=True),
+}
+
+
+def diffusers_unet(w):
+    """UNet2DModel of a workload: DDPM's blocks, or ADM's."""
+    from diffusers import UNet2DModel
+
+    heights = [w.size // 2**level for level in range(len(w.mults))]
+    kind = lambda h, way: f"{'Attn' if h in w.attention else ''}{way}Block2D"
+    resample = "resnet" if w.resblock_updown else "conv"
+    return UNet2DModel(
+        sample_size=w.size,
+        in_channels=w.channels,
+        out_channels=w.channels,
+        layers_per_block=w.blocks,
+        block_out_channels=[w.width * mult for mult in w.mults],
+        down_block_types=[kind(h, "Down") for h in heights],
+        up_block_types=[kind(h, "Up") for h in reversed(heights)],
+        downsample_type=resample,
+        upsample_type=resample,
+        downsample_padding=0,
+        norm_num_groups=w.groups,
+        norm_eps=1e-6,
+        attention_head_dim=w.head_width,
+        resnet_time_scale_shift="scale_shift" if w.scale_shift else "default",
+        flip_sin_to_cos=False,
+        freq_shift=0,
+        dropout=w.dropout,
+        num_class_embeds=w.labels + 1 if w.labels else None,
+    )
+
+
+def names_of(w):
+    """Our modules' names to diffusers'."""
+    last = len(w.mults) - 1
+    names = {
+        "embed_0": "time_embedding.linear_1",
+        "embed_1": "time_embedding.linear_2",
+        "label": "class_embedding",
+        "conv_in": "conv_in",
+        "norm_out": "conv_norm_out",
+        "conv_out": "conv_out",
+        "middle_0": "mid_block.resnets.0",
+        "middle_0/attention": "mid_block.attentions.0",
+        "middle_1": "mid_block.resnets.1",
+    }
+    for way, count in (("down", w.blocks), ("up", w.blocks + 1)):
+        for level in range(len(w.mults)):
+            theirs = f"{way}_blocks.{level if way == 'down' else last - level}"
+            for i in range(count):
+                names[f"{way}_{level}_{i}"] = f"{theirs}.resnets.{i}"
+                names[f"{way}_{level}_{i}/attention"] = f"{theirs}.attentions.{i}"
+            ours = f"down_{level}_half" if way == "down" else f"up_{level}_double"
+            names[ours] = f"{theirs}.{way}samplers.0" + ("" if w.resblock_updown else ".conv")
+    return names
+
+
+INSIDE = {
+    "norm_0": "norm1",
+    "conv_0": "conv1",
+    "level": "time_emb_proj",
+    "norm_1": "norm2",
+    "conv_1": "conv2",
+    "shortcut": "conv_shortcut",
+    "norm": "group_norm",
+    "out": "to_out.0",
+}
+
+
+def converted(params, w):
+    """Our parameters as diffusers' state dict."""
+    names, state = names_of(w), {}
+    for path, value in params.items():
+        *modules, leaf = path.split("/")
+        inside = modules.pop() if modules[-1] in INSIDE or modules[-1] == "qkv" else None
+        module = names["/".join(modules)]
+        kind = "bias" if leaf == "bias" else "weight"
+        if inside == "qkv":
+            for each, part in zip(("to_q", "to_k", "to_v"), np.split(value, 3, -1), strict=True):
+                state[f"{module}.{each}.{kind}"] = part.T
+            continue
+        name = ".".join([module, *([INSIDE[inside]] if inside else []), kind])
+        if leaf == "kernel":
+            value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+            if inside == "shortcut":
+                value = value[:, :, None, None]
+        state[name] = value
+    return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in state.items()}
+
+
+def same_as_ours(net, w, file):
+    """The largest difference from our outputs, relative to the largest of them."""
+    ours = np.load(file)
+    prefix = "params/"
+    params = {k.removeprefix(prefix): ours[k] for k in ours.files if k.startswith(prefix)}
+    net.load_state_dict(converted(params, w))
+    x = torch.from_numpy(ours["x"]).permute(0, 3, 1, 2)
+    label = torch.from_numpy(ours["label"]).long() if w.labels else None
+    with torch.no_grad():
+        out = net.eval()(x, torch.from_numpy(25 * ours["log_snr"]), label).sample
+    expected = ours["out"]
+    return float(np.abs(out.permute(0, 2, 3, 1).numpy() - expected).max() / np.abs(expected).max())
+
+
+def cosine_log_snr(t):
+    """The cosine schedule on t, log-SNR between -15 and 15."""
+    a, b = math.atan(math.exp(-7.5)), math.atan(math.exp(7.5))
+    return -2 * torch.log(torch.tan(a + t * (b - a)))
+
+
+class Side:
+    """A network, its training step and its walk."""
+
+    def __init__(self, name, variant, folder):
+        options = {
+            "layout": torch.channels_last,
+            "autocast": False,
+            "compiled": False,
+            "own": False,
+        }
+        self.o = options | VARIANTS[variant]
+        self.w = w = WORKLOADS[name]
+        self.difference = None
+        if self.o["own"]:
+            # Its trainer wants torchvision, which not every build of PyTorch has; its network not.
+            if importlib.util.find_spec("torchvision") is None:
+                for module in ("torchvision", "torchvision.transforms", "torchvision.utils"):
+                    sys.modules[module] = unittest.mock.MagicMock()
+            from denoising_diffusion_pytorch import Unet
+
+            # 1.50 M parameters where the fashion network has 1.58.
+            net = Unet(dim=44, dim_mults=(1, 2), channels=w.channels)
+        else:
+            net = diffusers_unet(w)
+            if os.path.exists(f"{folder}/ours.npz"):
+                self.difference = same_as_ours(net, w, f"{folder}/ours.npz")
+        net = net.to(DEVICE, memory_format=self.o["layout"]).train()
+        self.average = copy.deepcopy(net).eval().requires_grad_(False)
+        self.parameters = sum(p.numel() for p in net.parameters())
+        self.net = torch.compile(net) if self.o["compiled"] else net
+        self.drawing = torch.compile(self.average) if self.o["compiled"] else self.average
+        self.pairs = list(self.average.parameters()), list(net.parameters())
+        self.adam = torch.optim.Adam(net.parameters(), lr=LEARNING_RATE, fused=True)
+        self.x = self.images(w.batch).uniform_(-1, 1)
+        self.label = torch.arange(w.batch, device=DEVICE) % max(w.labels, 1)
+
+    def images(self, n):
+        shape = (n, self.w.channels, self.w.size, self.w.size)
+        return torch.randn(shape, device=DEVICE).to(memory_format=self.o["layout"])
+
+    def eps(self, net, x_t, log_snr, label):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=self.o["autocast"]):
+            if self.o["own"]:
+                return net(x_t, 25 * log_snr)
+            return net(x_t, 25 * log_snr, label if self.w.labels else None).sample
+
+    def train(self):
+        n = self.w.batch
+        t = (torch.arange(n, device=DEVICE) + torch.rand((), device=DEVICE)) / n
+        log_snr = cosine_log_snr(t)
+        alpha, sigma = (torch.sigmoid(s * log_snr).sqrt()[:, None, None, None] for s in (1, -1))
+        noise = torch.randn_like(self.x)
+        label = self.label
+        if self.w.labels:
+            label = torch.where(torch.rand(n, device=DEVICE) < 0.1, self.w.labels, label)
+        out = self.eps(self.net, alpha * self.x + sigma * noise, log_snr, label)
+        loss = torch.nn.functional.mse_loss(out.float(), noise)
+        self.adam.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.net.parameters(), CLIP, foreach=True)
+        self.adam.step()
+        torch._foreach_lerp_(*self.pairs, 1 - EMA)
+        return loss
+
+    @torch.no_grad()
+    def sample(self):
+        label = torch.arange(IMAGES, device=DEVICE) % max(self.w.labels, 1)
+        x = self.images(IMAGES)
+        ts = torch.linspace(1, 0, DDIM_STEPS + 1, device=DEVICE)
+        for t, s in itertools.pairwise(ts):
+            at, to = cosine_log_snr(t), cosine_log_snr(s)
+            out = self.eps(self.drawing, x, at.expand(IMAGES), label).float()
+            x_0 = (x - torch.sigmoid(-at).sqrt() * out) / torch.sigmoid(at).sqrt()
+            x_0 = x_0.clamp(-1, 1)
+            out = (x - torch.sigmoid(at).sqrt() * x_0) / torch.sigmoid(-at).sqrt()
+            x = torch.sigmoid(to).sqrt() * x_0 + torch.sigmoid(-to).sqrt() * out
+        return x
+
+
+def load(side, batches):
+    """As PyTorch's tutorials do it: a data set of examples, a loader in the process."""
+    w = side.w
+    images = torch.randint(0, 256, (20_000, w.channels, w.size, w.size), dtype=torch.uint8)
+
+    class Flipped(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(images)
+
+        def __getitem__(self, i):
+            x = images[i].float() / 127.5 - 1
+            return x.flip(-1) if torch.rand(()) < 0.5 else x
+
+    loader = torch.utils.data.DataLoader(Flipped(), w.batch, shuffle=True, drop_last=True)
+    for i, _ in enumerate(loader):
+        if i == batches:
+            break
+
+
+DO = {
+    "train": lambda side, n: [side.train() for _ in range(n)],
+    "sample": lambda side, n: [side.sample() for _ in range(n)],
+    "load": load,
+}
+
+
+def wait():
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def main(name, variant, folder, threads=None):
+    if threads:
+        torch.set_num_threads(int(threads))
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")
+    side = Side(name, variant, folder)
+    side.train()
+    wait()
+    first_step = time.perf_counter() - BEGAN
+    began = time.perf_counter()
+    side.sample()
+    wait()
+    ready = {
+        "first_step": first_step,
+        "first_image": time.perf_counter() - began,
+        "parameters": side.parameters,
+        "difference": side.difference,
+        "version": f"torch {torch.__version__}",
+    }
+    print(json.dumps(ready), flush=True)
+    for line in sys.stdin:
+        what, times = line.split()
+        began = time.perf_counter()
+        DO[what](side, int(times))
+        wait()
+        taken = time.perf_counter() - began
+        print(json.dumps({"seconds": taken, "memory": memory()}), flush=True)
+
+
+def memory():
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,93 @@
+"""Seconds and quality of each sampler against its number of steps, on a trained model.
+
+    python train.py --config=configs/fashion_mnist.py --workdir=runs/fashion
+    PYTHONPATH=. python benchmarks/sampling.py --workdir=runs/fashion
+
+Writes benchmarks/results/sampling.json.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from diffjax import checkpoint, data, evaluation, experiment, parallel
+
+HERE = Path(__file__).parent
+SAMPLERS = {
+    "ancestral": "uniform",
+    "ddim": "uniform",
+    "heun": "uniform",
+    "edm": "karras",
+    "dpm_solver_pp_2m": "log_snr",
+    "dpm_solver_pp_3m": "log_snr",
+    "dpm_solver_pp_2m_sde": "log_snr",
+    "unipc": "log_snr",
+    "lms": "log_snr",
+}
+TWICE = ("heun", "edm")
+"""Samplers that call the network twice in a step."""
+EVALUATIONS = (6, 10, 20, 50)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", type=Path, default=Path("runs/fashion"))
+    parser.add_argument("--n", type=int, default=1000, help="images of each kind")
+    args = parser.parse_args()
+    parallel.setup(parallel.ALONE, args.n)
+    network, params, config = checkpoint.load(args.workdir)
+    dataset = data.load(config.data.name, config.data.path, config.data.size)
+    real, label = data.in_range(dataset)
+    some = np.random.default_rng(0).permutation(len(real))[:10_000]
+    runner = parallel.pmap()
+    index = np.arange(args.n, dtype=np.int32)
+    batch = {"index": index, "label": index % config.model.labels}
+    size = args.n // 2
+    rows = []
+    for sampler, times in SAMPLERS.items():
+        for evaluations in EVALUATIONS:
+            steps = evaluations // 2 if sampler in TWICE else evaluations
+            sampling = dataclasses.replace(
+                config.sampling, sampler=sampler, options={}, times=times, steps=steps
+            )
+            changed = dataclasses.replace(config, sampling=sampling)
+            shape = dataset.train.x.shape[1:]
+            draw = runner.map(experiment.make_generate(changed, network, shape))
+            x, taken = None, []
+            for _ in range(3):  # the first one compiles
+                began = time.perf_counter()
+                x = parallel.in_batches(runner, draw, params, batch, size)
+                taken.append(time.perf_counter() - began)
+            assert x is not None
+            scores = evaluation.score(x, batch["label"], real[some], label[some])
+            row = {
+                "sampler": sampler,
+                "times": times,
+                "steps": steps,
+                "evaluations": evaluations,
+                "seconds per 1000": statistics.median(taken[1:]) * 1000 / args.n,
+            }
+            rows.append(row | scores)
+            print(rows[-1], flush=True)
+    found = {
+        "date": datetime.date.today().isoformat(),
+        "devices": [str(device.device_kind) for device in jax.devices()],
+        "cores": len(os.sched_getaffinity(0)),
+        "n": args.n,
+        "guidance": config.sampling.guidance,
+        "training steps": config.steps,
+        "rows": rows,
+    }
+    (HERE / "results" / "sampling.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
