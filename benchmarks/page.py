@@ -80,7 +80,7 @@ def compared(device):
         processor=found["processor"],
         python=found["python"],
         versions=", ".join(sorted({r["version"] for p in parts for r in p["rows"].values()})),
-        rounds=len(next(iter(parts))["rows"][AGAINST]["train"]),
+        rounds=" to ".join(str(n) for n in sorted({len(p["rows"][AGAINST]["train"]) for p in parts})),
         busy=", ".join(f"{part['cores busy']:.1f}" for part in parts),
         speed=table(
             ["workload", "", "parameters", "train, img/s", "ratio", "64 images", "ratio", "memory"],
@@ -108,7 +108,7 @@ def sampled():
             row["times"],
             row["evaluations"],
             f"{row['seconds per 1000']:.1f}",
-            f"{row['frechet_pca24']:.2f}",
+            f"{row['frechet_pca24']:.3f}",
             f"{row['accuracy']:.1%}",
         ]
         for row in found["rows"]
@@ -116,9 +116,9 @@ def sampled():
     head = ["sampler", "times", "evaluations", "s per 1,000", "distance", "labels right"]
     real = found["rows"][0]
     return SAMPLING.format(
-        **{k: found[k] for k in ("date", "n", "guidance", "cores")},
+        **{k: found[k] for k in ("date", "n", "guidance", "cores", "data")},
         steps=found["training steps"],
-        real=f"{real['frechet_pca24_real']:.2f}",
+        real=f"{real['frechet_pca24_real']:.3f}",
         right=f"{real['accuracy_real']:.1%}",
         rows=table(head, rows),
     )
@@ -188,11 +188,11 @@ per second (median of paired rounds, {low:.2f} to {high:.2f}, on the digits).
 SAMPLING = """\
 ## Samplers: seconds and quality
 
-`PYTHONPATH=. python benchmarks/sampling.py`, {date}, {cores} CPU cores: {n} images of each kind by
-the model of `configs/fashion_mnist.py` ({steps} training steps, guidance {guidance}). The Frechet
-distance is that of the images to 5,000 real ones in 24 principal components (as many other real
-ones: {real}); a label is right if the nearest of 5,000 other real images has it ({right} of the
-real ones). One seed.
+`PYTHONPATH=. python benchmarks/sampling.py --workdir=...`, {date}, {cores} CPU cores: {n} images of
+each kind by a model of {data} ({steps} training steps, guidance {guidance}: each evaluation is one
+call of the network with twice the batch). The Frechet distance is that of the images to one half of
+the real ones in 24 principal components (as many of the other half: {real}); a label is right if
+the nearest real image of that half has it ({right} of the real ones). One seed.
 
 {rows}
 """

@@ -5,8 +5,8 @@
 
 Each side runs in a process of its own, both alive at once, and they take turns: in every round each
 does a few steps while the others wait. Reported are medians over the rounds, and the median of the
-rounds' ratios. Written to `benchmarks/results/<cpu or gpu>.json`; `benchmarks/page.py` makes
-docs/performance.md of it.
+rounds' ratios. Both have the allocator settings of `make train`. Written to
+`benchmarks/results/<cpu or gpu>.json`; `benchmarks/page.py` makes docs/performance.md of it.
 """
 
 import argparse
@@ -22,6 +22,8 @@ import tempfile
 from pathlib import Path
 
 from workloads import CPU, GPU, WORKLOADS
+
+from diffjax.telemetry import ALLOCATOR, TUNABLES
 
 HERE = Path(__file__).parent
 PLANS = {
@@ -47,7 +49,7 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
             cwd=HERE,
-            env=os.environ | environment,
+            env={TUNABLES: ALLOCATOR} | os.environ | environment,
         )
         self.ready = self._line()
 

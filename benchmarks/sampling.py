@@ -1,7 +1,6 @@
 """Seconds and quality of each sampler against its number of steps, on a trained model.
 
-    python train.py --config=configs/fashion_mnist.py --workdir=runs/fashion
-    PYTHONPATH=. python benchmarks/sampling.py --workdir=runs/fashion
+    PYTHONPATH=. python benchmarks/sampling.py --workdir=runs/digits
 
 Writes benchmarks/results/sampling.json.
 """
@@ -39,14 +38,14 @@ EVALUATIONS = (6, 10, 20, 50)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", type=Path, default=Path("runs/fashion"))
+    parser.add_argument("--workdir", type=Path, default=Path("runs/digits"))
     parser.add_argument("--n", type=int, default=1000, help="images of each kind")
     args = parser.parse_args()
     parallel.setup(parallel.ALONE, args.n)
     network, params, config = checkpoint.load(args.workdir)
     dataset = data.load(config.data.name, config.data.path, config.data.size)
     real, label = data.in_range(dataset)
-    some = np.random.default_rng(0).permutation(len(real))[:10_000]
+    some = np.random.default_rng(0).permutation(len(real))[:10_000]  # 5,000 in each half at most
     runner = parallel.pmap()
     index = np.arange(args.n, dtype=np.int32)
     batch = {"index": index, "label": index % config.model.labels}
@@ -82,6 +81,7 @@ def main() -> None:
         "devices": [str(device.device_kind) for device in jax.devices()],
         "cores": len(os.sched_getaffinity(0)),
         "n": args.n,
+        "data": config.data.name,
         "guidance": config.sampling.guidance,
         "training steps": config.steps,
         "rows": rows,
