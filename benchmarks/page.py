@@ -80,7 +80,9 @@ def compared(device):
         processor=found["processor"],
         python=found["python"],
         versions=", ".join(sorted({r["version"] for p in parts for r in p["rows"].values()})),
-        rounds=" to ".join(str(n) for n in sorted({len(p["rows"][AGAINST]["train"]) for p in parts})),
+        rounds=" to ".join(
+            str(n) for n in sorted({len(p["rows"][AGAINST]["train"]) for p in parts})
+        ),
         busy=", ".join(f"{part['cores busy']:.1f}" for part in parts),
         speed=table(
             ["workload", "", "parameters", "train, img/s", "ratio", "64 images", "ratio", "memory"],
@@ -152,16 +154,17 @@ def grown():
 NOT_MEASURED = """\
 No GPU was at hand. `make bench-gpu` does everything on a machine that has one: DDPM's network for
 CIFAR-10 at batches of 128, 512 and 1024 and ADM's for ImageNet 64, in float32 and bfloat16, beside
-PyTorch eager, channels_last, with bfloat16 autocast and compiled. The scripts were run here on a
-CPU only.
+PyTorch's channels_last in float32, with bfloat16 autocast, and compiled. The scripts were run on a
+CPU only, and with the CPU's networks only.
 
 """
 
 SPEED = """\
-`make bench{suffix}`, {date}: {processor}, {cores} cores, Python {python}, {versions}. Medians of
-{rounds} interleaved rounds; a ratio is PyTorch's seconds over the row's, paired by round, with its
-smallest and largest: above 1 is faster than PyTorch in float32, channels_last. The cores that were
-busy meanwhile, all processes together: {busy}.
+`make bench{suffix}`, {date}: {processor}, {cores} cores, Python {python},
+{versions}. Medians of {rounds} interleaved rounds; a ratio is
+PyTorch's seconds over the row's, paired by round, with its smallest and largest: above 1 is faster
+than PyTorch in float32, channels_last. Cores that were busy meanwhile, by workload, other work on
+the machine included: {busy}.
 
 {speed}
 A step is loss, gradient, clipping, Adam and moving average (PyTorch: fused Adam, `_foreach` for the
@@ -180,8 +183,8 @@ Batches of 20,000 uint8 images, shuffled, flipped at random and scaled, on one t
 """
 
 LOOP = """\
-`train.py` in whole, logging and saving every 50 steps, makes {median:.3f} of the bare step's images
-per second (median of paired rounds, {low:.2f} to {high:.2f}, on the digits).
+`train.py` in whole, logging every 50 steps and saving every 150, makes {median:.3f} of the bare
+step's images per second (median of paired rounds, {low:.2f} to {high:.2f}, on the digits).
 
 """
 
@@ -208,11 +211,12 @@ one device beside its state. With devices: [scaling](scaling.md).
 """
 
 
-def main():
+def text():
+    """The page."""
     parts = [compared("cpu"), compared("gpu"), sampled(), grown()]
-    text = "# Performance\n\nWritten by `python benchmarks/page.py`.\n\n" + "".join(parts)
-    PAGE.write_text(text.rstrip() + "\n")
+    whole = "# Performance\n\nWritten by `python benchmarks/page.py`.\n\n" + "".join(parts)
+    return whole.rstrip() + "\n"
 
 
 if __name__ == "__main__":
-    main()
+    PAGE.write_text(text())

@@ -21,9 +21,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from workloads import CPU, GPU, WORKLOADS
-
 from diffjax.telemetry import ALLOCATOR, TUNABLES
+from workloads import CPU, GPU, WORKLOADS
 
 HERE = Path(__file__).parent
 PLANS = {

@@ -1,6 +1,7 @@
 """What the project promises of itself: layers, documentation, a README that runs."""
 
 import ast
+import importlib
 import inspect
 import re
 import subprocess
@@ -157,3 +158,9 @@ def test_every_link_of_the_readme_leads_somewhere():
 
 def test_train_py_stays_a_story():
     assert len((ROOT / "train.py").read_text().splitlines()) < 200
+
+
+def test_the_page_on_performance_says_what_was_measured(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    page = importlib.import_module("page")
+    assert page.text() == page.PAGE.read_text()

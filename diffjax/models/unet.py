@@ -260,11 +260,13 @@ class DoubleConv(nn.Module):
 def attention(query: Array, key: Array, value: Array) -> Array:
     """softmax(query key^T / sqrt(width)) value, each `[batch, tokens, heads, width]`.
 
-    The softmax is in float32. In bfloat16 on a GPU, cuDNN's fused kernel; elsewhere two products
-    of batches of matrices, which XLA multiplies faster than the same with an axis of heads.
+    The softmax is in float32. In bfloat16 on a GPU, cuDNN's fused kernel, if it has one of this
+    size; elsewhere two products of batches of matrices, which XLA multiplies faster than the same
+    with an axis of heads.
     """
     batch, tokens, heads, width = query.shape
-    if jax.default_backend() == "gpu" and query.dtype == jnp.bfloat16 and width in (32, 64, 128):
+    half_on_gpu = jax.default_backend() == "gpu" and query.dtype == jnp.bfloat16
+    if half_on_gpu and width in (32, 64, 128) and tokens % 64 == 0:
         return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
     together = lambda x: x.swapaxes(1, 2).reshape(batch * heads, tokens, width)
     query, key, value = together(query), together(key), together(value)
