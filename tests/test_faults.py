@@ -48,7 +48,7 @@ def start(environment, *words):
     )
 
 
-def finish(process, timeout=400):
+def finish(process, timeout=900):
     out, _ = process.communicate(timeout=timeout)
     return process.returncode, out
 
