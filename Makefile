@@ -25,7 +25,8 @@ test-faults: $(VENV)/test.stamp
 pod: $(VENV)/plots.stamp
 	$(BIN)/python docs/pod.py
 
-# diffjax beside PyTorch, which has an environment of its own: half an hour on two cores.
+# diffjax beside PyTorch, which has an environment of its own. Its three
+# workloads took 23 minutes on two cores of a busy machine on 2026-11-23.
 bench: $(VENV)/plots.stamp
 	$(MAKE) VENV=.venv-peers .venv-peers/peers.stamp
 	$(BIN)/python benchmarks/run.py $(ARGS)

@@ -78,7 +78,7 @@ def make_loss(
 def train(
     config: Config, workdir: Path, distributed: Distributed = ALONE, profile: int = 0
 ) -> None:
-    """Train, or go on training, until `config.steps`; in every process of a pod alike."""
+    """Train, or go on, to `config.steps`, in each process of a pod alike; trace `profile` steps."""
     began = time.perf_counter()
 
     # Whatever is wrong with the input is said now, before anything is compiled.

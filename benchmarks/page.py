@@ -67,7 +67,7 @@ def checks(found):
 
 
 def compared(device):
-    """A section for one device; empty if it was not measured."""
+    """The section on one kind of device, or that it was not measured."""
     path = RESULTS / f"{device}.json"
     if not path.exists():
         return f"## On a {device.upper()}: not measured\n\n" + NOT_MEASURED
@@ -152,16 +152,16 @@ def grown():
 
 
 NOT_MEASURED = """\
-No GPU was at hand. `make bench-gpu` does everything on a machine that has one: DDPM's network for
+No GPU was at hand. `make bench-gpu` is there for a machine that has one: DDPM's network for
 CIFAR-10 at batches of 128, 512 and 1024 and ADM's for ImageNet 64, in float32 and bfloat16, beside
 PyTorch's channels_last in float32, with bfloat16 autocast, and compiled. The scripts were run on a
-CPU only, and with the CPU's networks only.
+CPU only, and with the CPU's networks only; ADM's parameters have not been handed over yet.
 
 """
 
 SPEED = """\
-`make bench{suffix}`, {date}: {processor}, {cores} cores, Python {python},
-{versions}. Medians of {rounds} interleaved rounds; a ratio is
+`benchmarks/run.py`, which `make bench{suffix}` calls, {date}: {processor}, {cores} cores,
+Python {python}, {versions}. Medians of {rounds} interleaved rounds; a ratio is
 PyTorch's seconds over the row's, paired by round, with its smallest and largest: above 1 is faster
 than PyTorch in float32, channels_last. Cores that were busy meanwhile, by workload, other work on
 the machine included: {busy}.

@@ -76,7 +76,7 @@ def busy():
 
 
 def timed(workers, what, rounds):
-    """Seconds of one `what` by each worker in each round, and the foreign load meanwhile."""
+    """Seconds of one `what` by each worker, round by round."""
     once = {name: worker.do(what, 1)["seconds"] for name, worker in workers.items()}
     times = {name: max(1, round(SECONDS / seconds)) for name, seconds in once.items()}
     found = {name: [] for name in workers}

@@ -41,7 +41,8 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, default=Path("runs/digits"))
     parser.add_argument("--n", type=int, default=1000, help="images of each kind")
     args = parser.parse_args()
-    parallel.setup(parallel.ALONE, args.n)
+    size = args.n // 2
+    parallel.setup(parallel.ALONE, size)
     network, params, config = checkpoint.load(args.workdir)
     dataset = data.load(config.data.name, config.data.path, config.data.size)
     real, label = data.in_range(dataset)
@@ -49,7 +50,6 @@ def main() -> None:
     runner = parallel.pmap()
     index = np.arange(args.n, dtype=np.int32)
     batch = {"index": index, "label": index % config.model.labels}
-    size = args.n // 2
     rows = []
     for sampler, times in SAMPLERS.items():
         for evaluations in EVALUATIONS:

@@ -196,14 +196,14 @@ def rescale(
 
 
 def classifier_free(denoise: Denoiser, weight: Time, null: Cond) -> Denoiser:
-    """Classifier-free guidance: (1 - w) unconditional + w conditional, in one call of both.
+    """Classifier-free guidance: (1 - w) unconditional + w conditional, in one call.
 
     Args:
       denoise: a denoiser trained with and without its conditioning.
       weight: w, `[]` or `[batch]`; 0 is unconditional, 1 conditional, above 1 exaggerates the
         condition. (Ho & Salimans 2022, equation 6, with their w = this one - 1.)
       null: the conditioning that means "none", a pytree like `cond` whose leaves broadcast
-        against cond's; None if the network takes None for it.
+        against cond's; None if the network takes None for it, which then is called twice.
 
     Raises:
       ValueError: when called, if `cond` is not a pytree like `null`.

@@ -52,7 +52,7 @@ def test_peaks_are_of_the_device_and_of_no_other():
     assert peaks == [197e12, 459e12, 459e12, None]
 
 
-def test_advice_is_given_once_to_who_needs_it_and_never_to_who_has_chosen(monkeypatch):
+def test_advice_is_for_who_needs_it_and_not_for_who_has_chosen(monkeypatch):
     monkeypatch.delenv("LD_PRELOAD", raising=False)
     monkeypatch.delenv(telemetry.TUNABLES, raising=False)
     glibc = "glibc" in (os.confstr("CS_GNU_LIBC_VERSION") or "")

@@ -226,6 +226,8 @@ class Attention(nn.Module):
 class DoubleConv(nn.Module):
     """A 3x3 convolution of the doubled image, without doubling it: the same numbers.
 
+    `[batch, height, width, any]` -> `[batch, 2 height, 2 width, channels]`.
+
     The nine pixels that it looks at are but four of the image, so that each of the four outputs
     of a pixel is a 2x2 convolution, whose kernel sums the taps that see the same pixel: 4/9 of the
     operations, and no large image to write and read.
