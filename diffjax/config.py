@@ -81,6 +81,20 @@ SAMPLERS: dict[str, Callable] = {
     "predictor_corrector": samplers.predictor_corrector,
     "unipc": samplers.unipc,
 }
+BEST_TIMES = {
+    "ancestral": "uniform",
+    "ddim": "uniform",
+    "dpm_solver_pp_2m": "log_snr",
+    "dpm_solver_pp_2m_sde": "log_snr",
+    "dpm_solver_pp_3m": "log_snr",
+    "edm": "karras",
+    "euler_maruyama": "log_snr",
+    "heun": "uniform",
+    "lms": "karras",
+    "predictor_corrector": "uniform",
+    "unipc": "log_snr",
+}
+"""The grid of times that each sampler's docstring says it wants."""
 TIMES: dict[str, Callable] = {
     "uniform": lambda schedule, n: samplers.uniform_times(n),
     "log_snr": samplers.log_snr_times,
@@ -386,14 +400,19 @@ def differences(old: Config, new: Config) -> list[str]:
 
 def fields(config: Config) -> dict[str, Any]:
     """Every field by its full name, as in `model.width`, as JSON has it."""
-    return _flatten(json.loads(to_json(config)))
+    return flatten(json.loads(to_json(config)))
 
 
-def _flatten(tree, prefix=""):
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """What nested dicts hold, by full names.
+
+    >>> flatten({"model": {"width": 8}, "seed": 0})
+    {'model.width': 8, 'seed': 0}
+    """
     if not isinstance(tree, dict):
         return {prefix[:-1]: tree}
     return {
-        k: v for name, sub in tree.items() for k, v in _flatten(sub, f"{prefix}{name}.").items()
+        k: v for name, sub in tree.items() for k, v in flatten(sub, f"{prefix}{name}.").items()
     }
 
 

@@ -212,12 +212,18 @@ def make_initial_state(
     """() -> the state before the first step, for data of a shape."""
 
     def initial_state():
-        streams, module = make_streams(config), MODELS[type(config.model)](config.model)
-        x, cond = jnp.zeros((1, *shape)), {"label": jnp.zeros(1, jnp.int32)}
-        params = module.init(streams.params, x, jnp.zeros(1), cond)["params"]
-        return init_state(streams.train, params, tx, times.init())
+        return init_state(
+            make_streams(config).train, init_params(config, shape), tx, times.init()
+        )
 
     return initial_state
+
+
+def init_params(config: Config, shape: tuple[int, ...]) -> Any:
+    """The network's parameters before the first step, for data of a shape."""
+    module = MODELS[type(config.model)](config.model)
+    x, cond = jnp.zeros((1, *shape)), {"label": jnp.zeros(1, jnp.int32)}
+    return module.init(make_streams(config).params, x, jnp.zeros(1), cond)["params"]
 
 
 def describe_step(config: Config, n: int, taken: int) -> str:
