@@ -20,8 +20,6 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 import tyro
-from rich.console import Console
-from rich.progress import Progress
 
 from diffjax import checkpoint, data, drawing, experiment, parallel, plots, provenance
 from diffjax.config import flatten, plainly
@@ -72,15 +70,12 @@ def sample(args: Arguments) -> None:
 
     n, label = args.drawing.n, drawing.labels(config, args.drawing)
     first = jax.process_index() == 0
-    console = Console(quiet=not first, highlight=False)
-    with plainly(OSError), Progress(console=console) as progress:
-        bar = progress.add_task(f"{n:,} samples by {config.sampling.sampler}", total=n)
-        progress.update(bar, completed=done)
-        for x in drawing.draw(generate, params, label, range(done, n), size):
+    with plainly(OSError):
+        drawn = drawing.draw(generate, params, label, range(done, n), size)
+        for x in drawing.watched(drawn, f"{n:,} samples", n, done):
             done += len(x)
             if first:
                 write(parts / f"{done:09}.npy", lambda file, x=x: np.save(file, x))
-            progress.update(bar, completed=done)
     if not first:
         return
 
@@ -92,7 +87,7 @@ def sample(args: Arguments) -> None:
             write(out, lambda file: np.savez(file, settings=text, **arrays))
             shutil.rmtree(parts)
         save_picture(out, args.picture, config.model.labels if args.drawing.label is None else 0)
-    console.print(f"{out} and {out.with_suffix('.png').name}: {n:,} samples")
+    print(f"{out} and {out.with_suffix('.png').name}: {n:,} samples")
 
 
 def open_parts(parts: Path, out: Path, settings: dict[str, Any]) -> int:

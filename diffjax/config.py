@@ -411,9 +411,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """
     if not isinstance(tree, dict):
         return {prefix[:-1]: tree}
-    return {
-        k: v for name, sub in tree.items() for k, v in flatten(sub, f"{prefix}{name}.").items()
-    }
+    return {k: v for name, sub in tree.items() for k, v in flatten(sub, f"{prefix}{name}.").items()}
 
 
 def _from_dict(cls, tree):

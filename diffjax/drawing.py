@@ -16,6 +16,8 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
+from rich.progress import Progress
 
 from . import config as config_lib, data, experiment, parallel, provenance
 from .config import BEST_TIMES, SAMPLERS, TIMES, Config, Options, one_of
@@ -93,8 +95,7 @@ def settings(config: Config, drawing: Drawing, params: Any) -> dict[str, Any]:
       params: the parameters, of which the hash is taken.
 
     Returns:
-      The drawing, with nothing left open; `function_evaluations`; `parameters`, a moving average of
-      decay `ema`; and the `config`.
+      The drawing, with nothing left open; `function_evaluations`; `parameters`; and the `config`.
     """
     s = config.sampling
     walk = {name: getattr(s, name) for name in ("sampler", "options", "times", "steps", "guidance")}
@@ -102,9 +103,14 @@ def settings(config: Config, drawing: Drawing, params: Any) -> dict[str, Any]:
         **dataclasses.asdict(drawing),
         **walk,
         "function_evaluations": function_evaluations(config),
-        "parameters": {"ema": config.ema, "sha256": provenance.digest(params)},
+        "parameters": parameters(config, params),
         "config": json.loads(config_lib.to_json(config)),
     }
+
+
+def parameters(config: Config, params: Any) -> dict[str, Any]:
+    """Which parameters: a moving average of decay `ema`, and their hash."""
+    return {"ema": config.ema, "sha256": provenance.digest(params)}
 
 
 def function_evaluations(config: Config) -> int:
@@ -167,6 +173,16 @@ def draw(
         yield data.to_bytes(x) if x.ndim == 4 else x
 
 
+def watched(parts: Iterator[np.ndarray], what: str, n: int, done: int = 0) -> Iterator[np.ndarray]:
+    """The same parts of n samples, while a bar on the first process' terminal shows how many."""
+    console = Console(quiet=jax.process_index() > 0, highlight=False)
+    with Progress(console=console) as progress:
+        bar = progress.add_task(what, total=n, completed=done)
+        for part in parts:
+            progress.advance(bar, len(part))
+            yield part
+
+
 def read(path: Path) -> tuple[data.Examples, dict[str, Any]]:
     """The samples of a file of sample.py's, and their `settings`.
 
@@ -176,7 +192,7 @@ def read(path: Path) -> tuple[data.Examples, dict[str, Any]]:
     """
     try:
         with np.load(path) as file:
-            label = file["label"] if "label" in file else None
+            label = file.get("label")
             return data.Examples(file["x"], label), json.loads(str(file["settings"]))
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a file of sample.py's: {error}") from error

@@ -122,8 +122,10 @@ def precision_recall(samples: np.ndarray, real: np.ndarray, k: int = 3) -> Preci
     """
     n = min(len(samples), len(real))
     if not 0 < k < n:
-        raise ValueError(f"precision and recall of {len(samples)} samples and {len(real)} real "
-                         f"examples: need more than k={k} of each, and k at least 1")
+        raise ValueError(
+            f"precision and recall of {len(samples)} samples and {len(real)} real "
+            f"examples: need more than k={k} of each, and k at least 1"
+        )
     rng = np.random.default_rng(0)
     samples, real = (x[rng.permutation(len(x))[:n]].astype(np.float64) for x in (samples, real))
     return PrecisionRecall(_in_manifold(samples, real, k), _in_manifold(real, samples, k))
@@ -141,6 +143,21 @@ def _distances(x, y, rows=1000) -> Iterator[np.ndarray]:
     for part in np.array_split(x, -(-len(x) // rows)):
         squares = (part**2).sum(1)[:, None] + (y**2).sum(1)[None] - 2 * part @ y.T
         yield np.maximum(squares, 0)
+
+
+def distances(samples: np.ndarray, real: np.ndarray) -> dict[str, float]:
+    """All of the above between the features of samples `[n, d]` and of real examples `[m, d]`.
+
+    Returns:
+      `frechet`, `kernel` and `kernel_standard_error`, `precision`, `recall`.
+    """
+    kernel = kernel_distance(samples, real)
+    return {
+        "frechet": frechet_distance(samples, real),
+        "kernel": kernel.value,
+        "kernel_standard_error": kernel.standard_error,
+        **precision_recall(samples, real)._asdict(),
+    }
 
 
 def nearest_neighbour(x: np.ndarray, label: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:

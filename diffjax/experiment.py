@@ -212,9 +212,7 @@ def make_initial_state(
     """() -> the state before the first step, for data of a shape."""
 
     def initial_state():
-        return init_state(
-            make_streams(config).train, init_params(config, shape), tx, times.init()
-        )
+        return init_state(make_streams(config).train, init_params(config, shape), tx, times.init())
 
     return initial_state
 

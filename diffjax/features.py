@@ -74,6 +74,17 @@ def named(name: str, reference: np.ndarray) -> Space:
     """
     if name in FEATURES:
         return FEATURES[name](reference)
+    function, file = _yours(name)
+    return Space(name, provenance.file_digest(file), _in_parts(name, function))
+
+
+def check(name: str) -> None:
+    """Raise a ValueError unless there is a feature space of this name."""
+    if name not in FEATURES:
+        _yours(name)
+
+
+def _yours(name):
     module_name, _, attribute = name.partition(":")
     if not attribute:
         raise ValueError(
@@ -81,11 +92,9 @@ def named(name: str, reference: np.ndarray) -> Space:
         )
     try:
         module = importlib.import_module(module_name)
-        function = getattr(module, attribute)
+        return getattr(module, attribute), Path(str(module.__file__))
     except (ImportError, AttributeError) as error:
         raise ValueError(f"features={name}: {error}") from error
-    sha256 = provenance.file_digest(Path(str(module.__file__)))
-    return Space(name, sha256, _in_parts(name, function))
 
 
 def _in_parts(name, function):
