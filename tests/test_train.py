@@ -18,6 +18,7 @@ from PIL import Image
 import evaluate
 import train
 from diffjax import checkpoint, config as config_lib, data, experiment, metrics, parallel
+from diffjax.drawing import Drawing
 from test_data import write_cifar, write_mnist
 
 ROOT = Path(__file__).parents[1]
@@ -117,28 +118,10 @@ def test_learned_variance_and_loss_aware_times_are_trained_resumed_and_evaluated
     assert sorted(a.shape for a in history) == [(10,), (10, 10)]
     assert min(float(jnp.abs(a).max()) for a in history) > 0
 
-    evaluate.main(evaluate.Arguments(tmp_path / "whole", n=32, samples=4))
-    assert "bits per dimension, n=32" in capsys.readouterr().out
-
-
-def test_a_run_is_evaluated_in_bits_with_a_standard_error(copied):
-    """An untrained network is no good, so the bound is loose; but it is one, and it is finite."""
-    evaluate.main(evaluate.Arguments(copied, n=32, samples=4, flow=True, flow_steps=4))
-    found = json.loads((copied / "evaluation.json").read_text())
-    assert found["n"] == 32 and found["levels"] == 17
-    for name in ("bound", "flow"):
-        assert 0.5 < found[f"{name}_bits_per_dim"] < 20
-        assert 0 < found[f"{name}_standard_error"] < 2
-    # The other runner says the same.
-    config = (copied / "config.json").read_text()
-    (copied / "config.json").write_text(config.replace('"pmap"', '"sharded"'))
-    evaluate.main(evaluate.Arguments(copied, n=32, samples=4))
-    again = json.loads((copied / "evaluation.json").read_text())
-    np.testing.assert_allclose(again["bound_bits_per_dim"], found["bound_bits_per_dim"], rtol=1e-4)
-    with pytest.raises(SystemExit, match="samples=1"):
-        evaluate.main(evaluate.Arguments(copied, samples=1))
-    with pytest.raises(SystemExit, match="not the directory of a run"):
-        evaluate.main(evaluate.Arguments(copied / "checkpoints"))
+    evaluate.main(
+        evaluate.Arguments(tmp_path / "whole", held_out=32, looks=4, drawing=Drawing(n=0))
+    )
+    assert "bits/dim" in capsys.readouterr().out
 
 
 def test_the_runner_may_change_at_resumption(finished, tmp_path):
