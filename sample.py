@@ -82,9 +82,10 @@ def sample(args: Arguments) -> None:
     with plainly(OSError):
         if parts.exists():
             x = np.concatenate([np.load(path) for path in sorted(parts.glob("*.npy"))])
-            arrays = {"x": x, "index": np.arange(n)} | ({} if label is None else {"label": label})
             text = json.dumps(settings | {"program": provenance.program()})
-            write(out, lambda file: np.savez(file, settings=text, **arrays))
+            arrays: dict[str, Any] = {"x": x, "index": np.arange(n), "settings": text}
+            arrays |= {} if label is None else {"label": label}
+            write(out, lambda file: np.savez(file, **arrays))
             shutil.rmtree(parts)
         save_picture(out, args.picture, config.model.labels if args.drawing.label is None else 0)
     print(f"{out} and {out.with_suffix('.png').name}: {n:,} samples")

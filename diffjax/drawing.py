@@ -1,8 +1,8 @@
 """Samples of a trained network: which, and how they are drawn.
 
-Sample i of a drawing depends on its settings and on i alone. To the last bit, because every device
-computes them in tiles of one size: the rounding of a matrix product depends on the matrix's size,
-and so, without tiles, on how many devices share a batch.
+Sample i of a drawing depends on its settings and on i alone. Among devices of a kind to the last
+bit, because each computes them in tiles of one size: the rounding of a matrix product depends on
+the matrix's size, and so, without tiles, on how many devices share a batch.
 """
 
 import dataclasses
@@ -23,9 +23,10 @@ from . import config as config_lib, data, experiment, parallel, provenance
 from .config import BEST_TIMES, SAMPLERS, TIMES, Config, Options, one_of
 from .types import Data, LearnedPrediction
 
-TILES = {"cpu": 16}
-"""Samples that a device draws at once, where it is not `TILE`."""
 TILE = 64
+"""Samples that a device draws at once."""
+TILES = {"cpu": 16}
+"""Where they are not `TILE`."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,14 +43,20 @@ def test_a_sample_depends_on_its_index_alone_bit_for_bit(finished, monkeypatch):
     config = drawing.configured(config, FEW)
     generate = experiment.make_generate(config, network, (8, 8, 1))
     label = drawing.labels(config, FEW)
-    found = []
+    found, sizes = [], set()
+
+    def tile(params, batch):
+        sizes.add(len(batch["index"]))
+        return generate(params, batch)
+
     for devices, size, some in ((1, 20, range(20)), (2, 8, range(5, 20)), (2, 24, range(20))):
         monkeypatch.setattr(parallel, "_devices", lambda n=devices: jax.devices()[:n])
         monkeypatch.setattr(jax, "device_count", lambda n=devices: n)
-        found.append(np.concatenate([*drawing.draw(generate, params, label, some, size)]))
+        found.append(np.concatenate([*drawing.draw(tile, params, label, some, size)]))
     assert found[0].dtype == np.float32 and len({x.tobytes() for x in found[0]}) == 20
     np.testing.assert_array_equal(found[1], found[0][5:])
     np.testing.assert_array_equal(found[2], found[0])
+    assert sizes == {4}  # a larger network's rounding depends on it
 
 
 def test_a_drawing_that_was_stopped_goes_on(finished, drawn, tmp_path, monkeypatch, capsys):
