@@ -61,7 +61,8 @@ def described(hlo: str) -> dict[str, tuple[str, float]]:
         if op == "convolution":
             labels = re.search(r"dim_labels=(\w+)", rest)
             window = re.search(r"window={size=([\dx]+)", rest)
-            assert labels and window
+            assert labels is not None
+            assert window is not None
             left = sizes[computation, rest.split(",")[0].split()[-1].strip("%)")]
             taps = math.prod(int(n) for n in window[1].split("x"))
             work = 2.0 * math.prod(shape) * taps * left[labels[1].index("f")]
@@ -90,7 +91,8 @@ def traced(run) -> dict[str, float]:
         with jax.profiler.trace(folder):
             run()
         (file,) = glob.glob(f"{folder}/**/*.trace.json.gz", recursive=True)
-        events = json.loads(gzip.open(file).read())["traceEvents"]
+        with gzip.open(file) as text:
+            events = json.load(text)["traceEvents"]
     found = collections.Counter()
     for event in events:
         name = event.get("args", {}).get("hlo_op")

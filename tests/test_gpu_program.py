@@ -10,7 +10,7 @@ import pytest
 import train
 from diffjax import experiment
 from diffjax.config import Config
-from diffjax.models import UNetConfig, unet
+from diffjax.models import UNetConfig
 
 BATCH = 8
 
