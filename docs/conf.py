@@ -13,7 +13,6 @@ html_title = "diffjax"
 nb_execution_mode = "off"
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-suppress_warnings = ["toc.empty_glob"]  # there need not be notebooks
 
 # Annotations of shapes are long, and the docstrings say the shapes in words.
 autodoc_typehints = "none"
@@ -50,5 +49,6 @@ def is_field(app, what, name, obj, skip, options):
 
 
 def setup(app):
+    """Connect the two with autodoc."""
     app.connect("autodoc-process-docstring", as_rst, priority=400)  # before napoleon
     app.connect("autodoc-skip-member", is_field)
