@@ -40,8 +40,10 @@ def diffusers_unet(w):
     from diffusers import UNet2DModel
 
     heights = [w.size // 2**level for level in range(len(w.mults))]
-    kind = lambda h, way: f"{'Attn' if h in w.attention else ''}{way}Block2D"
-    resample = "resnet" if w.resblock_updown else "conv"
+    resample, plain = "conv", "{}Block2D"
+    if w.resblock_updown:
+        resample, plain = "resnet", "Resnet{}sampleBlock2D"
+    kind = lambda h, way: ("Attn{}Block2D" if h in w.attention else plain).format(way)
     return UNet2DModel(
         sample_size=w.size,
         in_channels=w.channels,
@@ -54,6 +56,7 @@ def diffusers_unet(w):
         upsample_type=resample,
         downsample_padding=0,
         norm_num_groups=w.groups,
+        attn_norm_num_groups=w.groups,
         norm_eps=1e-6,
         attention_head_dim=w.head_width,
         resnet_time_scale_shift="scale_shift" if w.scale_shift else "default",

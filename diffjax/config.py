@@ -315,6 +315,8 @@ def parse(
         config=(tyro.conf.FlagConversionOff,),
         use_underscores=True,
     )
+    if args.profile < 0:
+        sys.exit(f"error: profile={args.profile}: must be at least 0, the number of steps to trace")
     return args.config, args.workdir, args.distributed, args.profile
 
 

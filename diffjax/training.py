@@ -88,7 +88,8 @@ def train_step(
         the result is the same.
       remember: for a method that carries `state.extra` along. `loss_fn` then gets the extra as its
         fourth argument and returns, beside the losses, what is to be remembered, a pytree
-        `[batch]`; `remember`(extra, that of the global batch, by ascending index) is the next.
+        `[batch]`; `remember(extra, seen)`, with that of the global batch by ascending index, is the
+        next extra.
       skip_nonfinite: whether a batch of infinite or undefined loss or gradient changes nothing but
         the number of steps taken.
 

@@ -246,7 +246,13 @@ def test_the_loop_compiles_the_step_once_and_fetches_nothing_between_log_points(
 
         def step(f):
             g = runner.step(lambda *args, **kw: compiled.append(None) or f(*args, **kw))
-            return lambda state, batch: at_step.append(len(fetched)) or g(state, batch)
+
+            def guarded(state, batch):
+                at_step.append(len(fetched))
+                with jax.transfer_guard("disallow"):  # what it needs is on the devices already
+                    return g(state, batch)
+
+            return guarded
 
         return runner._replace(step=step)
 
@@ -358,6 +364,7 @@ BAD = {
         ["--config.sampling.sampler=unipc", "--config.sampling.options", "order=5"],
         "unipc of order 5: there are orders 1 to 3",
     ),
+    "profile": (["--profile=-1"], "profile=-1: must be at least 0"),
 }
 
 
