@@ -164,7 +164,7 @@ class Recorder:
 
         def write():
             image = draw(*args)
-            self._tell(lambda writer: writer.picture(step, name, image))
+            self._tell(lambda writer: writer.picture(step, f"pictures/{name}", image))
             image.save(self.path.with_name(f"{name}.png"))
 
         self.aside(write)

@@ -6,7 +6,6 @@ what it likes: `metrics.Recorder` then does without it.
 
 import importlib.util
 import json
-import os
 import secrets
 import time
 from collections.abc import Callable
@@ -39,7 +38,7 @@ def tensorboard(workdir: Path, step: int) -> Writer:
 
     (workdir / "tensorboard").mkdir(exist_ok=True)
     # SummaryWriter would write in a thread, which a full disk kills: the run would wait for it.
-    file = EventsWriter(str(workdir / "tensorboard" / "events"), f".{os.getpid()}")
+    file = EventsWriter(str(workdir / "tensorboard" / "events"), f".{step}")
 
     def write(step, **what):
         file.write_event(Event(step=step, wall_time=time.time(), **what))
