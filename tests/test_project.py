@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "telemetry": set(),
     "metrics": {"types", "telemetry", "writers"},
     "writers": set(),
-    "plots": {"metrics"},
+    "plots": {"types", "schedules", "metrics"},
     "evaluation": set(),
 }
 """Which of diffjax's modules a module may import; those above all others are not listed."""
