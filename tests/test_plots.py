@@ -262,6 +262,7 @@ def test_colours_differ_for_the_colour_blind():
         assert distance[~np.eye(len(seen), dtype=bool)].min() > 0.3
 
 
+@pytest.mark.faults  # a quarter of a minute
 def test_the_page_runs():
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/plots.md").read_text(), re.S)
     scope = {}

@@ -99,7 +99,7 @@ def logged(path):
 
 
 def test_wandb_gets_the_rows_and_pictures_under_one_id(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     from wandb.proto import wandb_internal_pb2
 
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -108,6 +108,7 @@ def test_wandb_gets_the_rows_and_pictures_under_one_id(tmp_path, monkeypatch):
     record(workdir, ["wandb"], 0, 3)
     time.sleep(1.1)  # W&B names a run's files by the second
     record(workdir, ["wandb"], 2, 4)
+    wandb.teardown()  # what its own process has still to write
     rows, runs, pictures = {}, set(), set()
     for path in sorted(workdir.glob("wandb/offline-run-*/*.wandb")):
         for data in logged(path):
