@@ -48,6 +48,7 @@ MAY_IMPORT = {
     "metrics": {"telemetry"},
     "plots": set(),
     "evaluation": set(),
+    "pretrained": set(),
 }
 """Which of diffjax's modules a module may import; those above all others are not listed."""
 
