@@ -414,7 +414,7 @@ def _from_value(hint, value):
     if dataclasses.is_dataclass(hint):
         return _from_dict(hint, value)
     kinds = (hint, *typing.get_args(hint))
-    if tuple in map(typing.get_origin, kinds) and value is not None:
+    if any(typing.get_origin(kind) is tuple for kind in kinds) and value is not None:
         return tuple(value)
     if Path in kinds and value is not None:
         return Path(value)

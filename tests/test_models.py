@@ -83,6 +83,7 @@ def test_the_conditioning_image_is_more_input_channels():
         {},
         {"scale_shift": True},
         {"resblock_updown": True},
+        {"pad_both": True},
         {"heads": 2},
         {"head_width": 4},
         {"mults": (1,)},

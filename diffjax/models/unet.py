@@ -49,8 +49,7 @@ class UNetConfig:
     resblock_updown: bool = False
     """Change resolution inside a residual block (ADM), not by a convolution (DDPM)."""
     pad_both: bool = False
-    """Pad the convolutions that halve on both sides (improved DDPM), not only below and to the right
-    (DDPM)."""
+    """Pad convolutions that halve on all sides (improved DDPM), not only below and right (DDPM)."""
     level_scale: float = 25.0
     """What the noise level is multiplied by: log-SNR in [-20, 20] covers the 1000 units of DDPM."""
     level_period: float = 10000.0
