@@ -23,8 +23,13 @@ test-faults: $(VENV)/test.stamp
 
 # Published networks beside the originals, which want PyTorch: an environment of its own.
 test-peers:
-	$(MAKE) VENV=.venv-peers .venv-peers/test,peers.stamp
+	$(MAKE) VENV=.venv-peers .venv-peers/physicsnemo.stamp
 	.venv-peers/bin/python -m pytest -m peers tests/test_peers.py $(ARGS)
+
+# It has EDM's networks, and wants other versions than constraints.txt of what we do not need.
+$(VENV)/physicsnemo.stamp: $(VENV)/test,peers.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check nvidia-physicsnemo
+	touch $@
 
 # Two processes train, one is killed, and the run heals.
 pod: $(VENV)/plots.stamp

@@ -28,8 +28,8 @@ jaxtyping.install_import_hook([f"diffjax.{name}" for name in CORE], "beartype.be
 
 import pytest
 
-# Their packages come with the extra `peers` alone.
-collect_ignore = [] if importlib.util.find_spec("torch") else ["test_peers.py"]
+# Its packages are those that `make test-peers` installs.
+collect_ignore = [] if importlib.util.find_spec("physicsnemo") else ["test_peers.py"]
 
 
 @pytest.fixture

@@ -248,6 +248,8 @@ def test_a_published_config_says_what_the_network_is(tmp_path):
         ({"block_out_channels": [128, 192, 256, 256]}, "need multiples"),
         ({"sample_size": [32, 64]}, "one number"),
         ({"layers_per_block": 0}, "at least 1"),
+        ({"sample_size": "32"}, "one number"),
+        ({"block_out_channels": None}, "not the network it is taken for: TypeError"),
     ],
 )
 def test_a_config_that_ours_cannot_be_is_refused(tmp_path, change, message):

@@ -42,4 +42,7 @@ def load(path: Path | str) -> tuple[Any, Config]:
     kind = "" if path.is_dir() else path.suffix
     if kind not in READERS:
         raise ValueError(f"{path}: can read a folder of diffusers, a .pt of OpenAI, a .pkl of EDM")
-    return READERS[kind](path)
+    try:
+        return READERS[kind](path)
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError) as error:
+        raise ValueError(f"{path} is not the network it is taken for: {error!r}") from error

@@ -49,8 +49,8 @@ def convert(where: Path, state: dict[str, Any], config: Config, names: Names) ->
         theirs = names.modules.get(module) or f"{names.modules[block]}.{names.layers[layer]}"
         theirs += ".bias" if leaf == "bias" else ".weight"
         value = left.pop(theirs, None)
-        if not isinstance(value, np.ndarray):
-            wrong.append(f"{theirs} is missing, or no array")
+        if not isinstance(value, np.ndarray) or value.size != like.size:
+            wrong.append(f"{theirs} is missing, or not of {like.size:,} numbers")
             continue
         if layer == "qkv":
             c, channels = unet(config), like.shape[-1] // 3
@@ -58,10 +58,8 @@ def convert(where: Path, state: dict[str, Any], config: Config, names: Names) ->
             value = _queries_first(value, heads, names.order)
         if leaf == "kernel":
             # Convolutions have (out, in, height, width); those that are but matrices may too.
-            matrix = len(like.shape) == 2 and value.size == like.size
-            value = (
-                value.reshape(value.shape[:2]).T if matrix else np.moveaxis(value, (0, 1), (-1, -2))
-            )
+            value = np.moveaxis(value, (0, 1), (-1, -2))
+            value = value.reshape(value.shape[-len(like.shape) :])
         if path == "embed_0/kernel" and names.cos_first:
             value = np.roll(value, len(value) // 2, 0)
         if value.shape != like.shape:

@@ -138,7 +138,7 @@ def _arrays(net, prefix=""):
     """The parameters and buffers of a module, by their names in its state dict."""
     state = _state(net)
     own = {**state.get("_parameters", {}), **state.get("_buffers", {})}
-    found = {prefix + name: value for name, value in own.items() if value is not None}
+    found = {prefix + name: value for name, value in own.items() if isinstance(value, np.ndarray)}
     for name, module in _modules(net).items():
         found |= _arrays(module, f"{prefix}{name}.")
     return found
