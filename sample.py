@@ -57,7 +57,7 @@ def sample(args: Arguments) -> None:
         # What is drawn is on disk: a signal shall end it, not wait for a step to ask.
         jax.config.update("jax_enable_preemption_service", False)
         parallel.setup(args.distributed, size)
-        shape = args.shape or data.load(*dataclasses.astuple(config.data)[:3]).train.x.shape[1:]
+        shape = args.shape or experiment.example_shape(config)
         network, params, _ = checkpoint.load(args.workdir)
         generate = experiment.make_generate(config, network, shape)
         drawing.check_shape(config, params, shape)

@@ -137,7 +137,8 @@ def function_evaluations(config: Config) -> int:
 def check_shape(config: Config, params: Any, shape: tuple[int, ...]) -> None:
     """Raise a ValueError unless the network takes examples of this shape."""
     config.model.check_input(shape)
-    made = jax.eval_shape(functools.partial(experiment.init_params, config, shape))
+    make = functools.partial(experiment.make_params, config, shape=shape)
+    made = jax.eval_shape(make, jax.random.key(0))
     if jax.tree.map(jnp.shape, made) != jax.tree.map(jnp.shape, params):
         raise ValueError(f"examples of shape {shape} are not what the network was trained on")
 

@@ -54,6 +54,7 @@ MAY_IMPORT = {
     "features": {"classifier", "evaluation", "provenance"},
     "comparison": {"config"},
     "drawing": {"types", "config", "data", "experiment", "parallel", "provenance"},
+    "pretrained": set(),
 }
 """Which of diffjax's modules a module may import; those above all others are not listed."""
 

@@ -311,6 +311,8 @@ BAD = {
         ["--config.data.name=mnist", "--config.data.path=/nowhere"],
         "/nowhere/train-images-idx3-ubyte.gz is not there",
     ),
+    "shape": (["--config.data.shape", *"883"], "data.shape=(8, 8, 3): the examples are of"),
+    "continuous time": (["--config.time-input=True"], "need discrete time, time_steps=T"),
     "labels": (["--config.model.labels=5"], "the data has labels up to 9"),
     "guidance": (["--config.model.null-label=False"], "needs model.null_label=True"),
     "saving": (["--config.save-every=15"], "must be multiples of log_every=10"),
