@@ -139,7 +139,7 @@ def save_picture(out: Path, most: int, classes: int) -> None:
         classes = 0
     n -= n % (classes or 1)
     x = data.take(examples, np.arange(n))["x"]
-    plots.save_samples(x, classes, out.with_suffix(".png"))
+    plots.samples(x, classes).save(out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
