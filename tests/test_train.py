@@ -207,7 +207,8 @@ def test_a_nan_stops_the_run_says_where_and_keeps_the_last_checkpoint(
             losses = loss_fn(key, params, batch, *rest, **options)
             # At some step, when Adam has moved far enough: the loss is fine, its gradient not.
             bias = jnp.abs(params["conv_out"]["bias"]).max()
-            return losses + 0 * jnp.sqrt(jnp.where(bias > 0.006, 0 * bias, 1.0))
+            nothing = 0 * jnp.sqrt(jnp.where(bias > 0.006, 0 * bias, 1.0))
+            return jax.tree.map(lambda x: x + nothing, losses)
 
         return broken
 
