@@ -52,7 +52,7 @@ def evaluate(args: Arguments) -> dict[str, Any]:
     parallel.setup(args.distributed, config.batch_size)
     parallel.check_batch(config.batch_size)
     network, params, _ = checkpoint.load(args.workdir)
-    _, test_set = data.load(config.data.name, config.data.path, config.data.size)
+    _, test_set = experiment.load_data(config)
     levels = data.levels(config.data.name, test_set)
     batch = data.first(test_set, args.n or len(test_set.x))
     n = len(batch["index"])
