@@ -177,7 +177,8 @@ def check_data(config: Config, train: Examples, test: Examples) -> None:
             f"model.image_cond={image_cond} and low={config.low}: the image that the network is "
             "given is the small one of super-resolution; give both, or neither"
         )
-    if config.low is not None and (shape[0] != shape[1] or config.low < 1 or shape[0] % config.low):
+    square = shape[:1] == shape[1:2]
+    if config.low is not None and (not square or config.low < 1 or shape[0] % config.low):
         raise ValueError(f"low={config.low}: must divide the side of square images, not {shape}")
     channels = shape[-1] * (1 if config.bound_weight is None else 2)
     if (model.out_channels or shape[-1]) != channels:

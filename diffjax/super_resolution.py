@@ -18,10 +18,13 @@ from . import keys
 from .inverse import downsampling
 from .process import q_sample
 from .schedules import Schedule
-from .types import Array, Data, Key, Real, Time
+from .types import Data, Key, Real, Time
+
+Images = Float[Real, "batch height width channels"]
+Small = Float[Real, "batch low low channels"]
 
 
-def shrink(x: Data, side: int) -> Data:
+def shrink(x: Images, side: int) -> Small:
     """Square images `[batch, height, height, channels]` averaged down to `side` pixels a side.
 
     Raises:
@@ -32,7 +35,7 @@ def shrink(x: Data, side: int) -> Data:
     return downsampling(x.shape[1] // side)(x)
 
 
-def enlarge(small: Data, side: int) -> Data:
+def enlarge(small: Small, side: int) -> Images:
     """Square images enlarged to `side` pixels a side, by bicubic interpolation.
 
     >>> enlarge(jnp.ones((1, 2, 2, 1)), 4).shape
@@ -42,7 +45,7 @@ def enlarge(small: Data, side: int) -> Data:
     return jax.image.resize(jnp.asarray(small), shape, "cubic")
 
 
-def small_image(key: Key, schedule: Schedule, small: Data, t: Time) -> dict[str, Array]:
+def small_image(key: Key, schedule: Schedule, small: Small, t: Time) -> dict[str, Data]:
     """What the network is told of a small image: the `image` and `image_log_snr` of its `cond`.
 
     Args:
@@ -67,7 +70,7 @@ def psnr(x: Data, y: Data) -> Float[Real, " batch"]:
     return 10 * jnp.log10(4 / jnp.square(x - y).mean(tuple(range(1, jnp.ndim(x)))))
 
 
-def beside(x: Data, truth: Data, low: int) -> Data:
+def beside(x: Images, truth: Images, low: int) -> Float[Real, "rows height width channels"]:
     """Samples in a picture of four rows: small, bicubic, sampled, true, `[4 batch, ...]`.
 
     Image 4 i + j is row j of column i, as `plots.save_samples` with four classes has them.

@@ -75,11 +75,9 @@ def _by_grain(make, items, workers):
 def _follow_parent(*_):
     """In a worker: leave Ctrl-C to the parent, which yet saves its run, and die when it dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def follow():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
+    follow = lambda: (parent.join(), os._exit(1))
     threading.Thread(target=follow, daemon=True).start()
 
 
