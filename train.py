@@ -108,7 +108,7 @@ def train(
         return in_batches(generate_fn, asked), asked
 
     def draw() -> None:
-        rows = config.model.labels or config.sampling.columns
+        rows = 1 if config.low is not None else config.model.labels or config.sampling.columns
         x, asked = generate(rows * config.sampling.columns)
         if config.low is not None:
             x, rows = super_resolution.beside(x, asked["x"], config.low), 4

@@ -34,7 +34,7 @@ def get_config(variant: str = "") -> Config:
         eval_every=500,
         save_every=500,
         sample_every=1500,
-        sampling=Sampling(steps=30, level=0.1, score=1000),
+        sampling=Sampling(steps=30, level=0.1, columns=20, score=1000),
     )
     tiny = dataclasses.replace(model, width=8, mults=(1,), groups=4)
     return variant_of(config, variant, smoke=lambda: smoke(config, model=tiny))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_train import assert_bitwise_equal, newest, rows_of, run
+from test_train import assert_bitwise_equal, interrupted, newest, rows_of, run
 
 import diffjax
 from diffjax import checkpoint, data, experiment
@@ -69,9 +69,9 @@ ARGV += ["--config.model.patch=1", "--config.optimizer.warmup=10", "--config.ema
 
 
 def test_a_run_looks_at_the_small_image_and_resumes_bit_for_bit(tmp_path, capsys):
-    run(tmp_path / "parts", *ARGV, "--config.steps=40")
-    run(tmp_path / "parts", *ARGV, "--config.steps=80", "--config.sampling.score=64")
-    run(tmp_path / "whole", *ARGV, "--config.steps=80")
+    argv = [*ARGV, "--config.steps=40", "--config.sampling.score=64"]
+    run(tmp_path / "whole", *argv)
+    run(interrupted(tmp_path / "whole", tmp_path / "parts"), *argv)
     assert_bitwise_equal(newest(tmp_path / "parts")[1], newest(tmp_path / "whole")[1])
     assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
     assert "psnr_bicubic" in capsys.readouterr().out
@@ -105,7 +105,7 @@ def test_a_cascade_enlarges_what_the_first_run_draws():
     for level in (-0.5, 0.5):
         x = cascade((level, None), {"index": jnp.arange(3)})
         assert x.shape == (3, 8, 8, 1)
-        np.testing.assert_allclose(x, level, atol=0.03)
+        np.testing.assert_allclose(x, level, atol=0.05)
     with pytest.raises(ValueError, match="low=None"):
         experiment.make_cascade(small, draw, small, copy, (8, 8, 1))
 
