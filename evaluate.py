@@ -79,7 +79,7 @@ def evaluate(args: Arguments) -> dict[str, Any]:
     jax.config.update("jax_enable_preemption_service", False)
     parallel.setup(args.distributed, config.batch_size)
     parallel.check_batch(config.batch_size)
-    dataset = data.load(config.data.name, config.data.path, config.data.size)
+    dataset = experiment.load_data(config)
     part = dataset.train if args.reference == "train" else dataset.test
     reference = data.take(part, np.arange(len(part.x)))["x"]
     space = features.named(args.features, reference) if given or args.drawing.n else None

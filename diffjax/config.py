@@ -21,6 +21,7 @@ import tyro
 
 from . import samplers, schedules, targets, weightings
 from .data import DATASETS
+from .data.images import UNREADABLE
 from .models import MLPConfig, UNetConfig
 from .parallel import RUNNERS, Distributed
 from .writers import WRITERS
@@ -140,11 +141,17 @@ class Data:
     path: Path | None = None
     """Its folder or file; None for the default place."""
     size: int | None = None
-    """Side of the squares that the images of a folder are cropped and scaled to; None: leave them,
-    they are all of one size."""
+    """Side of the squares that the images of a folder are cropped and scaled to, or that those of
+    another set are averaged down to; None: leave them, they are all of one size."""
     shape: tuple[int, ...] | None = None
     """Shape of an example, of which networks from files can tell without the data; None: whatever
     the data has."""
+    channels: int | None = None
+    """Channels of the images of a folder: 1, grey, or 3, RGB; None: 1 if all are grey, else 3."""
+    unreadable: Annotated[str, one_of(dict.fromkeys(UNREADABLE))] = "refuse"
+    """What to do if a file of a folder cannot be read: refuse to start, or skip it."""
+    workers: int = 0
+    """Processes that make batches (extra `data`); 0: a thread, which is enough for most."""
     flip: bool = False
     """Mirror images left to right at random."""
 
@@ -187,6 +194,8 @@ class Sampling:
     """Weight of classifier-free guidance; 1: none."""
     columns: int = 10
     """Columns of the picture. With labels one row for each class, else as many as columns."""
+    level: float = 0.0
+    """Noise on the small image of super-resolution: the time it is diffused to, at most augment."""
     score: int = 0
     """Samples to measure at the end (Frechet distance, accuracy on the labels); 0: none."""
 
@@ -224,6 +233,11 @@ class Config:
     """Draw times where the loss has been large; it needs time_steps."""
     label_drop: float = 0.1
     """Probability of training without the label, where the model has a null label."""
+    low: int | None = None
+    """Super-resolution: side of the small image, a mean of the data's, that the network is given;
+    it needs model.image_cond. None: it is given none."""
+    augment: float = 0.0
+    """Noise on the small image in training: it is diffused to a time between 0 and this one."""
     model: UNetConfig | MLPConfig = UNetConfig()  # noqa: RUF009, it is frozen
     optimizer: Optimizer = Optimizer()
     ema: float = 0.999
@@ -276,6 +290,7 @@ CHANGEABLE = {
     "sampling",
     "writers",
     "data.path",
+    "data.workers",
 }
 """What a resumed run may have otherwise than the run it continues."""
 

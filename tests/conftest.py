@@ -23,7 +23,16 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Not training.py: a pytree's fields hold anything while it is being mapped.
 CORE = ["denoisers", "inverse", "keys", "learned_variance", "likelihood", "loss_aware", "losses"]
-CORE += ["ode", "oracles", "process", "samplers", "schedules", "targets", "weightings"]
+CORE += [
+    "ode",
+    "oracles",
+    "process",
+    "samplers",
+    "schedules",
+    "super_resolution",
+    "targets",
+    "weightings",
+]
 jaxtyping.install_import_hook([f"diffjax.{name}" for name in CORE], "beartype.beartype")
 
 import pytest

@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "samplers": {"types", "keys", "schedules", "process", "ode", "samplers"},
     "likelihood": {"types", "keys", "schedules", "process", "ode"},
     "inverse": {"types", "keys", "schedules", "process", "denoisers", "samplers"},
+    "super_resolution": {"types", "keys", "schedules", "process", "inverse"},
     "models": {"types", "models"},
     "training": {"types", "keys"},
     "data": {"data"},

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from test_images import draw_folder
 
 import evaluate
 import train
@@ -66,11 +67,14 @@ def interrupted(finished, workdir):
 @pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "configs").glob("*.py")))
 def test_every_config_runs_its_smoke_variant(name, tmp_path, capsys):
     argv = [f"--config=configs/{name}.py:smoke"]
-    if name == "fashion_mnist":
+    if name.startswith("fashion"):
         write_mnist(tmp_path)
         argv.append(f"--config.data.path={tmp_path}")
     if name == "cifar10":
         write_cifar(tmp_path)
+        argv.append(f"--config.data.path={tmp_path}")
+    if name == "folder":
+        draw_folder(tmp_path)
         argv.append(f"--config.data.path={tmp_path}")
     run(tmp_path / "run", *argv, "--config.steps=20")
     out = capsys.readouterr().out
