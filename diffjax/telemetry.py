@@ -150,18 +150,18 @@ def traced(folder: Path, steps: range) -> Iterator[Callable[[int, Any], None]]:
     """
 
     def at(taken, outputs):
-        if steps and taken in (steps.start, steps.stop):
+        begin = taken in steps and not tracing
+        if begin or (tracing == [True] and taken >= steps.stop):
             jax.block_until_ready(outputs)
-            if taken == steps.start:
+            tracing.append(begin)
+            if begin:
                 jax.profiler.start_trace(folder, create_perfetto_trace=True)
-                tracing.append(True)
-            elif tracing:
-                tracing.clear()
+            else:
                 jax.profiler.stop_trace()
 
-    tracing: list[bool] = []
+    tracing: list[bool] = []  # it is, and then it no longer is
     try:
         yield at
     finally:
-        if tracing:
+        if tracing == [True]:
             jax.profiler.stop_trace()
