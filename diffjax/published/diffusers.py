@@ -78,7 +78,7 @@ def load(folder: Path) -> tuple[Any, Config]:
 def make_config(folder: Path, inside: Path) -> Config:
     """What a pipeline's folder, with its network `inside`, says of itself, as our config."""
     where = inside / "config.json"
-    c = ONLY | {"_class_name": None} | _json(where)
+    c: dict[str, Any] = ONLY | {"_class_name": None} | _json(where)
     channels = c["block_out_channels"]
     down, up = c["down_block_types"], c["up_block_types"]
     size, groups = c["sample_size"], c.get("norm_num_groups", 32)
