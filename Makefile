@@ -43,14 +43,20 @@ docs: $(VENV)/docs.stamp
 # diffjax beside PyTorch, which has an environment of its own. Its three
 # workloads took 23 minutes on two cores of a busy machine on 2026-11-23.
 bench: $(VENV)/plots.stamp
-	$(MAKE) VENV=.venv-peers .venv-peers/peers.stamp
+	$(MAKE) VENV=.venv-peers .venv-peers/lucidrains.stamp
 	$(BIN)/python benchmarks/run.py $(ARGS)
 	$(BIN)/python benchmarks/page.py
 
 bench-gpu: $(VENV)/cuda12.stamp
-	$(MAKE) VENV=.venv-peers .venv-peers/peers.stamp
+	$(MAKE) VENV=.venv-peers .venv-peers/lucidrains.stamp
 	$(BIN)/python benchmarks/run.py --device=gpu $(ARGS)
 	$(BIN)/python benchmarks/page.py
+
+# Its package asks for torchvision, which not every build of PyTorch has; its network does not.
+$(VENV)/lucidrains.stamp: $(VENV)/peers.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    denoising-diffusion-pytorch ema-pytorch pytorch-fid
+	touch $@
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .

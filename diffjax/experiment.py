@@ -92,10 +92,11 @@ def check(config: Config) -> None:
         ),
         (
             config.steps_per_call >= 1
+            and config.steps % config.steps_per_call == 0
             and config.log_every % config.steps_per_call == 0
             and config.sample_every % config.steps_per_call == 0,
-            f"steps_per_call={config.steps_per_call}: must be at least 1, and divide "
-            f"log_every={config.log_every} and sample_every={config.sample_every}",
+            f"steps_per_call={config.steps_per_call}: must be at least 1, and divide steps="
+            f"{config.steps}, log_every={config.log_every} and sample_every={config.sample_every}",
         ),
         (
             config.time_steps is None or config.time_steps >= 1,
@@ -355,11 +356,11 @@ def make_steps(config: Config, start: int) -> range:
     """Steps taken before each call of the compiled step, in a run that goes on from `start`.
 
     Raises:
-      ValueError: if it does not end at `config.steps` by whole calls.
+      ValueError: if it would not get to `config.steps` by whole calls.
     """
     k = config.steps_per_call
-    if start % k or config.steps % k:
-        raise ValueError(f"steps_per_call={k}: must divide steps={config.steps} and {start=}")
+    if start % k:
+        raise ValueError(f"steps_per_call={k}: must divide {start}, the step to go on from")
     return range(start, config.steps, k)
 
 

@@ -93,7 +93,7 @@ class Meter:
 
 
 def flops(step: Any, *args: Any) -> float:
-    """Operations of a compiled function on one device, as XLA counts them before it optimises.
+    """Operations of a compiled function, as XLA counts them before it optimises.
 
     So recomputation (`remat`) counts, what a fused kernel does counts, and a compiler's tricks do
     not. 0 if nobody knows: the function is not a compiled one, or XLA does not say.
