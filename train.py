@@ -62,7 +62,7 @@ def make_loss(
             net = functools.partial(net, dropout=keys.fold_in(key_dropout, index))
         key_noise, given = keys.fold_in(key_noise, index), (batch["x"], cond, weighting, t)
         each = loss(key_noise, net, schedule, config.target, *given, steps=config.time_steps)
-        return (weight * each, (t, each)) if train and times.remember else each
+        return (weight * each, (t, each)) if train else each
 
     return loss_fn
 
@@ -107,20 +107,20 @@ def train(
         asked = experiment.ask(config, test_set, n)
         return in_batches(generate_fn, asked), asked
 
-    def draw() -> None:
+    def draw(step: int) -> None:
         rows = 1 if config.low is not None else config.model.labels or config.sampling.columns
         x, asked = generate(rows * config.sampling.columns)
         if config.low is not None:
             x, rows = super_resolution.beside(x, asked["x"], config.low), 4
-        recorder.aside(plots.save_samples, x, rows, workdir / "samples.png")
-        recorder.aside(plots.save_loss_curve, metrics.read(workdir), workdir / "loss.png")
+        recorder.picture(step, "samples", plots.samples, x, rows)
+        recorder.picture(step, "loss", plots.progress, metrics.read(workdir))
 
     devices = f"{jax.process_count()} x {jax.local_device_count()} {jax.default_backend()} devices"
     state = runner.init(initial_state)
     with plainly():
         state = checkpoints.restore(state) or state
         start = int(state.step)
-        recorder = metrics.Recorder(workdir, start, config.steps, f"{devices}  ")
+        recorder = metrics.Recorder(workdir, start, config.steps, f"{devices}  ", config.writers)
     held_out = data.first(test_set, 1024)
     slots = runner.slots(config.batch_size)
 
@@ -175,10 +175,10 @@ def train(
             if done % config.save_every == 0 or last:
                 checkpoints.save(done, state, row.get("eval_loss", math.inf))
             if done % config.sample_every == 0 and not last:
-                draw()
+                draw(done)
                 recorder.start(done)
 
-        draw()
+        draw(config.steps)
         if config.sampling.score:
             x, asked = generate(config.sampling.score)
             scores = experiment.score(config, data.Dataset(train_set, test_set), asked, x)

@@ -17,7 +17,9 @@ import resource
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +27,10 @@ import numpy as np
 
 import diffjax
 import train
-from diffjax import data, experiment, metrics as metrics_lib, parallel, telemetry
+from diffjax import data, experiment, metrics as metrics_lib, parallel, telemetry, training
 from diffjax.config import Config, Data, Optimizer, UNetConfig
+from diffjax.published import diffusers
+from diffjax.published.arrays import unet
 from workloads import CLIP, DDIM_STEPS, EMA, IMAGES, LEARNING_RATE, WORKLOADS
 
 VARIANTS = {
@@ -49,7 +53,19 @@ def make_config(workload, variant: str) -> Config:
     )
 
 
-def main(name: str, variant: str, folder: str) -> None:
+class Work(NamedTuple):
+    """A workload, ready to run: what train.py makes of a config."""
+
+    config: Config
+    network: Callable
+    state: training.TrainState
+    step: Callable
+    batch: training.Batch
+    generate: Callable
+    asked: training.Batch
+
+
+def prepare(name: str, variant: str) -> Work:
     workload = WORKLOADS[name]
     config = make_config(workload, variant)
     parallel.setup(parallel.ALONE, config.batch_size)
@@ -60,14 +76,12 @@ def main(name: str, variant: str, folder: str) -> None:
     tx = experiment.make_optimizer(config.optimizer)
     state = runner.init(experiment.make_initial_state(config, shape, tx, times))
     step = runner.step(experiment.make_step(config, loss_fn, tx, times))
-    rng = np.random.default_rng(0)
     n = config.batch_size
     batch = {
-        "x": rng.uniform(-1, 1, (n, *shape)).astype(np.float32),
+        "x": np.random.default_rng(0).uniform(-1, 1, (n, *shape)).astype(np.float32),
         "label": np.arange(n, dtype=np.int32) % max(workload.labels, 1),
         "index": np.arange(n, dtype=np.int32),
     }
-    batch = runner.put(batch)
     schedule = experiment.make_schedule(config)
     streams = experiment.make_streams(config)
 
@@ -80,28 +94,41 @@ def main(name: str, variant: str, folder: str) -> None:
         x_1 = diffjax.prior_sample(key, schedule, (len(batch["index"]), *shape))
         return diffjax.sample(key, walk, x_1, diffjax.uniform_times(DDIM_STEPS))[0]
 
-    generate = runner.map(draw)
     index = np.arange(IMAGES, dtype=np.int32)
     asked = runner.put({"index": index, "label": index % max(workload.labels, 1)})
+    return Work(config, network, state, step, runner.put(batch), runner.map(draw), asked)
 
+
+def main(name: str, variant: str, folder: str) -> None:
+    config, network, state, step, batch, generate, asked = prepare(name, variant)
+    workload, n = WORKLOADS[name], config.batch_size
+    shape = (workload.size, workload.size, workload.channels)
     state, metrics = step(state, batch)
     jax.block_until_ready(metrics)
     first_step = time.perf_counter() - BEGAN
     per_step = telemetry.flops(step, state, batch)
+    compiled = step.lower(state, batch).compile()
+    moved = (compiled.cost_analysis() or {}).get("bytes accessed", 0.0)
     began = time.perf_counter()
     jax.block_until_ready(generate(state.ema_params, asked))
     first_image = time.perf_counter() - began
     dump(Path(folder), network, state.params, shape, workload)
+    names = {"modules": diffusers.modules(unet(config)), "layers": diffusers.LAYERS}
+    (Path(folder) / "names.json").write_text(json.dumps(names))
     ready = {
         "first_step": first_step,
         "first_image": first_image,
         "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
         "gflop_per_image": per_step * jax.device_count() / n / 1e9,
+        "gbyte_per_step": moved * jax.device_count() / 1e9,
+        "product_tflop_per_s": product_speed(config.model.bfloat16) / 1e12,
+        "copy_gb_per_s": copy_speed() / 1e9,
         "devices": [device.device_kind for device in jax.devices()],
         "version": f"jax {jax.__version__}",
     }
     print(json.dumps(ready), flush=True)
-    examples = data.Examples(rng.integers(0, 256, (20_000, *shape), np.uint8))
+    pixels = np.random.default_rng(0).integers(0, 256, (20_000, *shape), np.uint8)
+    examples = data.Examples(pixels)
     for line in sys.stdin:
         what, count = line.split()[0], int(line.split()[1])
         began = time.perf_counter()
@@ -131,6 +158,29 @@ def loop(config: Config, steps: int) -> float:
         train.train(config, Path(folder))
         rows = metrics_lib.read(Path(folder))[1:-1]
     return steps * config.batch_size * statistics.mean(1 / row["img_per_s"] for row in rows)
+
+
+def product_speed(bfloat16: bool) -> float:
+    """Operations a second of a product of two large matrices: what the hardware can do."""
+    n = 2048 if jax.default_backend() == "cpu" else 16384
+    x = jnp.ones((n, n), jnp.bfloat16 if bfloat16 else jnp.float32)
+    return 2 * n**3 / fastest(jnp.matmul, x, x)
+
+
+def copy_speed() -> float:
+    """Bytes a second, read and written, of a large array's doubling."""
+    x = jnp.ones(2**27 if jax.default_backend() == "cpu" else 2**30)
+    return 2 * x.nbytes / fastest(lambda x: 2 * x, x)
+
+
+def fastest(f: Callable, *args: jax.Array) -> float:
+    """Seconds of the fastest of ten calls on one device, which on a CPU uses all cores."""
+    f, seconds = jax.jit(f), []
+    for _ in range(10):
+        began = time.perf_counter()
+        jax.block_until_ready(f(*args))
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
 
 
 def memory() -> float:

@@ -24,6 +24,7 @@ from .data import DATASETS
 from .data.images import UNREADABLE
 from .models import MLPConfig, UNetConfig
 from .parallel import RUNNERS, Distributed
+from .writers import WRITERS
 
 
 def _linear_betas(steps: int = 1000, start=1e-4, end=0.02, log_snr_max=24.0):
@@ -82,6 +83,20 @@ SAMPLERS: dict[str, Callable] = {
     "predictor_corrector": samplers.predictor_corrector,
     "unipc": samplers.unipc,
 }
+BEST_TIMES = {
+    "ancestral": "uniform",
+    "ddim": "uniform",
+    "dpm_solver_pp_2m": "log_snr",
+    "dpm_solver_pp_2m_sde": "log_snr",
+    "dpm_solver_pp_3m": "log_snr",
+    "edm": "karras",
+    "euler_maruyama": "log_snr",
+    "heun": "uniform",
+    "lms": "karras",
+    "predictor_corrector": "uniform",
+    "unipc": "log_snr",
+}
+"""The grid of times that each sampler's docstring says it wants."""
 TIMES: dict[str, Callable] = {
     "uniform": lambda schedule, n: samplers.uniform_times(n),
     "log_snr": samplers.log_snr_times,
@@ -128,6 +143,9 @@ class Data:
     size: int | None = None
     """Side of the squares that the images of a folder are cropped and scaled to, or that those of
     another set are averaged down to; None: leave them, they are all of one size."""
+    shape: tuple[int, ...] | None = None
+    """Shape of an example, of which networks from files can tell without the data; None: whatever
+    the data has."""
     channels: int | None = None
     """Channels of the images of a folder: 1, grey, or 3, RGB; None: 1 if all are grey, else 3."""
     unreadable: Annotated[str, one_of(dict.fromkeys(UNREADABLE))] = "refuse"
@@ -194,6 +212,8 @@ class Config:
     unit_input: bool = False
     """Scale the network's input to variance one, for data of standard deviation 0.5 (EDM, with
     target F)."""
+    time_input: bool = False
+    """Show the network its discrete time, 0 to time_steps - 1 (DDPM), in place of log-SNR."""
     schedule: Annotated[str, one_of(SCHEDULES)] = "cosine"
     """The noise schedule."""
     schedule_options: Options = dataclasses.field(default_factory=dict)
@@ -251,6 +271,8 @@ class Config:
     skip_nonfinite: int = 0
     """Batches of infinite or undefined loss or gradient to leave out before the run stops."""
     sampling: Sampling = Sampling()
+    writers: Annotated[tuple[str, ...], one_of(WRITERS)] = ()
+    """Where metrics and pictures go besides the run's directory."""
 
 
 CHANGEABLE = {
@@ -266,6 +288,7 @@ CHANGEABLE = {
     "keep_best",
     "skip_nonfinite",
     "sampling",
+    "writers",
     "data.path",
     "data.workers",
 }
@@ -316,6 +339,8 @@ def parse(
         config=(tyro.conf.FlagConversionOff,),
         use_underscores=True,
     )
+    if args.profile < 0:
+        sys.exit(f"error: profile={args.profile}: must be at least 0, the number of steps to trace")
     return args.config, args.workdir, args.distributed, args.profile
 
 
@@ -401,15 +426,18 @@ def differences(old: Config, new: Config) -> list[str]:
 
 def fields(config: Config) -> dict[str, Any]:
     """Every field by its full name, as in `model.width`, as JSON has it."""
-    return _flatten(json.loads(to_json(config)))
+    return flatten(json.loads(to_json(config)))
 
 
-def _flatten(tree, prefix=""):
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """What nested dicts hold, by full names.
+
+    >>> flatten({"model": {"width": 8}, "seed": 0})
+    {'model.width': 8, 'seed': 0}
+    """
     if not isinstance(tree, dict):
         return {prefix[:-1]: tree}
-    return {
-        k: v for name, sub in tree.items() for k, v in _flatten(sub, f"{prefix}{name}.").items()
-    }
+    return {k: v for name, sub in tree.items() for k, v in flatten(sub, f"{prefix}{name}.").items()}
 
 
 def _from_dict(cls, tree):
@@ -423,9 +451,10 @@ def _from_dict(cls, tree):
 def _from_value(hint, value):
     if dataclasses.is_dataclass(hint):
         return _from_dict(hint, value)
-    if typing.get_origin(hint) is tuple:
+    kinds = (hint, *typing.get_args(hint))
+    if any(typing.get_origin(kind) is tuple for kind in kinds) and value is not None:
         return tuple(value)
-    if Path in (hint, *typing.get_args(hint)) and value is not None:
+    if Path in kinds and value is not None:
         return Path(value)
     return value
 

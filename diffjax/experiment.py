@@ -18,14 +18,16 @@ from . import (
     likelihood,
     loss_aware,
     losses,
+    metrics,
     samplers,
     schedules,
     targets,
     weightings,
+    writers,
 )
 from .config import SAMPLERS, SCHEDULES, TIMES, WEIGHTINGS, Config, Optimizer
 from .data import DATASETS, Dataset, Examples, batch_indices, check_workers, first, in_range, load
-from .denoisers import classifier_free, clip_x_0, denoiser, unit_input, unit_output
+from .denoisers import classifier_free, clip_x_0, denoiser, time_input, unit_input, unit_output
 from .learned_variance import hybrid_loss
 from .models import MODELS, UNetConfig, apply
 from .parallel import RUNNERS
@@ -47,6 +49,8 @@ def check(config: Config) -> None:
     _lookup("data set", DATASETS, config.data.name)
     _lookup("times", TIMES, config.sampling.times)
     _lookup("runner", RUNNERS, config.parallel)
+    for name in config.writers:
+        writers.check(name)
     check_workers(config.data.workers)
     o, s = config.optimizer, config.sampling
     for holds, what in (
@@ -81,9 +85,11 @@ def check(config: Config) -> None:
         ),
         (
             config.time_steps is not None
-            or not (config.loss_aware_times or config.bound_weight is not None),
-            f"loss_aware_times={config.loss_aware_times}, bound_weight={config.bound_weight}: need "
-            "discrete time, time_steps=T",
+            or not (
+                config.loss_aware_times or config.time_input or config.bound_weight is not None
+            ),
+            f"loss_aware_times={config.loss_aware_times}, time_input={config.time_input}, "
+            f"bound_weight={config.bound_weight}: need discrete time, time_steps=T",
         ),
         (
             config.bound_weight is None or (config.bound_weight >= 0 and config.time_steps != 1),
@@ -165,6 +171,8 @@ def check_data(config: Config, train: Examples, test: Examples) -> None:
     shape, model = train.x.shape[1:], config.model
     model.check_input(shape)
     make_grid(config)
+    if config.data.shape not in (None, shape):
+        raise ValueError(f"data.shape={config.data.shape}: the examples are of shape {shape}")
     if test.x.shape[1:] != shape:
         raise ValueError(f"held-out examples of shape {test.x.shape[1:]}, others {shape}")
     if len(shape) == 3 and shape[-1] not in (1, 3):
@@ -202,6 +210,17 @@ def check_data(config: Config, train: Examples, test: Examples) -> None:
             raise ValueError(
                 f"model.labels={model.labels}: the data has labels up to {examples.label.max()}"
             )
+
+
+def example_shape(config: Config) -> tuple[int, ...]:
+    """The shape of one example: `config.data.shape`, or the data's own, which is then loaded.
+
+    Raises:
+      FileNotFoundError: if the config has none and the data is not there.
+    """
+    if config.data.shape is not None:
+        return config.data.shape
+    return load_data(config).train.x.shape[1:]
 
 
 class Streams(NamedTuple):
@@ -254,13 +273,19 @@ def make_initial_state(
     """() -> the state before the first step, for data of a shape."""
 
     def initial_state():
-        streams, module = make_streams(config), MODELS[type(config.model)](config.model)
-        batch = {"x": jnp.zeros((1, *shape)), "label": jnp.zeros(1, jnp.int32)}
-        cond = make_condition(config)(keys.per_example(streams.params, 1), batch)
-        params = module.init(streams.params, batch["x"], jnp.zeros(1), cond)["params"]
+        streams = make_streams(config)
+        params = make_params(config, streams.params, shape)
         return init_state(streams.train, params, tx, times.init())
 
     return initial_state
+
+
+def make_params(config: Config, key: Key, shape: tuple[int, ...]) -> Any:
+    """Fresh parameters of the config's network, for data of a shape."""
+    module = MODELS[type(config.model)](config.model)
+    batch = {"x": jnp.zeros((1, *shape)), "label": jnp.zeros(1, jnp.int32)}
+    cond = make_condition(config)(keys.per_example(key, 1), batch)
+    return module.init(key, batch["x"], jnp.zeros(1), cond)["params"]
 
 
 def describe_step(config: Config, n: int, taken: int) -> str:
@@ -289,6 +314,12 @@ def make_step(
     config: Config, loss_fn: Callable, tx: optax.GradientTransformation, times: "Times"
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """`train_step` as the config has it, for `Runner.step`."""
+    schedule = make_schedule(config)
+
+    def measure(seen):
+        t, each = seen
+        return {"by_log_snr": metrics.by_log_snr(schedule.log_snr(t), each)}
+
     return functools.partial(
         train_step,
         loss_fn=loss_fn,
@@ -296,6 +327,7 @@ def make_step(
         ema_decay=ema_warmup(config.ema),
         accumulate=config.optimizer.accumulate,
         remember=times.remember,
+        measure=measure,
         skip_nonfinite=config.skip_nonfinite > 0,
     )
 
@@ -310,6 +342,8 @@ def make_network(config: Config) -> Callable[..., Data]:
 
     def network(params, x_t, log_snr, cond=None, **dropout):
         f = functools.partial(apply, module, params, **dropout)
+        if config.time_input and config.time_steps is not None:
+            f = time_input(f, schedule, config.time_steps)
         f = unit_input(f, schedule) if config.unit_input else f
         f = unit_output(f, config.target, schedule) if config.unit_output else f
         return f(x_t, log_snr, cond)

@@ -86,7 +86,8 @@ def setup(distributed: Distributed, batch_size: int, accumulate: int = 1) -> Non
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(CACHE))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     given = dataclasses.astuple(distributed)
     if given not in [(None, None, None), (None, 1, None)] and None in given:
         raise ValueError(
@@ -165,6 +166,7 @@ def pmap(fsdp: int = 1) -> Runner:
     devices = sorted(_devices(), key=lambda device: (device.process_index, device.id))
     local = [device for device in devices if device.process_index == jax.process_index()]
     mesh = Mesh(np.array(devices), (AXIS,))
+    one_each = NamedSharding(mesh, PartitionSpec(AXIS))
     # With remote devices a donated replicated argument is deleted under the next call's feet.
     donate = 0 if jax.process_count() == 1 else ()
     over_all = functools.partial(
@@ -191,7 +193,12 @@ def pmap(fsdp: int = 1) -> Runner:
         return np.arange(share) + share * jax.process_index()
 
     def put(batch):
-        return jax.tree.map(lambda x: x.reshape(len(local), -1, *x.shape[1:]), batch)
+        # Now, by the thread that makes batches ahead, and not when the step is called.
+        def to_devices(x):
+            parts = x.reshape(len(local), -1, *x.shape[1:])
+            return jax.make_array_from_process_local_data(one_each, parts)
+
+        return jax.tree.map(to_devices, batch)
 
     return Runner(init, step, map_, slots, put)
 

@@ -1,5 +1,6 @@
 """Strictness: shapes are checked, rank promotion raises, warnings are errors (pyproject)."""
 
+import importlib.util
 import os
 
 # Before anything starts JAX. Eight devices, so that layouts can be compared on any machine.
@@ -35,6 +36,9 @@ CORE += [
 jaxtyping.install_import_hook([f"diffjax.{name}" for name in CORE], "beartype.beartype")
 
 import pytest
+
+# Its packages are those that `make test-peers` installs.
+collect_ignore = [] if importlib.util.find_spec("physicsnemo") else ["test_peers.py"]
 
 
 @pytest.fixture

@@ -83,6 +83,7 @@ def test_the_conditioning_image_is_more_input_channels_and_a_second_level():
         {},
         {"scale_shift": True},
         {"resblock_updown": True},
+        {"pad_both": True},
         {"heads": 2},
         {"head_width": 4},
         {"mults": (1,)},
@@ -248,7 +249,7 @@ def test_unfold_inverts_fold_and_keeps_neighbours_together():
 
 
 def test_level_embedding_tells_levels_apart():
-    emb = np.asarray(level_embedding(jnp.linspace(-20, 20, 401), 32))
+    emb = np.asarray(level_embedding(25 * jnp.linspace(-20, 20, 401), 32))
     gaps = np.linalg.norm(emb[:, None] - emb[None], axis=-1)
     np.fill_diagonal(gaps, np.inf)
     assert gaps.min() > 0.2

@@ -756,3 +756,28 @@ def test_a_sampler_of_the_users_own_is_two_functions():
     x_1 = diffjax.prior_sample(jax.random.key(0), schedule, (2000, 1))
     x_0, _ = diffjax.sample(jax.random.key(1), own, x_1, diffjax.uniform_times(200))
     np.testing.assert_allclose(jnp.std(x_0), STD, atol=0.05)
+
+
+@pytest.mark.parametrize("name", ["ddim", "edm_churn", "dpm_solver_pp_3m", "predictor_corrector"])
+def test_memory_does_not_grow_with_the_number_of_steps(name):
+    """But for the times, and unless `observe` asks for the way."""
+    schedule = SCHEDULES["cosine"]
+    x_1 = jnp.ones((64, 1000))
+    size = x_1.nbytes
+
+    def needed(n, observe=None):
+        def draw(key, x_1):
+            walk = SAMPLERS[name](gaussian_everywhere, schedule)
+            return diffjax.sample(key, walk, x_1, diffjax.uniform_times(n), observe)
+
+        program = jax.jit(draw).lower(jax.random.key(0), x_1).compile().memory_analysis()
+        return program.temp_size_in_bytes + program.output_size_in_bytes
+
+    def gaussian_everywhere(x_t, t, cond=None):
+        alpha, sigma = diffjax.scales_at(schedule, t, x_t)
+        x_0 = alpha * x_t  # of unit variance
+        return diffjax.Prediction(x_0, (x_t - alpha * x_0) / sigma)
+
+    few, many = needed(5), needed(500)
+    assert abs(many - few) < 0.1 * size
+    assert needed(20, lambda state, t: state.x) > few + 15 * size

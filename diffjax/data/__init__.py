@@ -178,6 +178,15 @@ def take(examples: Examples, index: np.ndarray) -> dict[str, np.ndarray]:
     return batch
 
 
+def to_bytes(x: np.ndarray) -> np.ndarray:
+    """Images in [-1, 1] as uint8, rounded; the inverse of `take`.
+
+    >>> to_bytes(np.array([-1.0, 0.0, 0.01, 1.2]))
+    array([  0, 128, 129, 255], dtype=uint8)
+    """
+    return np.clip(np.round((x + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
 def first(examples: Examples, n: int) -> dict[str, np.ndarray]:
     """The first n examples, or all if there are fewer, with their `index`."""
     index = np.arange(min(len(examples.x), n), dtype=np.int32)
