@@ -82,7 +82,7 @@ def test_what_is_held_out_depends_on_the_name_alone(tmp_path, monkeypatch):
 def test_a_batch_from_the_disk_is_the_batch_from_memory_in_any_parts(tmp_path):
     draw_folder(tmp_path, classes=2)
     train, _ = data.load("folder", tmp_path)
-    memory = train._replace(x=train.x[:])
+    memory = train._replace(x=np.asarray(train.x))
     for step in (0, 1, 9):
         whole = data.train_batch(train, 3, step, 8, flip=True)
         parts = [data.train_batch(train, 3, step, 8, s, True) for s in (slice(0, 5), slice(5, 8))]
