@@ -21,6 +21,7 @@ def get_config(variant: str = "") -> Config:
     )
     config = Config(
         data=Data("fashion_mnist"),
+        target="v",
         low=14,
         augment=0.5,
         model=model,

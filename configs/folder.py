@@ -2,7 +2,7 @@
 
     python train.py --config=configs/folder.py --config.data.path=DIR --workdir=runs/mine
 
-docs/your_data.md explains the fields that matter.
+docs/howto/data.md explains the fields that matter.
 """
 
 import dataclasses

@@ -72,6 +72,8 @@ def configured(config: Config, drawing: Drawing) -> Config:
     )
     if drawing.n < 1:
         raise ValueError(f"n={drawing.n}: must be at least 1")
+    if config.low is not None:
+        raise ValueError(f"low={config.low}: the run enlarges images, it draws none by itself")
     if drawing.label is not None and not 0 <= drawing.label < config.model.labels:
         has = f"classes 0 to {config.model.labels - 1}" if config.model.labels else "no classes"
         raise ValueError(f"label={drawing.label}: the run has {has}")

@@ -54,6 +54,9 @@ class Images:
         files = [self.root / name for name in self.names[index]]
         return np.stack([read(file, self.side, self.shape[-1]) for file in files])
 
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        return self[:]  # all of them, in memory
+
 
 class Scan(NamedTuple):
     """What a folder holds: the files that can be read, and those that cannot, with the reason."""
