@@ -70,7 +70,7 @@ def make_loss(
             net = functools.partial(net, dropout=keys.fold_in(key_dropout, index))
         key_noise, given = keys.fold_in(key_noise, index), (batch["x"], cond, weighting, t)
         each = loss(key_noise, net, schedule, config.target, *given, steps=config.time_steps)
-        return (weight * each, (t, each)) if train and times.remember else each
+        return (weight * each, (t, each)) if train else each
 
     return loss_fn
 
@@ -116,18 +116,18 @@ def train(
         label = index % config.model.labels if config.model.labels else None
         return in_batches(generate_fn, {"index": index, "label": label}), label
 
-    def draw() -> None:
+    def draw(step: int) -> None:
         classes = config.model.labels or config.sampling.columns
         x, _ = generate(classes * config.sampling.columns)
-        recorder.aside(plots.save_samples, x, config.model.labels, workdir / "samples.png")
-        recorder.aside(plots.save_loss_curve, metrics.read(workdir), workdir / "loss.png")
+        recorder.picture(step, "samples", plots.samples, x, config.model.labels)
+        recorder.picture(step, "loss", plots.progress, metrics.read(workdir))
 
     devices = f"{jax.process_count()} x {jax.local_device_count()} {jax.default_backend()} devices"
     state = runner.init(initial_state)
     with plainly():
         state = checkpoints.restore(state) or state
         start = int(state.step)
-        recorder = metrics.Recorder(workdir, start, config.steps, f"{devices}  ")
+        recorder = metrics.Recorder(workdir, start, config.steps, f"{devices}  ", config.writers)
     held_out = data.first(test_set, 1024)
     slots = runner.slots(config.batch_size)
 
@@ -180,10 +180,10 @@ def train(
             if done % config.save_every == 0 or last:
                 checkpoints.save(done, state, row.get("eval_loss", math.inf))
             if done % config.sample_every == 0 and not last:
-                draw()
+                draw(done)
                 recorder.start(done)
 
-        draw()
+        draw(config.steps)
         if config.sampling.score:
             real = data.in_range(data.Dataset(train_set, test_set))
             scores = evaluation.score(*generate(config.sampling.score), *real)

@@ -23,6 +23,7 @@ from . import samplers, schedules, targets, weightings
 from .data import DATASETS
 from .models import MLPConfig, UNetConfig
 from .parallel import RUNNERS, Distributed
+from .writers import WRITERS
 
 
 def _linear_betas(steps: int = 1000, start=1e-4, end=0.02, log_snr_max=24.0):
@@ -237,6 +238,8 @@ class Config:
     skip_nonfinite: int = 0
     """Batches of infinite or undefined loss or gradient to leave out before the run stops."""
     sampling: Sampling = Sampling()
+    writers: Annotated[tuple[str, ...], one_of(WRITERS)] = ()
+    """Where metrics and pictures go besides the run's directory."""
 
 
 CHANGEABLE = {
@@ -252,6 +255,7 @@ CHANGEABLE = {
     "keep_best",
     "skip_nonfinite",
     "sampling",
+    "writers",
     "data.path",
 }
 """What a resumed run may have otherwise than the run it continues."""

@@ -11,7 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import keys, likelihood, loss_aware, losses, samplers, schedules, targets, weightings
+from . import (
+    keys,
+    likelihood,
+    loss_aware,
+    losses,
+    metrics,
+    samplers,
+    schedules,
+    targets,
+    weightings,
+    writers,
+)
 from .config import SAMPLERS, SCHEDULES, TIMES, WEIGHTINGS, Config, Optimizer
 from .data import DATASETS, Examples, batch_indices
 from .denoisers import classifier_free, clip_x_0, denoiser, unit_input, unit_output
@@ -35,6 +46,8 @@ def check(config: Config) -> None:
     _lookup("data set", DATASETS, config.data.name)
     _lookup("times", TIMES, config.sampling.times)
     _lookup("runner", RUNNERS, config.parallel)
+    for name in config.writers:
+        writers.check(name)
     o, s = config.optimizer, config.sampling
     for holds, what in (
         (config.steps >= 1, f"steps={config.steps}: must be at least 1"),
@@ -246,6 +259,12 @@ def make_step(
     config: Config, loss_fn: Callable, tx: optax.GradientTransformation, times: "Times"
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """`train_step` as the config has it, for `Runner.step`."""
+    schedule = make_schedule(config)
+
+    def measure(seen):
+        t, each = seen
+        return {"by_log_snr": metrics.by_log_snr(schedule.log_snr(t), each)}
+
     return functools.partial(
         train_step,
         loss_fn=loss_fn,
@@ -253,6 +272,7 @@ def make_step(
         ema_decay=ema_warmup(config.ema),
         accumulate=config.optimizer.accumulate,
         remember=times.remember,
+        measure=measure,
         skip_nonfinite=config.skip_nonfinite > 0,
     )
 

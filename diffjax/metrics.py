@@ -1,22 +1,35 @@
-"""What a run says of itself: rows of `metrics.jsonl`, and a line on the terminal."""
+"""What a run says of itself: rows of `metrics.jsonl`, and a line on the terminal.
+
+A row has numbers, and the loss by noise level: `loss_by_log_snr`, the mean loss of the examples
+whose times fell between two neighbours of `LOG_SNR_EDGES` (None if none did), and how many they
+were, `count_by_log_snr`; both over all the steps since the row before.
+"""
 
 import contextlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
+from PIL.Image import Image
 from rich.console import Console
 from rich.live import Live
 
 from .telemetry import Meter
+from .types import Array, Real
+from .writers import WRITERS, Writer
 
 ROWS = "metrics.jsonl"
 WINDOW = "window.json"
+LOG_SNR_EDGES = tuple(range(-12, 13))
+"""Between which values of log-SNR a loss is counted; the outer bins take all that is beyond. The
+same for every run, so that runs on different schedules compare."""
 
 
 class Recorder:
@@ -30,13 +43,17 @@ class Recorder:
       step: where the run starts; rows of later steps, of a run that was cut off, are dropped.
       steps: where it ends, for the time it still takes.
       title: what stands before every line.
+      writers: names in `WRITERS`, of who else gets rows and pictures. One that fails is left out
+        from there on, with a line that says so: a run can do without.
 
     Attributes:
       skipped: how many batches the rows say were left out.
       meter: what the run spends; each row has its reading.
     """
 
-    def __init__(self, workdir: Path, step: int, steps: int, title: str = "") -> None:
+    def __init__(
+        self, workdir: Path, step: int, steps: int, title: str = "", writers: Sequence[str] = ()
+    ) -> None:
         self.path, self.steps, self.title = workdir / ROWS, steps, title
         self.first = jax.process_index() == 0
         self.console = Console(quiet=not self.first)
@@ -46,11 +63,16 @@ class Recorder:
         self.skipped = sum(row.get("skipped", 0) for row in rows)
         self.unwritten = b""
         self.meter = Meter()
+        self.asked = writers if self.first else ()
+        self.writers: dict[str, Writer] = {}
         if self.first:
             _replace(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def __enter__(self) -> "Recorder":
         self.meter.__enter__()
+        for name in self.asked:
+            with self._doing_without(name):
+                self.writers[name] = WRITERS[name].open(self.path.parent, self.began[0])
         if self.console.is_terminal:
             self.live.start()
         return self
@@ -58,6 +80,7 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         if self.unwritten:
             self.aside(self._append, b"")
+        self._tell(lambda writer: writer.close())
         self.live.stop()
         self.meter.__exit__()
 
@@ -65,7 +88,7 @@ class Recorder:
         """A line that stays."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def write(self, step: int, batch_size: int, **metrics: float) -> None:
+    def write(self, step: int, batch_size: int, **metrics: Any) -> None:
         """Write a row: the metrics given, and the speed since the last one."""
         # A first row right after the start has the run's whole beginning to be measured by.
         last_step, last_time = self.at if step > self.at[0] else self.began
@@ -76,7 +99,9 @@ class Recorder:
         left = f"  {_clock((self.steps - step) / speed)} left"
         self.skipped += int(metrics.get("skipped", 0))
         self.aside(self._append, json.dumps(row | spent).encode() + b"\n")
-        numbers = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "step")
+        self._tell(lambda writer: writer.row(row | spent))
+        shown = {k: v for k, v in row.items() if k != "step" and not isinstance(v, list)}
+        numbers = "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
         line = f"{self.title}step {step}/{self.steps}  {numbers}{left}"
         if self.live.is_started:
             self.live.update(line)
@@ -104,7 +129,7 @@ class Recorder:
         """
         skipped = self.skipped
         for taken, row in enumerate(jax.device_get(window), step - len(window)):
-            bad = [f"{name} is {value}" for name, value in row.items() if not np.isfinite(value)]
+            bad = [f"{name} is {row[name]}" for name in _not_finite(row)]
             if bad:
                 skipped += 1
                 what = f"{', '.join(bad)} at step {taken + 1}; {describe(taken)}"
@@ -113,7 +138,9 @@ class Recorder:
                 self.say(f"left out {skipped} of {allowed}: {what}")
 
     def aside(self, write: Callable[..., Any], *args: Any) -> None:
-        """Write, in the first process, a file that a run can do without: a full disk is only told.
+        """Write, in the first process, a file that a run can do without.
+
+        A full disk, or a package that is not there, is only told.
 
         Args:
           write: the function that writes it.
@@ -122,13 +149,43 @@ class Recorder:
         if self.first:
             try:
                 write(*args)
-            except OSError as error:
+            except (OSError, ModuleNotFoundError) as error:
                 self.say(f"not written: {error}")
+
+    def picture(self, step: int, name: str, draw: Callable[..., Image], *args: Any) -> None:
+        """Draw, in the first process, NAME.png, and show it to the writers.
+
+        Args:
+          step: steps taken.
+          name: of the picture.
+          draw: makes it.
+          args: of `draw`.
+        """
+
+        def write():
+            image = draw(*args)
+            self._tell(lambda writer: writer.picture(step, name, image))
+            image.save(self.path.with_name(f"{name}.png"))
+
+        self.aside(write)
 
     def keep(self, step: int, window: list[dict[str, Any]]) -> None:
         """Keep the metrics of the steps since the last log point, for a run stopped between two."""
-        text = json.dumps({"step": step, "window": _floats(window)})
+        text = json.dumps({"step": step, "window": _numbers(window)})
         self.aside(_replace, self.path.with_name(WINDOW), text + "\n")
+
+    def _tell(self, what):
+        for name, writer in list(self.writers.items()):
+            with self._doing_without(name):
+                what(writer)
+
+    @contextlib.contextmanager
+    def _doing_without(self, name):
+        try:
+            yield
+        except Exception as error:  # whatever others' packages raise
+            self.writers.pop(name, None)
+            self.say(f"{name} gets no more of this run: {error}")
 
     def _append(self, line):
         self.unwritten += line
@@ -140,9 +197,29 @@ class Recorder:
         self.unwritten = b""
 
 
+def by_log_snr(
+    log_snr: Float[Real, " batch"], losses: Float[Real, " batch"]
+) -> Float[Array, "2 bins"]:
+    """Sums of losses between neighbours of `LOG_SNR_EDGES`, and how many they are.
+
+    Args:
+      log_snr: of each example.
+      losses: of each example.
+
+    >>> by_log_snr(jnp.array([0.5, 0.0, -99.0]), jnp.array([1.0, 2.0, 4.0]))[:, jnp.array([0, 12])]
+    Array([[4., 3.],
+           [1., 2.]], dtype=float32)
+    """
+    inner = jnp.asarray(LOG_SNR_EDGES[1:-1], log_snr.dtype)
+    which = jnp.searchsorted(inner, log_snr, side="right")
+    here = which[:, None] == jnp.arange(len(LOG_SNR_EDGES) - 1)[None]
+    sums = jnp.where(here, losses[:, None], 0).sum(0)
+    return jnp.stack([sums, here.sum(0).astype(sums.dtype)])
+
+
 def summary(
     window: list[dict[str, Any]], step: int, learning_rate: Callable[[int], Any]
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Means over the finite metrics of the steps up to `step`, fetched from the devices at once.
 
     Args:
@@ -151,14 +228,20 @@ def summary(
       learning_rate: of the number of steps taken before.
 
     Returns:
-      The mean of each metric; how many steps were `skipped`, if any; and the `learning_rate` of the
-      last step.
+      The mean of each metric, and that of the loss by log-SNR with its counts; how many steps were
+      `skipped`, if any; and the `learning_rate` of the last step.
     """
-    rows = _floats(window)
-    sound = [row for row in rows if np.isfinite(list(row.values())).all()]
-    means = {name: float(np.mean([row[name] for row in sound])) for name in rows[0] if sound}
+    rows = _numbers(window)
+    sound = [row for row in rows if not _not_finite(row)]
+    totals = {name: np.sum([row[name] for row in sound], axis=0) for name in rows[0] if sound}
+    binned = {}
+    if "by_log_snr" in totals:
+        sums, counts = totals.pop("by_log_snr").tolist()
+        means = [total / n if n else None for total, n in zip(sums, counts, strict=True)]
+        binned = {"loss_by_log_snr": means, "count_by_log_snr": [int(n) for n in counts]}
+    means = {name: float(total / len(sound)) for name, total in totals.items()}
     skipped = {"skipped": len(rows) - len(sound)} if len(sound) < len(rows) else {}
-    return means | skipped | {"learning_rate": float(learning_rate(step - 1))}
+    return means | skipped | {"learning_rate": float(learning_rate(step - 1))} | binned
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:
@@ -189,9 +272,14 @@ def _replace(path, text):
     temporary.replace(path)
 
 
-def _floats(window):
+def _numbers(window):
+    """As Python has them and JSON too, whether from the devices or as they were kept."""
     rows = jax.device_get(window)
-    return [{name: float(value) for name, value in row.items()} for row in rows]
+    return [{name: np.asarray(value).tolist() for name, value in row.items()} for row in rows]
+
+
+def _not_finite(row):
+    return [name for name, value in row.items() if np.ndim(value) == 0 and not np.isfinite(value)]
 
 
 def _clock(seconds: float) -> str:

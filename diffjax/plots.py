@@ -1,18 +1,52 @@
-"""Pictures: grids of samples by Pillow, curves by Matplotlib (the extra `plots`)."""
+"""Pictures: samples and animations by Pillow, figures by Matplotlib (the extra `plots`).
 
-import importlib.util
-import warnings
+Pure functions of arrays. Where a picture is pixels it is a `PIL.Image`; else a Matplotlib `Figure`,
+which belongs to its caller: nothing is global, and none needs a display. In a notebook, after
+`%matplotlib inline`, it shows as the value of a cell; `figure.savefig(path)` writes it.
+
+A function that takes `ax` draws into axes that are there already, so pictures compose; `panels`
+makes a figure of empty axes in the one style that all of them have.
+
+Images are `[n, height, width, 1 or 3]` in [-1, 1], points `[n, 2]`. A walk is what `sample`
+records with `observe=lambda state, t: (state.x, state.x_0, t)`: x_t and the estimates of x_0
+`[steps, n, ...]`, and times `[steps]`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from .metrics import LOG_SNR_EDGES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from .schedules import Schedule
+    from .types import Array
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
+"""Distinct for the colour-blind too (Okabe & Ito 2008), the yellow replaced by a grey."""
+INK = "#444444"
+FAINT = "#E6E6E6"
+MASSES = (0.99, 0.9, 0.7, 0.5, 0.3, 0.1)
+"""How much probability the contours of a density hold."""
+
 
 def image_grid(x: np.ndarray, columns: int, height: int = 56) -> Image.Image:
-    """Images `[n, height, width, 1 or 3]` in [-1, 1] as one picture, row by row.
+    """Images as one picture, row by row.
 
-    Small images are enlarged by a whole factor to about `height` pixels.
+    Args:
+      x: images `[n, height, width, 1 or 3]` in [-1, 1]; what is beyond is clipped.
+      columns: how many stand in a row.
+      height: small images are enlarged by a whole factor, to about so many pixels.
     """
     n, h, w, c = x.shape
     scale = max(1, height // h)
@@ -34,38 +68,478 @@ def scatter(x: np.ndarray, size: int = 480) -> Image.Image:
     return Image.fromarray(ink.astype(np.uint8).repeat(4, 0).repeat(4, 1))
 
 
-def save_samples(x: np.ndarray, classes: int, path: Path) -> None:
-    """Samples to a PNG file: a grid of images, or a scatter plot of vectors.
+def samples(x: np.ndarray, classes: int = 0) -> Image.Image:
+    """Samples as a picture: a grid of images, or a scatter plot of vectors.
 
-    With classes, sample i being of class i modulo their number, the grid has a row for each.
+    Args:
+      x: images, or points.
+      classes: if sample i is of class i modulo this number, the grid has a row for each.
     """
     if x.ndim != 4:
-        picture = scatter(x)
-    elif classes:
-        columns = len(x) // classes
-        picture = image_grid(
-            x.reshape(columns, classes, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape), columns
-        )
-    else:
-        picture = image_grid(x, int(len(x) ** 0.5))
-    picture.save(path)
+        return scatter(x)
+    if not classes:
+        return image_grid(x, int(len(x) ** 0.5))
+    columns = len(x) // classes
+    by_class = x.reshape(columns, classes, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+    return image_grid(by_class, columns)
 
 
-def save_loss_curve(rows: list[dict[str, Any]], path: Path) -> None:
-    """The training loss and the held-out loss of rows of metrics, to a PNG file.
+def walk_frames(x_t: np.ndarray, x_0: np.ndarray, classes: int = 0) -> list[Image.Image]:
+    """The frames of a walk: on the left where it is, on the right the estimate of where it ends.
 
-    Without Matplotlib there is no picture, and a warning.
+    Args:
+      x_t: images or points after each step, `[steps, n, ...]`.
+      x_0: the estimates that these steps were made with, of the same shape.
+      classes: as in `samples`.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        warnings.warn(f"no {path}: pip install 'diffjax[plots]' for curves", stacklevel=2)
-        return
-    from matplotlib.figure import Figure
+    frames = []
+    for pair in zip(x_t, x_0, strict=True):
+        left, right = (np.asarray(samples(np.asarray(x), classes)) for x in pair)
+        gap = np.full((len(left), 16, *left.shape[2:]), 255, np.uint8)
+        frames.append(Image.fromarray(np.concatenate([left, gap, right], axis=1)))
+    return frames
 
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss", yscale="log")
-    for name, style in (("loss", "-"), ("eval_loss", "o-")):
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, markersize=3, label=name)
-    axes.legend()
-    figure.savefig(path, dpi=120)
+
+def save_animation(
+    frames: Sequence[Image.Image], path: Path | str, seconds: float = 0.08, hold: float = 1.5
+) -> None:
+    """Write frames as an animation that repeats.
+
+    Args:
+      frames: pictures of one size.
+      path: a file `.gif`, or `.webp`, which is smaller and keeps colours exactly.
+      seconds: how long each is seen; a GIF counts in hundredths.
+      hold: how long the last is.
+
+    Raises:
+      ValueError: if the path has another ending, there are no frames, or a time is below 0.02 s,
+        which browsers do not show.
+    """
+    path = Path(path)
+    if path.suffix not in (".gif", ".webp") or not frames or min(seconds, hold) < 0.02:
+        raise ValueError(
+            f"{path}, {len(frames)} frames, {seconds=}, {hold=}: need a path ending in .gif or "
+            ".webp, a frame, and at least 0.02 s"
+        )
+    times = [round(1000 * seconds)] * (len(frames) - 1) + [round(1000 * hold)]
+    others = {"append_images": frames[1:], "duration": times, "loop": 0, "lossless": True}
+    frames[0].save(path, save_all=True, **others)
+
+
+def panels(
+    rows: int = 1, columns: int = 1, width: float = 4.0, height: float = 3.0
+) -> tuple[Figure, list[Axes]]:
+    """A figure of empty axes in the style of all pictures here.
+
+    Args:
+      rows: of axes.
+      columns: of axes.
+      width: of each, in inches.
+      height: of each, in inches.
+
+    Returns:
+      The figure, and its axes, row by row.
+
+    Raises:
+      ModuleNotFoundError: if there is no Matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "figures need matplotlib: pip install 'diffjax[plots]'"
+        ) from error
+    figure = Figure(figsize=(columns * width, rows * height), layout="constrained", dpi=120)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    dashes = [dash for dash in ("-", "--", ":") for _ in COLOURS]
+    for ax in axes:
+        ax.set_prop_cycle(color=COLOURS * 3, linestyle=dashes)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.spines[["bottom", "left"]].set_color(INK)
+        ax.grid(color=FAINT, linewidth=0.6)
+        ax.set_axisbelow(True)
+        ax.tick_params(which="both", colors=INK, labelsize=8, length=2.5)
+        for text in (ax.xaxis.label, ax.yaxis.label, ax.title):
+            text.set(size=9, color=INK)
+    return figure, axes
+
+
+def rendered(figure: Figure) -> Image.Image:
+    """A figure as a picture, for an animation or a writer of metrics."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def sample_grid(x: np.ndarray, classes: int = 0, ax: Axes | None = None) -> Figure:
+    """`samples` in axes, beside other pictures.
+
+    Args:
+      x: images, or points.
+      classes: as in `samples`.
+      ax: where to; a new figure by default.
+    """
+    ax = _bare(_axes(ax))
+    ax.imshow(samples(np.asarray(x), classes), cmap="gray", vmin=0, vmax=255)
+    return _figure(ax)
+
+
+def denoising_strip(
+    x_t: np.ndarray,
+    x_0: np.ndarray,
+    ts: np.ndarray,
+    columns: int = 9,
+    ax: Axes | None = None,
+) -> Figure:
+    """A walk, from left to right: for each example x_t, and below it the estimate of x_0.
+
+    Args:
+      x_t: images after each step, `[steps, n, height, width, 1 or 3]`; clipped to [-1, 1].
+      x_0: the estimates that these steps were made with, of the same shape.
+      ts: the times that the steps arrived at, `[steps]`.
+      columns: how many steps to show, evenly chosen, the first and the last among them.
+      ax: where to; a new figure by default.
+
+    Raises:
+      ValueError: if these are not images, or their shapes do not agree.
+    """
+    x_t, x_0, ts = np.asarray(x_t), np.asarray(x_0), np.asarray(ts)
+    if x_t.ndim != 5 or x_t.shape != x_0.shape or ts.shape != x_t.shape[:1] or columns < 1:
+        raise ValueError(
+            f"x_t {x_t.shape}, x_0 {x_0.shape}, ts {ts.shape}, {columns=}: need images [steps, n, "
+            "height, width, 1 or 3], twice, times [steps], and a column"
+        )
+    shown = np.unique(np.linspace(0, len(ts) - 1, columns).round().astype(int))
+    n, columns = x_t.shape[1], len(shown)
+    # [step, 2, example, ...] to rows of (example, x_t or x_0) and columns of steps.
+    both = np.stack([x_t[shown], x_0[shown]], 1).swapaxes(0, 2)
+    picture = image_grid(both.reshape(-1, *x_t.shape[2:]), columns)
+    cell_width, cell_height = picture.width / columns, picture.height / (2 * n)
+    if ax is None:
+        ax = panels(1, 1, 0.75 * columns, 0.75 * columns * picture.height / picture.width)[1][0]
+    ax.imshow(picture, cmap="gray", vmin=0, vmax=255)
+    _bare(ax).set_xticks((np.arange(columns) + 0.5) * cell_width, [f"{t:.2g}" for t in ts[shown]])
+    ax.set_yticks((np.arange(2 * n) + 0.5) * cell_height, ["$x_t$", r"$\hat x_0$"] * n)
+    ax.tick_params(length=0)
+    ax.set_xlabel("$t$")
+    return _figure(ax)
+
+
+def schedule_curves(
+    schedules: Mapping[str, Schedule], axes: Sequence[Axes] | None = None
+) -> Figure:
+    """Log-SNR, alpha and sigma over t, of several schedules.
+
+    Args:
+      schedules: by name.
+      axes: three to draw into; a new figure by default.
+    """
+    axes = panels(1, 3, 3.2, 2.8)[1] if axes is None else axes
+    t = jnp.linspace(0, 1, 401)
+    for name, schedule in schedules.items():
+        alpha, sigma = schedule(t)
+        for ax, y in zip(axes, (schedule.log_snr(t), alpha, sigma), strict=True):
+            ax.plot(t, np.broadcast_to(y, t.shape), label=name)
+    for ax, label in zip(axes, ("log-SNR", r"$\alpha_t$", r"$\sigma_t$"), strict=True):
+        ax.set(xlabel="$t$", ylabel=label)
+    if axes[2].get_ylim()[1] > 4:  # a variance that explodes
+        axes[2].set_yscale("log")
+    _legend(axes[0])
+    return _figure(axes[0])
+
+
+def weight_curves(
+    weights: Mapping[str, Callable[[Array], Any]],
+    low: float = -12.0,
+    high: float = 12.0,
+    ax: Axes | None = None,
+) -> Figure:
+    """Functions of log-SNR, such as several objectives' `losses.effective_weight`.
+
+    Args:
+      weights: by name, log-SNR `[n]` to weights `[n]`; where one is 0 there is no curve.
+      low: where log-SNR begins.
+      high: where it ends.
+      ax: where to; a new figure by default.
+    """
+    ax = _axes(ax, xlabel="log-SNR", ylabel=r"weight of $|x_0 - \hat x_0|^2$", yscale="log")
+    log_snr = jnp.linspace(low, high, 401)
+    for name, weight in weights.items():
+        y = np.asarray(weight(log_snr), np.float64)
+        ax.plot(log_snr, np.where(y > 0, y, np.nan), label=name)
+    _legend(ax)
+    return _figure(ax)
+
+
+def loss_by_log_snr(rows: Mapping[str, Mapping[str, Any]], ax: Axes | None = None) -> Figure:
+    """How the loss is spread over noise levels, of several rows of metrics.
+
+    Args:
+      rows: by name, of one run or of several; those without a `loss_by_log_snr` are left out.
+      ax: where to; a new figure by default.
+    """
+    ax = _axes(ax, xlabel="log-SNR", ylabel="loss", yscale="log")
+    for (name, row), colour in zip(rows.items(), itertools.cycle(COLOURS)):
+        if "loss_by_log_snr" in row:
+            losses = np.array(row["loss_by_log_snr"], np.float64)  # None becomes nan
+            ax.stairs(losses, LOG_SNR_EDGES, baseline=None, color=colour, linewidth=1.5, label=name)
+    _legend(ax)
+    return _figure(ax)
+
+
+def training_curves(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], metric: str = "loss", ax: Axes | None = None
+) -> Figure:
+    """A metric of several runs over training steps, and dots for the same on held-out data.
+
+    Args:
+      runs: by name, rows of metrics as `metrics.read` gives them.
+      metric: which; that on held-out data is called `eval_` and this.
+      ax: where to; a new figure by default.
+    """
+    ax = _axes(ax, xlabel="step", ylabel=metric.replace("_", " "), yscale="log")
+    for (name, rows), colour in zip(runs.items(), itertools.cycle(COLOURS)):
+        for key, style, label in (
+            (metric, {}, name),
+            (f"eval_{metric}", {"marker": "o", "markersize": 3.5, "linestyle": ""}, None),
+        ):
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            if points:
+                ax.plot(*zip(*points, strict=True), color=colour, label=label, **style)
+    _legend(ax)
+    return _figure(ax)
+
+
+def progress(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
+    """What a run has done so far: its training curve, and its loss by log-SNR early and late.
+
+    Args:
+      rows: of metrics, as `metrics.read` gives them.
+    """
+    figure, (left, right) = panels(1, 2)
+    training_curves({"training": rows}, ax=left)
+    left.plot([], [], "o", markersize=3.5, color=COLOURS[0], label="held out")
+    _legend(left)
+    some = dict.fromkeys(rows[i]["step"] for i in (0, len(rows) // 4, -1) if rows)
+    by_step = {row["step"]: row for row in rows}
+    loss_by_log_snr({f"step {step}": by_step[step] for step in some}, right)
+    return rendered(figure)
+
+
+def order(evaluations: Sequence[int], errors: Sequence[float]) -> float:
+    """The order of convergence: minus the slope of log error against log evaluations.
+
+    >>> round(order([10, 20, 40], [0.4, 0.1, 0.025]), 6)
+    2.0
+    """
+    return -float(np.polyfit(np.log(evaluations), np.log(errors), 1)[0])
+
+
+def convergence(
+    errors: Mapping[str, tuple[Sequence[int], Sequence[float]]], ax: Axes | None = None
+) -> Figure:
+    """Errors against evaluations of the network, each with its order of convergence.
+
+    Args:
+      errors: by name, evaluations `[n]` and errors `[n]`, both positive; the order is fitted to
+        all of them, so give the range where it holds.
+      ax: where to; a new figure by default.
+    """
+    ax = _axes(ax, xlabel="evaluations", ylabel="error", xscale="log", yscale="log")
+    for name, (evaluations, error) in errors.items():
+        label = f"{name}, order {order(evaluations, error):.1f}"
+        ax.plot(evaluations, error, marker="o", markersize=3.5, label=label)
+    counts = sorted({int(n) for evaluations, _ in errors.values() for n in evaluations})
+    ax.set_xticks(counts, [str(n) for n in counts])
+    ax.set_xticks([], minor=True)
+    _legend(ax)
+    return _figure(ax)
+
+
+def bound_terms(
+    ts: np.ndarray,
+    terms: Mapping[str, np.ndarray],
+    ax: Axes | None = None,
+) -> Figure:
+    """The terms of the bound over time, such as `denoising_term` at many times.
+
+    Args:
+      ts: times `[n]`.
+      terms: by name, nats `[n]`, or `[n, batch]`, whose mean is drawn, and its standard error
+        shaded.
+      ax: where to; a new figure by default.
+    """
+    ax = _axes(ax, xlabel="$t$", ylabel="nats", yscale="log")
+    for name, values in terms.items():
+        values = np.asarray(values, np.float64)
+        each = values.reshape(len(values), -1)
+        mean = each.mean(1)
+        (line,) = ax.plot(ts, mean, label=name)
+        if values.ndim > 1:
+            error = each.std(1, ddof=1) / np.sqrt(each.shape[1])
+            ax.fill_between(
+                ts, mean - error, mean + error, color=line.get_color(), alpha=0.2, linewidth=0
+            )
+    _legend(ax)
+    return _figure(ax)
+
+
+def density(
+    log_density: Callable[[Array], Any],
+    low: float = -3.0,
+    high: float = 3.0,
+    ax: Axes | None = None,
+) -> Figure:
+    """The regions of the plane that hold the fractions `MASSES` of a distribution.
+
+    Args:
+      log_density: points `[n, 2]` to `[n]`, up to a constant; an oracle's at a time, say
+        `lambda x: oracle.log_density(x, 0.5)`.
+      low: where both coordinates begin.
+      high: where they end.
+      ax: where to; a new figure by default.
+    """
+    ax = _plane(ax)
+    side = np.linspace(low, high, 161)
+    log_p = np.asarray(log_density(_mesh(side)), np.float64).reshape(len(side), -1)
+    p = np.exp(log_p - log_p.max())
+    falling = np.sort(p.ravel())[::-1]
+    held = np.cumsum(falling) / falling.sum()
+    levels = np.unique(falling[[np.searchsorted(held, mass) for mass in MASSES]])
+    ax.contourf(side, side, p, levels=levels, extend="max", cmap="Blues", alpha=0.55, zorder=0)
+    return _figure(ax)
+
+
+def vector_field(
+    field: Callable[[Array], Any],
+    low: float = -3.0,
+    high: float = 3.0,
+    n: int = 17,
+    equal: bool = False,
+    ax: Axes | None = None,
+) -> Figure:
+    """A function from the plane to vectors as arrows on a grid: a score, or what a network says.
+
+    Args:
+      field: points `[n, 2]` to vectors `[n, 2]`, say `lambda x: oracle.score(x, 0.5)`.
+      low: where both coordinates begin.
+      high: where they end.
+      n: arrows a side.
+      equal: draw all of one length, where lengths differ by orders of magnitude.
+      ax: where to; a new figure by default.
+    """
+    ax = _plane(ax)
+    points = _mesh(np.linspace(low, high, n))
+    vectors = np.asarray(field(points), np.float64)
+    if equal:
+        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-30)
+    ax.quiver(*np.asarray(points).T, *vectors.T, angles="xy", color=INK, width=0.004, zorder=2)
+    return _figure(ax)
+
+
+def trajectories(x: np.ndarray, ax: Axes | None = None) -> Figure:
+    """Walks in the plane, each from a ring to a dot.
+
+    Args:
+      x: points `[steps, n, 2]`; put the start before what `sample` records after each step.
+      ax: where to; a new figure by default.
+    """
+    ax, x = _plane(ax), np.asarray(x)
+    ax.plot(x[..., 0], x[..., 1], "-", color=COLOURS[1], linewidth=0.7, alpha=0.7)
+    ax.plot(*x[0].T, "o", markersize=3, color=COLOURS[1], markerfacecolor="white")
+    ax.plot(*x[-1].T, "o", markersize=3, color=COLOURS[1])
+    return _figure(ax)
+
+
+def arrow(
+    ax: Axes, tail: np.ndarray, head: np.ndarray, label: str = "", color: str = COLOURS[0]
+) -> None:
+    """An arrow between two points, both in sight, with a label on its left as seen along it.
+
+    Args:
+      ax: where to.
+      tail: `[2]`.
+      head: `[2]`.
+      label: text.
+      color: of both.
+    """
+    tail, head = np.asarray(tail, float), np.asarray(head, float)
+    middle = (tail + head) / 2
+    style = {"arrowstyle": "-|>", "color": color, "shrinkA": 0, "shrinkB": 0, "linewidth": 1.4}
+    _plane(ax).annotate("", tuple(head), tuple(tail), arrowprops=style, zorder=3)
+    ax.update_datalim([tail, head])
+    ax.autoscale_view()
+    along = (head - tail) / max(float(np.linalg.norm(head - tail)), 1e-30)
+    left = np.array([-along[1], along[0]])
+    # The side of the text that faces the arrow: none where this runs the other way.
+    across, up = np.sign(np.round(left, 0)).astype(int)
+    ax.annotate(
+        label,
+        tuple(middle),
+        tuple(5 * left),
+        textcoords="offset points",
+        color=color,
+        size=9,
+        ha=("center", "left", "right")[across],
+        va=("center", "bottom", "top")[up],
+    )
+
+
+def circle(
+    ax: Axes, centre: np.ndarray, radius: float, label: str = "", color: str = COLOURS[0]
+) -> None:
+    """A circle, such as one standard deviation about a mean, with a label above it.
+
+    Args:
+      ax: where to.
+      centre: `[2]`.
+      radius: in the units of the axes.
+      label: text.
+      color: of both.
+    """
+    from matplotlib.patches import Circle
+
+    x, y = np.asarray(centre, float)
+    _plane(ax).add_patch(Circle((x, y), radius, fill=False, color=color, linewidth=1.2, zorder=3))
+    ax.autoscale_view()
+    ax.annotate(
+        label, (x, y + radius), (0, 6), textcoords="offset points", color=color, size=9, ha="center"
+    )
+
+
+def _axes(ax: Axes | None, **options: Any) -> Axes:
+    ax = panels()[1][0] if ax is None else ax
+    ax.set(**options)
+    return ax
+
+
+def _plane(ax: Axes | None) -> Axes:
+    """Axes of two coordinates that are alike."""
+    ax = panels(1, 1, 3.6, 3.6)[1][0] if ax is None else ax
+    ax.set_aspect("equal", adjustable="box")
+    ax.grid(visible=False)
+    return ax
+
+
+def _bare(ax):
+    """Axes for pixels."""
+    ax.grid(visible=False)
+    ax.spines[:].set_visible(False)
+    ax.set(xticks=[], yticks=[])
+    return ax
+
+
+def _figure(ax: Axes) -> Figure:
+    return cast("Figure", ax.get_figure(root=True))
+
+
+def _legend(ax):
+    if len(ax.get_legend_handles_labels()[1]) > 0:
+        ax.legend(frameon=False, fontsize=8, labelcolor=INK)
+
+
+def _mesh(side):
+    """All points of a square `[n * n, 2]`, the first coordinate running first."""
+    return jnp.asarray(np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2))

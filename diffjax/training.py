@@ -72,6 +72,7 @@ def train_step(
     axis_name: str | None = None,
     accumulate: int = 1,
     remember: Callable[[Any, Any], Any] | None = None,
+    measure: Callable[[Any], dict[str, Array]] | None = None,
     skip_nonfinite: bool = False,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step of gradient descent on the mean loss, and of the moving average.
@@ -87,14 +88,17 @@ def train_step(
       accumulate: how many equal parts of the batch to take one after the other, to save memory;
         the result is the same.
       remember: for a method that carries `state.extra` along. `loss_fn` then gets the extra as its
-        fourth argument and returns, beside the losses, what is to be remembered, a pytree
-        `[batch]`; `remember`(extra, that of the global batch, by ascending index) is the next.
+        fourth argument and returns, beside the losses, what it has seen, a pytree `[batch]`;
+        `remember`(extra, what was seen of the global batch, by ascending index) is the next.
+      measure: for metrics of what `loss_fn` has seen, which it then gets and returns as above: what
+        was seen to sums over the examples at hand, any pytrees by name.
       skip_nonfinite: whether a batch of infinite or undefined loss or gradient changes nothing but
         the number of steps taken.
 
     Returns:
       The new state, and metrics: `loss`, the mean over the global batch, and `grad_norm`, the
-      global norm of the gradient before the optimiser clips it.
+      global norm of the gradient before the optimiser clips it; and the sums that `measure`
+      names, over the global batch.
 
     Raises:
       ValueError: if the batch does not split into `accumulate` equal parts.
@@ -111,7 +115,7 @@ def train_step(
 
     def loss_and_grads(batch):
         def mean_loss(params):
-            if remember is None:
+            if remember is None and measure is None:
                 return jnp.mean(loss_fn(key, params, batch)), ()
             losses, seen = loss_fn(key, params, batch, state.extra)
             return jnp.mean(losses), (batch["index"], seen)
@@ -120,8 +124,10 @@ def train_step(
         return (loss, grads), seen
 
     (loss, grads), seen = _mean_over_parts(loss_and_grads, batch, accumulate)
+    sums = {} if measure is None else measure(seen[1])
     if axis_name is not None:
         loss, grads = jax.lax.pmean((loss, grads), axis_name)
+        sums = jax.lax.psum(sums, axis_name)
     extra = state.extra
     if remember is not None:
         if axis_name is not None:
@@ -142,7 +148,7 @@ def train_step(
     if skip_nonfinite:
         sound = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         new = jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, state)
-    return new.replace(step=state.step + 1), {"loss": loss, "grad_norm": grad_norm}
+    return new.replace(step=state.step + 1), {"loss": loss, "grad_norm": grad_norm} | sums
 
 
 def ema_warmup(decay: float) -> Callable[[Array], Array]:

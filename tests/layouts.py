@@ -59,6 +59,7 @@ def make_step(loss_fn, times, accumulate=1):
         ema_decay=0.9,
         accumulate=accumulate,
         remember=times.remember,
+        measure=lambda seen: {},
     )
     return init, step
 
@@ -89,10 +90,13 @@ def draws(runner, accumulate=1):
     def network(params, x_t, log_snr, cond, dropout):
         return jax.vmap(lambda k: jax.random.bernoulli(k, 0.5, (8,)))(dropout)
 
+    digests = []
+
     def look(key, net, schedule, target, x, cond, weighting, t, steps):
         dropped = net(x, None, cond)
         noise = keys.normal(key, x.shape)
-        return jnp.stack([bits(d) for d in (x, noise, t, cond["label"], dropped)], 1)
+        digests.append(jnp.stack([bits(d) for d in (x, noise, t, cond["label"], dropped)], 1))
+        return jnp.zeros(len(x))
 
     make_objective, experiment.make_objective = experiment.make_objective, lambda *_: look
     times = experiment.make_times(CONFIG)
@@ -100,8 +104,8 @@ def draws(runner, accumulate=1):
     experiment.make_objective = make_objective
 
     def looks(key, params, batch, extra):
-        digests = loss_fn(key, params, batch)
-        return jnp.zeros(len(digests)), digests
+        losses, _ = loss_fn(key, params, batch)
+        return losses, digests.pop()
 
     remembers = times._replace(
         init=lambda: jnp.zeros((BATCH, 5), jnp.uint32), remember=lambda extra, seen: seen

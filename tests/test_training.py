@@ -121,7 +121,7 @@ def test_training_learns_the_data(target):
     params = module.init(jax.random.key(0), jnp.zeros((1, 2)), jnp.zeros(1), None)["params"]
     state = init_state(jax.random.key(1), params, tx)
     loss_fn = train.make_loss(config, network, experiment.make_times(config), None)
-    step = jax.jit(functools.partial(train_step, loss_fn=loss_fn, tx=tx, ema_decay=0.9))
+    step = jax.jit(experiment.make_step(config, loss_fn, tx, experiment.make_times(config)))
     train_set, _ = data.load("two_moons")
     losses = []
     for k in range(300):

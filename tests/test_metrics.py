@@ -1,0 +1,116 @@
+"""What rows say, against what went into them."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from diffjax import metrics
+from diffjax.training import init_state, train_step
+
+
+def test_losses_are_counted_between_edges_and_the_outer_bins_take_the_rest():
+    log_snr = np.random.default_rng(0).uniform(-20, 20, 500).astype(np.float32)
+    log_snr[:3] = -12, 0, 11  # an edge belongs to the bin above it
+    losses = np.random.default_rng(1).exponential(size=500).astype(np.float32)
+    sums, counts = metrics.by_log_snr(jnp.asarray(log_snr), jnp.asarray(losses))
+    inside = np.clip(log_snr, -12, 11.5)
+    histogram = functools.partial(np.histogram, inside, metrics.LOG_SNR_EDGES)
+    np.testing.assert_allclose(sums, histogram(weights=losses.astype(float))[0], rtol=1e-5)
+    np.testing.assert_array_equal(counts, histogram()[0])
+
+
+def state_and_step(**options):
+    """A regression at a noise level for each example, which is told on request."""
+
+    def loss_fn(key, params, batch, *extra):
+        losses = (params[None] - batch["x"]) ** 2
+        return (losses, (batch["log_snr"], losses)) if extra else losses
+
+    tx = optax.adam(0.1)
+    state = init_state(jax.random.key(0), jnp.ones(()), tx)
+    return state, functools.partial(train_step, loss_fn=loss_fn, tx=tx, ema_decay=0.9, **options)
+
+
+def batch_of(n):
+    random = np.random.default_rng(2)
+    x, log_snr = random.standard_normal(n), random.uniform(-14, 3, n)
+    index = np.arange(n, dtype=np.int32)
+    return {"x": x.astype(np.float32), "log_snr": log_snr.astype(np.float32), "index": index}
+
+
+def measure(seen):
+    return {"by_log_snr": metrics.by_log_snr(*seen)}
+
+
+@pytest.mark.parametrize("layout", ["whole", "parts", "pmap"])
+def test_a_step_measures_its_global_batch_and_is_the_same_bit_for_bit(layout):
+    batch = batch_of(64)
+    results = []
+    for options in ({}, {"measure": measure}):
+        if layout == "pmap":
+            state, run = state_and_step(axis_name="batch", accumulate=2, **options)
+            step = jax.pmap(run, "batch", in_axes=(None, 0), out_axes=None)
+            split = {k: v.reshape(8, 8) for k, v in batch.items()}
+            results.append(step(state, split))
+        else:
+            state, run = state_and_step(accumulate=4 if layout == "parts" else 1, **options)
+            results.append(jax.jit(run)(state, batch))
+    (plain, one), (measured, two) = results
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(measured), strict=True):
+        if a.dtype != plain.key.dtype:
+            np.testing.assert_array_equal(a, b)
+    assert set(two) - set(one) == {"by_log_snr"}
+    sums, counts = two["by_log_snr"]
+    losses = (1 - batch["x"]) ** 2
+    inside = np.clip(batch["log_snr"], -12, 11.5)
+    histogram = functools.partial(np.histogram, inside, metrics.LOG_SNR_EDGES)
+    np.testing.assert_allclose(sums, histogram(weights=losses.astype(float))[0], rtol=1e-5)
+    np.testing.assert_array_equal(counts, histogram()[0])
+
+
+def window_of(*batches):
+    window = []
+    for log_snr, losses in batches:
+        pair = jnp.asarray(log_snr, float), jnp.asarray(losses, float)
+        step = {"loss": pair[1].mean(), "by_log_snr": metrics.by_log_snr(*pair)}
+        window.append(step)
+    return window
+
+
+def test_a_row_is_the_mean_over_examples_not_over_steps(tmp_path):
+    window = window_of(([0.5, 0.5, 0.5], [1, 2, 3]), ([0.5, -3.5, -3.5], [10, 7, 9]))
+    row = metrics.summary(window, 2, lambda step: 0.1)
+    expected = {12: (4.0, 4), 8: (8.0, 2)}
+    for i, (mean, count) in enumerate(
+        zip(row["loss_by_log_snr"], row["count_by_log_snr"], strict=True)
+    ):
+        assert (mean, count) == expected.get(i, (None, 0))
+    assert json.loads(json.dumps(row)) == row
+
+    # What a stopped run keeps, and the rest, make the same row.
+    with metrics.Recorder(tmp_path, 0, 30) as recorder:
+        recorder.keep(1, window[:1])
+    assert metrics.summary(metrics.kept(tmp_path, 1) + window[1:], 2, lambda step: 0.1) == row
+
+    # A batch that is left out is left out here too.
+    broken = window_of(([5.0], [np.nan]))
+    skipped = metrics.summary(window + broken, 3, lambda step: 0.1)
+    assert skipped == row | {"skipped": 1}
+    assert "loss" not in metrics.summary(broken, 1, lambda step: 0.1)
+
+
+def test_a_runs_rows_divide_its_loss_over_noise_levels(finished):
+    """Times are uniform, so the mean over all bins is the loss; the schedule is from -8 to 7."""
+    rows = metrics.read(finished)
+    assert len(rows) == 4
+    for row in rows:
+        counts = np.array(row["count_by_log_snr"])
+        losses = np.array(row["loss_by_log_snr"], float)
+        assert counts.sum() == 10 * 16 and not counts[:4].any() and not counts[19:].any()
+        np.testing.assert_array_equal(np.isnan(losses), counts == 0)
+        np.testing.assert_allclose(np.nansum(losses * counts) / 160, row["loss"], rtol=1e-5)
