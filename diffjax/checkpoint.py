@@ -27,9 +27,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
-from . import config as config_lib
+from . import config as config_lib, weights
 from .config import Config
 from .experiment import make_network
+from .pretrained import PRETRAINED
 from .types import Data
 
 CONFIG = "config.json"
@@ -242,10 +243,14 @@ def open_run(workdir: Path, config: Config) -> Checkpoints:
 
 
 def load(workdir: Path | str) -> tuple[Callable[..., Data], Any, Config]:
-    """A trained network from its run's directory.
+    """A trained network from its run's directory, an exported file, or by its name.
 
     The directory is only read, so the run may still be going. A damaged checkpoint is warned of,
     and the next older one is read.
+
+    Args:
+      workdir: a run's directory; a file of `python -m diffjax.export`; or, where no such path is,
+        a name in `PRETRAINED`, a model that comes with diffjax.
 
     Returns:
       `network`, a function (params, x_t, log_snr, cond) -> an estimate of `config.target`; the
@@ -253,7 +258,7 @@ def load(workdir: Path | str) -> tuple[Callable[..., Data], Any, Config]:
 
     Raises:
       FileNotFoundError: if there is no config or no sound checkpoint.
-      ValueError: if the config cannot be read.
+      ValueError: if the config or the file cannot be read.
 
     With `functools.partial(network, params)` the core is at home:
 
@@ -261,6 +266,11 @@ def load(workdir: Path | str) -> tuple[Callable[..., Data], Any, Config]:
         denoise = diffjax.denoiser(partial(network, params), make_schedule(config), config.target)
     """
     workdir = Path(workdir)
+    if not workdir.exists():
+        workdir = PRETRAINED.get(str(workdir), workdir)
+    if workdir.is_file():
+        params, config = weights.read(workdir)
+        return make_network(config), params, config
     config = read_config(workdir)
     if not (workdir / CHECKPOINTS).is_dir():
         raise FileNotFoundError(f"{workdir} holds no {CHECKPOINTS}")
@@ -285,7 +295,10 @@ def read_config(workdir: Path) -> Config:
     """
     path = workdir / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"{workdir} holds no {CONFIG}: not the directory of a run")
+        raise FileNotFoundError(
+            f"{workdir} holds no {CONFIG}: not the directory of a run; nor is it a file, or one of "
+            f"the models that come with diffjax, {', '.join(PRETRAINED)}"
+        )
     try:
         return config_lib.from_json(path.read_text())
     except (ValueError, TypeError, KeyError, AttributeError) as error:

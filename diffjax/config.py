@@ -128,6 +128,9 @@ class Data:
     size: int | None = None
     """Side of the squares that the images of a folder are cropped and scaled to; None: leave them,
     they are all of one size."""
+    shape: tuple[int, ...] | None = None
+    """Shape of an example, of which networks from files can tell without the data; None: whatever
+    the data has."""
     flip: bool = False
     """Mirror images left to right at random."""
 
@@ -186,6 +189,8 @@ class Config:
     unit_input: bool = False
     """Scale the network's input to variance one, for data of standard deviation 0.5 (EDM, with
     target F)."""
+    time_input: bool = False
+    """Show the network its discrete time, 0 to time_steps - 1 (DDPM), in place of log-SNR."""
     schedule: Annotated[str, one_of(SCHEDULES)] = "cosine"
     """The noise schedule."""
     schedule_options: Options = dataclasses.field(default_factory=dict)
@@ -414,9 +419,10 @@ def _from_dict(cls, tree):
 def _from_value(hint, value):
     if dataclasses.is_dataclass(hint):
         return _from_dict(hint, value)
-    if typing.get_origin(hint) is tuple:
+    kinds = (hint, *typing.get_args(hint))
+    if tuple in map(typing.get_origin, kinds) and value is not None:
         return tuple(value)
-    if Path in (hint, *typing.get_args(hint)) and value is not None:
+    if Path in kinds and value is not None:
         return Path(value)
     return value
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from .process import scales_at
-from .schedules import Schedule
+from .schedules import Schedule, time_at
 from .targets import Row, decode, row, unit_variance
 from .types import (
     Array,
@@ -113,6 +113,20 @@ def unit_input(network: Network, schedule: Schedule, sigma_data: Scalar = 0.5) -
         return network(x_t / expand(std, x_t), log_snr, cond)
 
     return scaled
+
+
+def time_input(network: Network, schedule: Schedule, steps: int) -> Network:
+    """Let a network see its discrete time, 0 to T - 1 as t goes from 1/T to 1, in place of log-SNR.
+
+    What DDPM's descendants see, here at any time between too: steps t - 1, with the t at which the
+    schedule has the log-SNR. Train and sample with the same wrapping.
+
+    Args:
+      network: (x_t, time `[batch]`, cond) -> an estimate of the target.
+      schedule: the `Schedule` it is trained with, such as `from_betas`.
+      steps: T.
+    """
+    return lambda x_t, log_snr, cond: network(x_t, steps * time_at(schedule, log_snr) - 1, cond)
 
 
 def clip_x_0(

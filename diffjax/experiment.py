@@ -24,8 +24,8 @@ from . import (
     writers,
 )
 from .config import SAMPLERS, SCHEDULES, TIMES, WEIGHTINGS, Config, Optimizer
-from .data import DATASETS, Examples, batch_indices
-from .denoisers import classifier_free, clip_x_0, denoiser, unit_input, unit_output
+from .data import DATASETS, Examples, batch_indices, load
+from .denoisers import classifier_free, clip_x_0, denoiser, time_input, unit_input, unit_output
 from .learned_variance import hybrid_loss
 from .models import MODELS, UNetConfig, apply
 from .parallel import RUNNERS
@@ -81,9 +81,11 @@ def check(config: Config) -> None:
         ),
         (
             config.time_steps is not None
-            or not (config.loss_aware_times or config.bound_weight is not None),
-            f"loss_aware_times={config.loss_aware_times}, bound_weight={config.bound_weight}: need "
-            "discrete time, time_steps=T",
+            or not (
+                config.loss_aware_times or config.time_input or config.bound_weight is not None
+            ),
+            f"loss_aware_times={config.loss_aware_times}, time_input={config.time_input}, "
+            f"bound_weight={config.bound_weight}: need discrete time, time_steps=T",
         ),
         (
             config.bound_weight is None or (config.bound_weight >= 0 and config.time_steps != 1),
@@ -143,6 +145,8 @@ def check_data(config: Config, train: Examples, test: Examples) -> None:
     shape, model = train.x.shape[1:], config.model
     model.check_input(shape)
     make_grid(config)
+    if config.data.shape not in (None, shape):
+        raise ValueError(f"data.shape={config.data.shape}: the examples are of shape {shape}")
     if test.x.shape[1:] != shape:
         raise ValueError(f"held-out examples of shape {test.x.shape[1:]}, others {shape}")
     if len(shape) == 3 and shape[-1] not in (1, 3):
@@ -173,6 +177,18 @@ def check_data(config: Config, train: Examples, test: Examples) -> None:
             raise ValueError(
                 f"model.labels={model.labels}: the data has labels up to {examples.label.max()}"
             )
+
+
+def example_shape(config: Config) -> tuple[int, ...]:
+    """The shape of one example: `config.data.shape`, or the data's own, which is then loaded.
+
+    Raises:
+      FileNotFoundError: if the config has none and the data is not there.
+    """
+    if config.data.shape is not None:
+        return config.data.shape
+    train, _ = load(config.data.name, config.data.path, config.data.size)
+    return train.x.shape[1:]
 
 
 class Streams(NamedTuple):
@@ -225,12 +241,18 @@ def make_initial_state(
     """() -> the state before the first step, for data of a shape."""
 
     def initial_state():
-        streams, module = make_streams(config), MODELS[type(config.model)](config.model)
-        x, cond = jnp.zeros((1, *shape)), {"label": jnp.zeros(1, jnp.int32)}
-        params = module.init(streams.params, x, jnp.zeros(1), cond)["params"]
+        streams = make_streams(config)
+        params = make_params(config, streams.params, shape)
         return init_state(streams.train, params, tx, times.init())
 
     return initial_state
+
+
+def make_params(config: Config, key: Key, shape: tuple[int, ...]) -> Any:
+    """Fresh parameters of the config's network, for data of a shape."""
+    x, module = jnp.zeros((1, *shape)), MODELS[type(config.model)](config.model)
+    cond = {"label": jnp.zeros(1, jnp.int32), "image": x}
+    return module.init(key, x, jnp.zeros(1), cond)["params"]
 
 
 def describe_step(config: Config, n: int, taken: int) -> str:
@@ -287,6 +309,8 @@ def make_network(config: Config) -> Callable[..., Data]:
 
     def network(params, x_t, log_snr, cond=None, **dropout):
         f = functools.partial(apply, module, params, **dropout)
+        if config.time_input and config.time_steps is not None:
+            f = time_input(f, schedule, config.time_steps)
         f = unit_input(f, schedule) if config.unit_input else f
         f = unit_output(f, config.target, schedule) if config.unit_output else f
         return f(x_t, log_snr, cond)

@@ -247,7 +247,7 @@ def test_unfold_inverts_fold_and_keeps_neighbours_together():
 
 
 def test_level_embedding_tells_levels_apart():
-    emb = np.asarray(level_embedding(jnp.linspace(-20, 20, 401), 32))
+    emb = np.asarray(level_embedding(25 * jnp.linspace(-20, 20, 401), 32))
     gaps = np.linalg.norm(emb[:, None] - emb[None], axis=-1)
     np.fill_diagonal(gaps, np.inf)
     assert gaps.min() > 0.2

@@ -49,6 +49,7 @@ MAY_IMPORT = {
     "writers": set(),
     "plots": {"metrics"},
     "evaluation": set(),
+    "pretrained": set(),
 }
 """Which of diffjax's modules a module may import; those above all others are not listed."""
 

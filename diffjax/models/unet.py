@@ -40,12 +40,21 @@ class UNetConfig:
     """Channels per attention head, instead of a fixed number of heads (ADM: 64)."""
     groups: int = 32
     """Groups of each group normalisation."""
+    epsilon: float = 1e-6
+    """Added to the variance in each of them."""
     dropout: float = 0.1
     """Probability of dropping an activation inside a block."""
     scale_shift: bool = False
     """Let the noise level scale and shift (ADM), not only shift (DDPM)."""
     resblock_updown: bool = False
     """Change resolution inside a residual block (ADM), not by a convolution (DDPM)."""
+    pad_both: bool = False
+    """Pad the convolutions that halve on both sides (improved DDPM), not only below and to the right
+    (DDPM)."""
+    level_scale: float = 25.0
+    """What the noise level is multiplied by: log-SNR in [-20, 20] covers the 1000 units of DDPM."""
+    level_period: float = 10000.0
+    """The sinusoids of the noise level have frequencies from 1 down to just above 1 / this."""
     out_channels: int | None = None
     """Channels of the output; None: as many as x_t has."""
     labels: int = 0
@@ -115,7 +124,7 @@ class UNet(nn.Module):
         conv = functools.partial(nn.Conv, kernel_size=(3, 3), kernel_init=Init, dtype=dtype)
         block = functools.partial(nn.remat(Block) if c.remat else Block, c, dtype)
 
-        emb = level_embedding(log_snr, c.width).astype(dtype)
+        emb = level_embedding(c.level_scale * log_snr, c.width, c.level_period).astype(dtype)
         emb = nn.Dense(4 * c.width, kernel_init=Init, dtype=dtype, name="embed_0")(emb)
         emb = nn.Dense(4 * c.width, kernel_init=Init, dtype=dtype, name="embed_1")(nn.silu(emb))
         if c.labels:
@@ -137,7 +146,8 @@ class UNet(nn.Module):
                 if c.resblock_updown:
                     h = block(c.width * mult, resize=halve, name=name)(h, emb)
                 else:
-                    h = conv(c.width * mult, strides=2, name=name)(h)
+                    padding = 1 if c.pad_both else "SAME"
+                    h = conv(c.width * mult, strides=2, padding=padding, name=name)(h)
                 skips.append(h)
 
         h = block(c.width * c.mults[-1], attend=True, name="middle_0")(h, emb)
@@ -154,7 +164,7 @@ class UNet(nn.Module):
                 else:
                     h = DoubleConv(c.width * mult, dtype, name=name)(h)
 
-        h = nn.silu(nn.GroupNorm(c.groups, dtype=dtype, name="norm_out")(h))
+        h = nn.silu(nn.GroupNorm(c.groups, epsilon=c.epsilon, dtype=dtype, name="norm_out")(h))
         channels = c.patch**2 * (c.out_channels or x_t.shape[-1])
         h = conv(channels, kernel_init=Zero, name="conv_out")(h)
         return unfold(h, c.patch).astype(x_t.dtype)
@@ -179,7 +189,7 @@ class Block(nn.Module):
         c = self.config
         dense = functools.partial(nn.Dense, kernel_init=Init, dtype=self.dtype)
         conv = functools.partial(nn.Conv, self.channels, (3, 3), dtype=self.dtype)
-        norm = functools.partial(nn.GroupNorm, c.groups, dtype=self.dtype)
+        norm = functools.partial(nn.GroupNorm, c.groups, epsilon=c.epsilon, dtype=self.dtype)
 
         h = nn.silu(norm(name="norm_0")(x))
         if self.resize is not None:
@@ -215,7 +225,7 @@ class Attention(nn.Module):
         c = self.config
         batch, height, width, channels = x.shape
         heads = channels // c.head_width if c.head_width else c.heads
-        h = nn.GroupNorm(c.groups, dtype=self.dtype, name="norm")(x)
+        h = nn.GroupNorm(c.groups, epsilon=c.epsilon, dtype=self.dtype, name="norm")(x)
         qkv = nn.Dense(3 * channels, kernel_init=Init, dtype=self.dtype, name="qkv")(h)
         qkv = qkv.reshape(batch, height * width, 3, heads, channels // heads)
         h = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
@@ -279,14 +289,13 @@ def attention(query: Array, key: Array, value: Array) -> Array:
     return out.reshape(batch, heads, tokens, width).swapaxes(1, 2)
 
 
-def level_embedding(log_snr: Array, width: int) -> Array:
-    """Sinusoids of the log-SNR, `[batch]` -> `[batch, width]`.
+def level_embedding(level: Array, width: int, period: float = 10000.0) -> Array:
+    """Sinusoids of a noise level, `[batch]` -> `[batch, width]`.
 
-    Vaswani et al. 2017, section 3.5, as DDPM embeds its t = 0..1000: here log-SNR in [-20, 20]
-    covers the same 1000 units.
+    Vaswani et al. 2017, section 3.5, as DDPM embeds its t = 0..999.
     """
-    frequencies = jnp.exp(-jnp.log(1e4) * jnp.arange(width // 2) / (width // 2))
-    angles = 25 * log_snr[:, None] * frequencies[None].astype(log_snr.dtype)
+    frequencies = jnp.exp(-jnp.log(period) * jnp.arange(width // 2) / (width // 2))
+    angles = level[:, None] * frequencies[None].astype(level.dtype)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 

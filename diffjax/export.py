@@ -1,0 +1,45 @@
+"""Write a trained network as one file, which `checkpoint.load` takes as it takes a run.
+
+python -m diffjax.export runs/digits digits.safetensors
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import tyro
+
+from . import checkpoint, weights
+from .config import plainly
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What to export, and where to."""
+
+    source: tyro.conf.Positional[Path]
+    """A run's directory."""
+    file: tyro.conf.Positional[Path]
+    """The file to write."""
+
+
+def export(source: Path, file: Path) -> str:
+    """Write the file; returns a line that says what is in it."""
+    _, params, config = checkpoint.load(source)
+    weights.save(file, params, config)
+    count = sum(x.size for x in jax.tree.leaves(params))
+    size = file.stat().st_size
+    return (
+        f"{file}: {config.data.name}, target {config.target}, {count:,} parameters, {size:,} bytes"
+    )
+
+
+def main() -> None:
+    """The command."""
+    args = tyro.cli(Arguments, description=__doc__)
+    with plainly():
+        print(export(args.source, args.file))
+
+
+if __name__ == "__main__":
+    main()
