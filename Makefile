@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # XLA asks for large buffers at every step; glibc's defaults hand them back to the kernel each time.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1
 
-.PHONY: train test test-faults pod bench bench-gpu lint clean
+.PHONY: train test test-faults notebooks pod bench bench-gpu lint clean
 
 train: $(VENV)/plots.stamp
 	$(BIN)/python train.py $(ARGS)
@@ -20,6 +20,10 @@ test: $(VENV)/test.stamp
 # Ten to twenty minutes: processes are killed, stopped and starved, and must heal.
 test-faults: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n 2 -m faults $(ARGS)
+
+# Each is executed, and written with its pictures.
+notebooks: $(VENV)/notebooks.stamp
+	$(BIN)/python notebooks/execute.py $(ARGS)
 
 # Two processes train, one is killed, and the run heals.
 pod: $(VENV)/plots.stamp
