@@ -58,7 +58,8 @@ def report(workdir: Path, console: Console) -> int:
     for path in sorted((workdir / checkpoint.CHECKPOINTS).glob("damaged-*")):
         console.print(f"set aside: {path.name}")
     if rows:
-        console.print("last metrics: " + "  ".join(f"{k} {v:.4g}" for k, v in rows[-1].items()))
+        last = metrics.numbers(rows[-1])
+        console.print("last metrics: " + "  ".join(f"{k} {v:.4g}" for k, v in last.items()))
     return damaged
 
 

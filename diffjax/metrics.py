@@ -99,10 +99,9 @@ class Recorder:
         left = f"  {_clock((self.steps - step) / speed)} left"
         self.skipped += int(metrics.get("skipped", 0))
         self.aside(self._append, json.dumps(row | spent).encode() + b"\n")
-        self._tell(lambda writer: writer.row(row | spent))
-        shown = {k: v for k, v in row.items() if k != "step" and not isinstance(v, list)}
-        numbers = "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
-        line = f"{self.title}step {step}/{self.steps}  {numbers}{left}"
+        self._tell(lambda writer: writer.row(numbers(row | spent)))
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in numbers(row).items() if k != "step")
+        line = f"{self.title}step {step}/{self.steps}  {shown}{left}"
         if self.live.is_started:
             self.live.update(line)
         else:
@@ -164,7 +163,7 @@ class Recorder:
 
         def write():
             image = draw(*args)
-            self._tell(lambda writer: writer.picture(step, name, image))
+            self._tell(lambda writer: writer.picture(step, f"pictures/{name}", image))
             image.save(self.path.with_name(f"{name}.png"))
 
         self.aside(write)
@@ -242,6 +241,11 @@ def summary(
     means = {name: float(total / len(sound)) for name, total in totals.items()}
     skipped = {"skipped": len(rows) - len(sound)} if len(sound) < len(rows) else {}
     return means | skipped | {"learning_rate": float(learning_rate(step - 1))} | binned
+
+
+def numbers(row: dict[str, Any]) -> dict[str, float]:
+    """What of a row is one number: all but the loss by log-SNR."""
+    return {name: value for name, value in row.items() if not isinstance(value, list)}
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:

@@ -4,9 +4,9 @@ Each is a function (the run's directory, the step it starts at) -> a `Writer`. A
 what it likes: `metrics.Recorder` then does without it.
 """
 
+import importlib
 import importlib.util
 import json
-import os
 import secrets
 import time
 from collections.abc import Callable
@@ -21,13 +21,13 @@ class Writer(NamedTuple):
     """Where metrics go.
 
     Attributes:
-      row: a row of metrics, of which the numbers are written.
+      row: the numbers of a row of metrics.
       picture: (step, name, picture).
       close: the run has ended.
     """
 
-    row: Callable[[dict[str, Any]], None]
-    picture: Callable[[int, str, Image.Image], None]
+    row: Callable[[dict[str, float]], Any]
+    picture: Callable[[int, str, Image.Image], Any]
     close: Callable[[], Any]
 
 
@@ -39,7 +39,7 @@ def tensorboard(workdir: Path, step: int) -> Writer:
 
     (workdir / "tensorboard").mkdir(exist_ok=True)
     # SummaryWriter would write in a thread, which a full disk kills: the run would wait for it.
-    file = EventsWriter(str(workdir / "tensorboard" / "events"), f".{os.getpid()}")
+    file = EventsWriter(str(workdir / "tensorboard" / "events"), f".{step}")
 
     def write(step, **what):
         file.write_event(Event(step=step, wall_time=time.time(), **what))
@@ -51,7 +51,7 @@ def tensorboard(workdir: Path, step: int) -> Writer:
 
     def row(row):
         whole = summary.Summary()
-        for name, value in _numbers(row).items():
+        for name, value in row.items():
             whole.MergeFrom(summary.scalar(name, value))
         write(row["step"], summary=whole)
 
@@ -65,8 +65,7 @@ def wandb(workdir: Path, step: int) -> Writer:
     `step` is a metric like the others and every chart's axis: W&B's own count only ever rises, and
     would refuse the rows that a run which was cut off writes again, each the same as before.
     """
-    import wandb
-
+    wandb = importlib.import_module("wandb")  # heavy: not there where types are checked
     path = workdir / "wandb.id"
     if not path.exists():
         path.write_text(secrets.token_hex(8))
@@ -84,7 +83,7 @@ def wandb(workdir: Path, step: int) -> Writer:
     def picture(step, name, image):
         run.log({"step": step, name: wandb.Image(image)})
 
-    return Writer(lambda row: run.log(_numbers(row)), picture, run.finish)
+    return Writer(lambda row: run.log(row), picture, run.finish)
 
 
 class Kind(NamedTuple):
@@ -113,7 +112,3 @@ def check(name: str) -> None:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:  # a folder of that name, such as wandb leaves behind
         raise ValueError(f"writer {name} needs {package}: pip install 'diffjax[{extra}]'")
-
-
-def _numbers(row):
-    return {name: value for name, value in row.items() if not isinstance(value, list)}

@@ -1,7 +1,9 @@
 """What the pictures show, read back from their pixels and from the figures' artists."""
 
 import importlib
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import diffjax
 from catalogue import SCHEDULES
 from diffjax import losses, metrics, oracles, plots, weightings
 
+ROOT = Path(__file__).parents[1]
 RANDOM = np.random.default_rng(0)
 
 
@@ -257,6 +260,14 @@ def test_colours_differ_for_the_colour_blind():
         seen = np.log(np.stack([a, b], 1))
         distance = np.linalg.norm(seen[:, None] - seen[None], axis=-1)
         assert distance[~np.eye(len(seen), dtype=bool)].min() > 0.3
+
+
+@pytest.mark.faults  # a quarter of a minute
+def test_the_page_runs():
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/plots.md").read_text(), re.S)
+    scope = {}
+    exec(block, scope)
+    assert len(scope["frames"]) == 20 and len(scope["strip"].axes) == 1
 
 
 def test_only_figures_need_matplotlib_and_they_say_so(monkeypatch):

@@ -125,7 +125,8 @@ def test_batches_of_no_finite_gradient_are_left_out_so_often_and_no_more(
         assert f"examples {examples}" in out
     rows = metrics.read(tmp_path / "two")
     assert [row.get("skipped", 0) for row in rows] == [1, 0, 1, 0]
-    assert all(np.isfinite(list(row.values())).all() for row in rows)
+    numbers = [x for row in rows for value in row.values() for x in np.ravel(value)]
+    assert np.isfinite([x for x in numbers if x is not None]).all()
     _, arrays = newest(tmp_path / "two")
     assert int(arrays["step"]) == 40
     assert set(updates_counted(arrays["opt_state"])) == {38}

@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "telemetry": set(),
     "metrics": {"types", "telemetry", "writers"},
     "writers": set(),
-    "plots": {"metrics"},
+    "plots": {"types", "schedules", "metrics"},
     "evaluation": set(),
     "pretrained": set(),
 }
