@@ -129,9 +129,9 @@ print(f"-log p(x_0), which the oracle knows: {-data.log_density(x, 0.0).mean():.
 
 # %% [markdown]
 # Left to right: reconstruction, prior, denoising, and their sum, which bounds $-\log p(x_0)$ from
-# above. With 1,000 steps a gap stays: the decoder's circles have the size of those of $q$, right for
-# data that is a point, too small for a blurred curve. With infinitely many (`None`) the two are one,
-# and the bound of a perfect denoiser is exact, but for the sampling error.
+# above. With 1,000 steps a gap stays: the decoder's circles have the size of those of $q$, right
+# for data that is a point, too small for a blurred curve. With infinitely many (`None`) the two are
+# one, and the bound of a perfect denoiser is exact, but for the sampling error.
 #
 # ## 3. The posterior: circles of one radius
 #
@@ -227,11 +227,11 @@ figure
 # $x_0 = (x_t - \sigma_t \epsilon) / \alpha_t$ into $\mu_q$, then
 # $\nabla \log q(x_t \mid x_0) = -\epsilon / \sigma_t$:
 #
-# | the network predicts | the mean | it points |
+# | it predicts | the mean | it points |
 # |---|---|---|
-# | $x_0$ | $\mu = \alpha_s \big(\hat x_0 + c\,(x_t / \alpha_t - \hat x_0)\big)$ | at the clean data |
-# | $\epsilon$ | $\mu = \big(x_t - \frac{\beta}{\sigma_t}\,\hat\epsilon\big) / r$ | at the noise to take away |
-# | score | $\mu = \big(x_t + \beta\,\nabla \log p_t(x_t)\big) / r$ | up, to higher density |
+# | $x_0$ | $\mu = \alpha_s (\hat x_0 + c\,(x_t / \alpha_t - \hat x_0))$ | at the clean data |
+# | $\epsilon$ | $\mu = (x_t - \beta\,\hat\epsilon / \sigma_t) / r$ | at the noise to take away |
+# | score | $\mu = (x_t + \beta\,\nabla \log p_t(x_t)) / r$ | up, to higher density |
 
 # %%
 x_0_hat, eps_hat = denoise(x_t, t)
@@ -414,8 +414,8 @@ def compare(results):
         loss = abs(each.mean() / reference.mean() - 1)
         turned = np.linalg.norm(flat(grad) - flat(gradient)) / np.linalg.norm(flat(gradient))
         print(
-            f"  {target:<5} loss {each.mean():.9g} differs by {loss:.0e}, gradient by {turned:.0e}, "
-            f"the loss of the worst example by {abs(each / reference - 1).max():.0e}"
+            f"  {target:<5} loss {each.mean():.9g} differs by {loss:.0e}, gradient {turned:.0e}, "
+            f"loss of the worst example {abs(each / reference - 1).max():.0e}"
         )
 
 

@@ -25,6 +25,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import matplotlib
+import numpy as np
 import optax
 
 import diffjax
@@ -38,10 +39,12 @@ X_0, EPS, SCORE, POSTERIOR = plots.COLOURS[:4]  # one colour each, in all of the
 # %% [markdown]
 # ## Two moons
 #
-# **The schedule** says how much noise there is at time $t$: $x_t = \alpha_t x_0 + \sigma_t \epsilon$.
+# **The schedule** says how much noise there is at time $t$:
+# $x_t = \alpha_t x_0 + \sigma_t \epsilon$.
 
 # %%
-moons = data.load("two_moons").train.x  # [16384, 2], within [-1, 1]
+train_set = data.load("two_moons").train
+moons = train_set.x  # [16384, 2], within [-1, 1]
 schedule = diffjax.cosine(-10, 10)
 
 figure, axes = plots.panels(1, 5, 2.1, 2.1)
@@ -81,22 +84,16 @@ def loss_fn(key, params, batch, target="eps"):
 # **The step** is pure: state and batch in, state and metrics out. `optax` has the optimiser.
 
 # %%
-tx = optax.adam(2e-3)
+tx = optax.adam(optax.cosine_decay_schedule(3e-3, 2000))
 state = init_state(jax.random.key(2), params, tx)
 step = jax.jit(functools.partial(train_step, loss_fn=loss_fn, tx=tx, ema_decay=ema_warmup(0.995)))
 
-
-def batch_of(x, i, size, **more):
-    """The i-th batch of shuffled examples: `index` is an example's position in it."""
-    chosen = jax.random.randint(jax.random.key(i), (size,), 0, len(x))
-    return {"x": x[chosen], "index": jnp.arange(size), **{k: v[chosen] for k, v in more.items()}}
-
-
 moons_losses = []
 for i in range(2000):
-    state, metrics = step(state, batch_of(moons, i, 256))
+    batch = data.train_batch(train_set, seed=0, step=i, batch_size=256)  # x, and index
+    state, metrics = step(state, batch)
     moons_losses.append(metrics["loss"])
-print(f"loss {jnp.array(moons_losses[-200:]).mean():.3f}")
+print(f"loss {np.mean(moons_losses[-200:]):.3f}")
 
 # %% [markdown]
 # **The sampler** walks from noise, $t = 1$, to data, $t = 0$. It asks a denoiser, and never learns
@@ -112,7 +109,7 @@ x_0, path = sample(jax.random.key(4), walk, x_1, ts, lambda state, t: state.x)
 
 figure, axes = plots.panels(1, 4, 2.7, 2.7)
 axes[0].plot(moons_losses, color=EPS, linewidth=0.3)
-axes[0].set(xlabel="step", title="loss", ylim=(0, 1.2))
+axes[0].set(xlabel="step", title="loss", ylim=(0, 1))
 path = jnp.concatenate([x_1[None], path])
 axes[1].plot(path[:, :60, 0], path[:, :60, 1], "-", color=EPS, linewidth=0.5)
 axes[1].plot(*path[-1, :60].T, ".", color=plots.INK, markersize=3, zorder=3)
@@ -129,8 +126,7 @@ figure
 # replaced by "none" (class 10), so that the network learns both and can be guided.
 
 # %%
-digits = data.load("digits").train
-images, labels = jnp.asarray(digits.x) / 127.5 - 1, jnp.asarray(digits.label)
+train_set = data.load("digits").train  # x [1497, 8, 8, 1], label [1497]
 schedule = diffjax.cosine(-8, 7)
 unet = models.UNet(
     models.UNetConfig(
@@ -156,15 +152,16 @@ def digits_loss(key, params, batch, target="v"):
 # ## On two devices
 #
 # `pmap` runs the step on every device, on its share of the batch; `axis_name` is all that the step
-# has to know. A CPU's cores can be devices, and for a U-Net that is also the faster way to use them.
+# has to know. A CPU's cores can be devices, and for a U-Net that is the faster way to use them.
 
 # %%
-tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.linear_schedule(0, 2e-3, 50)))
-cond = {"label": jnp.zeros(1, int)}
-params = jax.jit(unet.init)(jax.random.key(5), images[:1], jnp.zeros(1), cond)["params"]
+rate = optax.warmup_cosine_decay_schedule(0, 4e-3, 30, 300)
+tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
+first = jnp.zeros((1, 8, 8, 1)), jnp.zeros(1), {"label": jnp.zeros(1, int)}
+params = jax.jit(unet.init)(jax.random.key(5), *first)["params"]
 state = init_state(jax.random.key(6), params, tx)
 
-pure = functools.partial(train_step, loss_fn=digits_loss, tx=tx, ema_decay=ema_warmup(0.99))
+pure = functools.partial(train_step, loss_fn=digits_loss, tx=tx, ema_decay=ema_warmup(0.95))
 parallel = functools.partial(pure, axis_name="devices")
 step = jax.pmap(parallel, axis_name="devices", in_axes=(None, 0), out_axes=None)
 
@@ -175,7 +172,7 @@ split = lambda batch: jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]
 # First, that it is the same step: one on one device, one on two, from the same state.
 
 # %%
-batch = batch_of(images, 0, 128, label=labels)
+batch = data.train_batch(train_set, seed=0, step=0, batch_size=128)  # x, label and index
 alone, alone_metrics = jax.jit(pure)(state, batch)
 together, metrics = step(state, split(batch))
 print(f"devices: {devices}")
@@ -189,9 +186,10 @@ print(f"gradient {alone_metrics['grad_norm']:.7f} on one, {metrics['grad_norm']:
 # %%
 digits_losses = []
 for i in range(300):
-    state, metrics = step(state, split(batch_of(images, i, 128, label=labels)))
-    digits_losses.append(float(metrics["loss"]))
-print(f"loss {sum(digits_losses[-50:]) / 50:.3f}")
+    batch = data.train_batch(train_set, seed=0, step=i, batch_size=128)
+    state, metrics = step(state, split(batch))
+    digits_losses.append(metrics["loss"])
+print(f"loss {np.mean(digits_losses[-50:]):.3f}")
 
 # %% [markdown]
 # And draw ten of each digit. Guidance and clipping take a denoiser and return a denoiser.
@@ -202,9 +200,9 @@ guided = diffjax.classifier_free(denoise, 1.5, null={"label": 10})
 guided = diffjax.clip_x_0(guided, schedule)
 
 asked = jnp.arange(100) % 10
-walk = diffjax.dpm_solver_pp_2m(functools.partial(guided, cond={"label": asked}), schedule)
+walk = diffjax.ddim(functools.partial(guided, cond={"label": asked}), schedule)
 x_1 = diffjax.prior_sample(jax.random.key(8), schedule, (100, 8, 8, 1))
-ts = diffjax.log_snr_times(schedule, 20)
+ts = diffjax.uniform_times(25)
 observe = lambda state, t: (state.x, state.x_0)
 x_0, (x_t, estimates) = sample(jax.random.key(9), walk, x_1, ts, observe)
 plots.samples(x_0, classes=10)

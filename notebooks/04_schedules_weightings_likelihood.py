@@ -27,7 +27,7 @@ import matplotlib
 import numpy as np
 
 import diffjax
-from diffjax import plots, weightings
+from diffjax import data, plots, weightings
 from diffjax.checkpoint import load
 from diffjax.experiment import make_schedule
 
@@ -53,9 +53,10 @@ SCHEDULES = {
 plots.schedule_curves(SCHEDULES)
 
 # %% [markdown]
-# All are finite on the whole of $[0, 1]$, so nothing divides by zero at the ends. The scales are a
-# convention: at equal log-SNR, one schedule's $x_t$ is a multiple of another's, and a perfect
-# denoiser says the same of both.
+# All are finite on the whole of $[0, 1]$, so nothing divides by zero at the ends. (DDPM's betas are
+# the linear schedule at 1,000 times: the two lines are one.) The scales are a convention: at equal
+# log-SNR, one schedule's $x_t$ is a multiple of another's, and a perfect denoiser says the same of
+# both.
 
 # %%
 weights, means, widths = jnp.ones(3), jnp.array([[-1.0], [0.2], [1.2]]), jnp.array([0.1, 0.02, 0.2])
@@ -74,7 +75,8 @@ for name, schedule in SCHEDULES.items():
 # expected loss is an integral over log-SNR of the error of $\hat x_0$ times a weight, and two
 # objectives are the same if and only if these weights are.
 #
-# $$ L = \int w(\lambda)\ \mathbb E \|x_0 - \hat x_0\|^2\, d\lambda, \qquad \lambda = \text{log-SNR} $$
+# $$ L = \int w(\lambda)\ \mathbb E \|x_0 - \hat x_0\|^2\, d\lambda, \qquad
+#    \lambda = \text{log-SNR} $$
 
 # %%
 cosine, linear = SCHEDULES["cosine"], SCHEDULES["linear (VP-SDE)"]
@@ -130,27 +132,26 @@ truth = -denoise.log_density(x_0, 0.0)
 bound = diffjax.elbo(jax.random.key(1), denoise, schedule, x_0, levels=None, samples=128)
 flow = -diffjax.flow_log_likelihood(denoise, schedule, x_0)
 for name, nats in (("exact", truth), ("bound", bound.nats), ("flow", flow)):
-    print(f"{name:6} {nats.mean():.4f} nats, {diffjax.bits_per_dim(nats.mean(), (2,)):.4f} bits/dim")
+    print(f"{name}: {nats.mean():.4f} nats, {diffjax.bits_per_dim(nats.mean(), (2,)):.4f} bits/dim")
 print(f"standard error of the bound: {jnp.sqrt((bound.standard_error**2).mean() / 400):.4f} nats")
 
-figure, (left, right) = plots.panels(1, 2, 3.8, 3.6)
-line = jnp.array([truth.min(), truth.max()])
-left.errorbar(
-    truth, bound.nats, bound.standard_error, fmt=".", color=POSTERIOR, markersize=3,
-    elinewidth=0.5, label="bound, with standard error",
+some = jnp.arange(120)
+figure, (ax,) = plots.panels(1, 1, 4.2, 3.6)
+line = jnp.array([truth[some].min(), truth[some].max()])
+ax.errorbar(
+    truth[some], bound.nats[some], bound.standard_error[some], fmt=".", color=POSTERIOR,
+    elinewidth=0.6, label="bound, with its standard error",
 )  # fmt: skip
-left.plot(truth, flow, ".", color=X_0, markersize=3, label="probability flow")
-left.plot(line, line, color=plots.INK, linewidth=0.7)
-left.set(xlabel="exact $-\\log p(x_0)$", ylabel="nats", title="400 points")
-left.legend()
-for steps in (10, 20, 50, 100, 200, 500, 1000):
-    gap = diffjax.elbo(jax.random.key(2), denoise, schedule, x_0, steps, levels=None, samples=64)
-    right.plot(steps, gap.nats.mean() - truth.mean(), "o", color=POSTERIOR, markersize=4)
-right.set(xscale="log", xlabel="T, steps of discrete time", ylabel="gap to the truth, nats")
-right.set_title("what discrete time costs")
+ax.plot(truth[some], flow[some], ".", color=X_0, label="probability flow")
+ax.plot(line, line, color=plots.INK, linewidth=0.7, zorder=0)
+ax.set(xlabel="exact $-\\log p(x_0)$, nats", ylabel="nats", title="120 points")
+ax.legend()
 figure
 
 # %% [markdown]
+# The flow is exact for each point, and costs an integration. The bound is an average over noise: of
+# one point it is rough, of a data set it is what one wants.
+#
 # ## Where the bits go
 #
 # The integrand says at which noise level the nats are spent. First the oracle: the mean of
@@ -185,9 +186,10 @@ ax.set(xlabel="log-SNR (noise on the left, data on the right)", ylabel="nats per
 figure
 
 # %% [markdown]
-# From the left: nothing is known and nothing is paid. Then which of the three components it is;
-# then, at the level of $d / 2$, every further unit of log-SNR costs the same, as it must for a
-# density: each halves the width of what is known. (That is why `reconstruction` is negative.)
+# From the left: nothing is known and nothing is paid. Then it is decided which of the three
+# components it is. Then, at the level of $d / 2$, every further unit of log-SNR costs the same, as
+# it must for a density: the width of what is known shrinks by $e^{1/2}$ in each dimension. (That is
+# why `reconstruction` is negative: it gives these nats back.)
 #
 # Now images, by the network that comes with diffjax. They have 17 grey levels, so there is an end
 # to what is to be known.
@@ -196,11 +198,12 @@ figure
 network, params, config = load("digits")
 schedule = make_schedule(config)
 denoise = diffjax.denoiser(functools.partial(network, params), schedule, config.target)
+denoise = diffjax.clip_x_0(denoise, schedule)
 
-held_out = diffjax.data.load("digits").test
-images, label = jnp.asarray(held_out.x[:150]) / 127.5 - 1, jnp.asarray(held_out.label[:150])
+batch = data.first(data.load("digits").test, 200)
+images, label = jnp.asarray(batch["x"]), jnp.asarray(batch["label"])
 knowing = lambda x_t, t: denoise(x_t, t, {"label": label})
-blind = lambda x_t, t: denoise(x_t, t, {"label": jnp.full(150, 10)})
+blind = lambda x_t, t: denoise(x_t, t, {"label": jnp.full_like(label, 10)})  # 10: no label
 
 ends = schedule.log_snr(1.0), schedule.log_snr(0.0)
 levels = jnp.linspace(*ends, 32)[1:-1]
@@ -209,10 +212,10 @@ without = diffjax.bits_per_dim(spent(blind, schedule, images, levels, jax.random
 
 figure, (top, bottom) = plots.panels(2, 1, 7, 2.4)
 for values, colour, name in ((bits, POSTERIOR, "given the label"), (without, X_0, "without")):
-    mean, error = values.mean(1), values.std(1) / 150**0.5
+    mean, error = values.mean(1), values.std(1) / 200**0.5
     top.plot(levels, mean, color=colour, label=name)
     top.fill_between(levels, mean - error, mean + error, color=colour, alpha=0.25, linewidth=0)
-top.set(ylabel="bits/dim per unit of log-SNR", xlim=ends, xlabel="log-SNR")
+top.set(ylabel="bits/dim per log-SNR", xlim=ends)
 top.legend()
 shown = jnp.linspace(*ends, 13)
 noise = jax.random.normal(jax.random.key(6), (3, 8, 8, 1))
@@ -222,18 +225,30 @@ for level in shown:
     rows.append(diffjax.q_sample(schedule, images[2:5], t, noise))
 picture = plots.image_grid(np.stack(rows, 1).reshape(-1, 8, 8, 1), columns=13)
 bottom.imshow(picture, cmap="gray", aspect="auto", extent=(*ends, 0, 1))
-bottom.set(yticks=[], xlabel="$x_t$ of three images at these noise levels")
+bottom.set(yticks=[], xlabel="log-SNR, and $x_t$ of three images there")
 bottom.grid(visible=False)
 figure
 
 # %% [markdown]
-# The bits are spent between log-SNR 0 and 5, where one sees the digit already: on the exact greys
-# of its pixels. What it *is* costs little and is decided on the left, where the label helps. A loss
-# that wants good pictures rather than few bits weighs the left more: that is what the weightings
-# above do, and the bound does not.
+# Most bits are spent on the right, where one has long seen the digit: on the exact greys of its
+# pixels. *What* it is costs little, and is decided on the left, where the two curves part. The area
+# between them is what the label is worth to this network:
 
 # %%
-bound = diffjax.elbo(jax.random.key(7), knowing, schedule, images, levels=17, samples=32)
+saved = 64 * jnp.trapezoid(without - bits, levels, axis=0)  # bits, of each image
+print(f"saved {saved.mean():.1f} +- {saved.std() / 200**0.5:.1f} bits an image")
+print(f"a label of ten holds {np.log2(10):.2f}")
+
+# %% [markdown]
+# A perfect model could not save more than the label holds. This one was trained without labels on
+# one image in ten only, and does not know all that it could without them.
+
+# %%
+bound = diffjax.elbo(jax.random.key(7), knowing, schedule, images, levels=17)
 for term in ("prior", "reconstruction", "denoising", "nats"):
     nats = getattr(bound, term).mean()
     print(f"{term:>15} {diffjax.bits_per_dim(nats, (8, 8, 1)):7.3f} bits/dim")
+
+# %% [markdown]
+# So a loss that wants good pictures rather than few bits should weigh the left more. That is what
+# the weightings above do, and the bound does not.

@@ -43,8 +43,8 @@ schedule = diffjax.cosine(-10, 10)
 
 
 # %%
-def fit(network, params, target="eps", steps=1200):
-    """Train on two moons, and draw 1,500 samples."""
+def fit(network, params, target="v", steps=2500):
+    """Train on two moons, and draw 1,500 samples: these, and the losses."""
     tx = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
 
     def loss(params, key):
@@ -75,15 +75,15 @@ results = {}
 
 
 def embed(log_snr):
-    """The noise level as a few waves `[batch, 16]`: networks like numbers near one."""
-    angle = log_snr[:, None] / 20 * 2.0 ** jnp.arange(8)
+    """The noise level as a few waves `[batch, 8]`: networks like numbers near one."""
+    angle = log_snr[:, None] / 20 * 2.0 ** jnp.arange(4)
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
 # %% [markdown]
 # ## A bare function
 #
-# Two matrices and a `tanh` are a network, and a dictionary is its parameters.
+# A few matrices are a network, and a dictionary is its parameters.
 
 
 # %%
@@ -98,13 +98,12 @@ def matrix(key, n, m):
     return jax.random.normal(key, (n, m)) / n**0.5
 
 
-first, second, third = jax.random.split(jax.random.key(0), 3)
+keys = jax.random.split(jax.random.key(0), 4)
 params = {
     "hidden": [
-        (matrix(first, 18, 128), jnp.zeros(128)),
-        (matrix(second, 128, 128), jnp.zeros(128)),
+        (matrix(key, n, 128), jnp.zeros(128)) for key, n in zip(keys, (10, 128, 128), strict=False)
     ],
-    "out": matrix(third, 128, 2) / 10,
+    "out": matrix(keys[3], 128, 2) / 10,
 }
 results["a bare function"] = fit(bare, params)
 
@@ -120,13 +119,13 @@ class Linen(nn.Module):
     @nn.compact
     def __call__(self, x_t, log_snr, cond):
         h = jnp.concatenate([x_t, embed(log_snr)], axis=-1)
-        h = nn.silu(nn.Dense(128)(h))
-        h = nn.silu(nn.Dense(128)(h))
+        for _ in range(3):
+            h = nn.silu(nn.Dense(128)(h))
         return nn.Dense(2)(h)
 
 
 module = Linen()
-inputs = moons[:1], jnp.zeros(1), None
+inputs = (moons[:1], jnp.zeros(1), None)
 params = module.init(jax.random.key(0), *inputs)
 results["Flax Linen"] = fit(module.apply, params)
 
@@ -139,13 +138,16 @@ results["Flax Linen"] = fit(module.apply, params)
 # %%
 class NNX(nnx.Module):
     def __init__(self, rngs):
-        self.first = nnx.Linear(18, 128, rngs=rngs)
+        self.first = nnx.Linear(10, 128, rngs=rngs)
         self.second = nnx.Linear(128, 128, rngs=rngs)
+        self.third = nnx.Linear(128, 128, rngs=rngs)
         self.out = nnx.Linear(128, 2, rngs=rngs)
 
     def __call__(self, x_t, log_snr, cond):
         h = jnp.concatenate([x_t, embed(log_snr)], axis=-1)
-        return self.out(nnx.silu(self.second(nnx.silu(self.first(h)))))
+        for layer in (self.first, self.second, self.third):
+            h = nnx.silu(layer(h))
+        return self.out(h)
 
 
 graph, params = nnx.split(NNX(nnx.Rngs(0)))
@@ -158,7 +160,7 @@ results["Flax NNX"] = fit(lambda params, *inputs: nnx.merge(graph, params)(*inpu
 # optimiser's way. It is written for one example, so `vmap` it.
 
 # %%
-mlp = eqx.nn.MLP(18, 2, 128, 2, activation=jax.nn.silu, key=jax.random.key(0))
+mlp = eqx.nn.MLP(10, 2, 128, 3, activation=jax.nn.silu, key=jax.random.key(0))
 params, rest = eqx.partition(mlp, eqx.is_inexact_array)
 
 
@@ -182,9 +184,9 @@ figure
 # %% [markdown]
 # ## Bring your own target
 #
-# A target is one row of a table, $\text{target} = a\,x_0 + b\,\epsilon$. One that has no name here, the
-# residual $x_0 - x_t$, what to add to be clean, has $a = 1 - \alpha_t$ and $b = -\sigma_t$. That is all
-# that the loss and the sampler need.
+# A target is one row of a table, $\text{target} = a\,x_0 + b\,\epsilon$. One that has no name here,
+# the residual $x_0 - x_t$, what to add to be clean, has $a = 1 - \alpha_t$ and $b = -\sigma_t$. That
+# is all that the loss and the sampler need.
 
 # %%
 residual = lambda alpha, sigma: (1 - alpha, -sigma)
