@@ -94,12 +94,13 @@ x_t = diffjax.q_sample(schedule, x_0, t, eps)  # alpha x_0 + sigma eps
 figure, (ax,) = planes(0.0, size=4.8)
 ax.plot(*jnp.stack([alpha * x_0[0], x_0[0]]).T, ":", color=X_0)
 plots.arrow(ax, jnp.zeros(2), alpha * x_0[0], r"$\alpha_t x_0$", X_0)
-plots.arrow(ax, alpha * x_0[0], x_t[0], r"$\sigma_t \epsilon$", EPS)
+plots.arrow(ax, alpha * x_0[0], x_t[0], "", EPS)
 plots.circle(ax, alpha * x_0[0], sigma.item(), "", EPS)
 ax.plot(*x_0[0], "o", color=X_0)
 ax.plot(*x_t[0], "o", color=plots.INK)
 write(ax, "$x_0$", x_0[0], (7, -4), X_0)
 write(ax, "$x_t$", x_t[0], (7, -2))
+write(ax, r"$\sigma_t \epsilon$", x_t[0], (-34, -14), EPS)
 ax.set_title(rf"$t = {t:g}$: $\alpha_t = {alpha:.2f}$, $\sigma_t = {sigma:.2f}$")
 figure
 
@@ -353,7 +354,7 @@ steps = (0, 100, 140, 170, 200)
 figure, axes = planes(*(float(ts[step]) for step in steps), size=2.2)
 for ax, step in zip(axes, steps, strict=True):
     # The one on top of the other: a large dot, a smaller one, and one smaller still.
-    for path, colour, size in zip(walks.values(), (X_0, EPS, SCORE), (44, 20, 5), strict=True):
+    for path, colour, size in zip(walks.values(), (X_0, EPS, SCORE), (60, 28, 8), strict=True):
         ax.scatter(*path[step, :40].T, s=size, color=colour, linewidth=0, zorder=3)
 figure
 

@@ -131,10 +131,8 @@ figure, axes = plots.panels(1, 4, 2.8, 2.8)
 for ax, (name, path), colour in zip(axes, walks.items(), plots.COLOURS, strict=False):
     ground(ax, title=name)
     ax.plot(exact[..., 0], exact[..., 1], color="#999999", linewidth=2.5, alpha=0.7)
-    mark = "o" if len(path) < 20 else ""
-    ax.plot(
-        path[..., 0], path[..., 1], "-", marker=mark, markersize=2.5, color=colour, linewidth=0.9
-    )
+    mark = "o-" if len(path) < 20 else "-"
+    ax.plot(path[..., 0], path[..., 1], mark, markersize=2.5, color=colour, linewidth=0.9)
 figure
 
 # %% [markdown]
@@ -171,8 +169,8 @@ for ax, w in zip(axes, (0.0, 1.0, 2.0, 5.0), strict=True):
 figure
 
 # %% [markdown]
-# With large weights the samples crowd on the side away from the other classes. `within` guides in an
-# interval of noise levels only. Which one, matters:
+# With large weights the samples crowd on the side away from the other classes. `within` guides in
+# an interval of noise levels only. Which one, matters:
 
 # %%
 guided = diffjax.classifier_free(denoise, 5.0, null=None)
@@ -228,8 +226,8 @@ figure
 #
 # ## Inverse problems
 #
-# A measurement $A x_0$ is known, and what made it is asked for. First where the answer is exact: the
-# first coordinate of a point of the mixture is measured; its second, $y$, is open.
+# A measurement $A x_0$ is known, and what made it is asked for. First where the answer is exact:
+# the first coordinate of a point of the mixture is measured; its second, $y$, is open.
 
 # %%
 seen = 1.1

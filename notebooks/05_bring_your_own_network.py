@@ -43,7 +43,7 @@ schedule = diffjax.cosine(-10, 10)
 
 
 # %%
-def fit(network, params, target="v", steps=2500):
+def fit(network, params, target="v", steps=2000):
     """Train on two moons, and draw 1,500 samples: these, and the losses."""
     tx = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
 
@@ -74,10 +74,14 @@ def fit(network, params, target="v", steps=2500):
 results = {}
 
 
-def embed(log_snr):
-    """The noise level as a few waves `[batch, 8]`: networks like numbers near one."""
-    angle = log_snr[:, None] / 20 * 2.0 ** jnp.arange(4)
-    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+def features(x_t, log_snr):
+    """A point and a noise level as waves of a few lengths, `[batch, 22]`: what all four begin with.
+
+    A network of numbers near one learns fine detail much sooner from these.
+    """
+    angles = [x_t, 2 * x_t, 4 * x_t, *(log_snr[:, None] / 20 * 2.0**k for k in range(4))]
+    angles = jnp.concatenate([2 * x for x in angles], axis=-1)
+    return jnp.concatenate([x_t, jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
 # %% [markdown]
@@ -88,7 +92,7 @@ def embed(log_snr):
 
 # %%
 def bare(params, x_t, log_snr, cond):
-    h = jnp.concatenate([x_t, embed(log_snr)], axis=-1)
+    h = features(x_t, log_snr)
     for w, b in params["hidden"]:
         h = jax.nn.silu(h @ w + b)
     return h @ params["out"]
@@ -101,7 +105,7 @@ def matrix(key, n, m):
 keys = jax.random.split(jax.random.key(0), 4)
 params = {
     "hidden": [
-        (matrix(key, n, 128), jnp.zeros(128)) for key, n in zip(keys, (10, 128, 128), strict=False)
+        (matrix(key, n, 128), jnp.zeros(128)) for key, n in zip(keys, (22, 128, 128), strict=False)
     ],
     "out": matrix(keys[3], 128, 2) / 10,
 }
@@ -118,7 +122,7 @@ results["a bare function"] = fit(bare, params)
 class Linen(nn.Module):
     @nn.compact
     def __call__(self, x_t, log_snr, cond):
-        h = jnp.concatenate([x_t, embed(log_snr)], axis=-1)
+        h = features(x_t, log_snr)
         for _ in range(3):
             h = nn.silu(nn.Dense(128)(h))
         return nn.Dense(2)(h)
@@ -138,13 +142,13 @@ results["Flax Linen"] = fit(module.apply, params)
 # %%
 class NNX(nnx.Module):
     def __init__(self, rngs):
-        self.first = nnx.Linear(10, 128, rngs=rngs)
+        self.first = nnx.Linear(22, 128, rngs=rngs)
         self.second = nnx.Linear(128, 128, rngs=rngs)
         self.third = nnx.Linear(128, 128, rngs=rngs)
         self.out = nnx.Linear(128, 2, rngs=rngs)
 
     def __call__(self, x_t, log_snr, cond):
-        h = jnp.concatenate([x_t, embed(log_snr)], axis=-1)
+        h = features(x_t, log_snr)
         for layer in (self.first, self.second, self.third):
             h = nnx.silu(layer(h))
         return self.out(h)
@@ -160,12 +164,12 @@ results["Flax NNX"] = fit(lambda params, *inputs: nnx.merge(graph, params)(*inpu
 # optimiser's way. It is written for one example, so `vmap` it.
 
 # %%
-mlp = eqx.nn.MLP(10, 2, 128, 3, activation=jax.nn.silu, key=jax.random.key(0))
+mlp = eqx.nn.MLP(22, 2, 128, 3, activation=jax.nn.silu, key=jax.random.key(0))
 params, rest = eqx.partition(mlp, eqx.is_inexact_array)
 
 
 def equinox(params, x_t, log_snr, cond):
-    return jax.vmap(eqx.combine(params, rest))(jnp.concatenate([x_t, embed(log_snr)], axis=-1))
+    return jax.vmap(eqx.combine(params, rest))(features(x_t, log_snr))
 
 
 results["Equinox"] = fit(equinox, params)
@@ -185,8 +189,8 @@ figure
 # ## Bring your own target
 #
 # A target is one row of a table, $\text{target} = a\,x_0 + b\,\epsilon$. One that has no name here,
-# the residual $x_0 - x_t$, what to add to be clean, has $a = 1 - \alpha_t$ and $b = -\sigma_t$. That
-# is all that the loss and the sampler need.
+# the residual $x_0 - x_t$, what to add to be clean, has $a = 1 - \alpha_t$ and $b = -\sigma_t$.
+# That is all that the loss and the sampler need.
 
 # %%
 residual = lambda alpha, sigma: (1 - alpha, -sigma)

@@ -4,7 +4,7 @@
     python notebooks/execute.py 01 04             # some
 
 The `.py` files are the sources (Jupytext's percent format): edit those. The `.ipynb` beside each is
-for reading on GitHub, so its pictures are reduced to 128 colours and nothing that changes from run
+for reading on GitHub, so its pictures are reduced to 256 colours and nothing that changes from run
 to run is kept, as far as it can be.
 """
 
@@ -60,7 +60,7 @@ def fewer_colours(png: str) -> str:
     """The same picture in base64, a third as large."""
     picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
     file = io.BytesIO()
-    few = picture.quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few = picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     few.save(file, "png", optimize=True)
     return base64.b64encode(file.getvalue()).decode()
 
