@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # XLA asks for large buffers at every step; glibc's defaults hand them back to the kernel each time.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1
 
-.PHONY: train test test-faults notebooks pod bench bench-gpu lint clean
+.PHONY: train test test-faults test-peers notebooks pod docs bench bench-gpu lint clean
 
 train: $(VENV)/plots.stamp
 	$(BIN)/python train.py $(ARGS)
@@ -21,6 +21,16 @@ test: $(VENV)/test.stamp
 test-faults: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n 2 -m faults $(ARGS)
 
+# Published networks beside the originals, which want PyTorch: an environment of its own.
+test-peers:
+	$(MAKE) VENV=.venv-peers .venv-peers/physicsnemo.stamp
+	.venv-peers/bin/python -m pytest -m peers tests/test_peers.py $(ARGS)
+
+# It has EDM's networks, and wants other versions than constraints.txt of what we do not need.
+$(VENV)/physicsnemo.stamp: $(VENV)/test,peers.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check nvidia-physicsnemo
+	touch $@
+
 # Each is executed, and written with its pictures.
 notebooks: $(VENV)/notebooks.stamp
 	$(BIN)/python notebooks/execute.py $(ARGS)
@@ -28,6 +38,11 @@ notebooks: $(VENV)/notebooks.stamp
 # Two processes train, one is killed, and the run heals.
 pod: $(VENV)/plots.stamp
 	$(BIN)/python docs/pod.py
+
+# The site, build/site/index.html, without a warning.
+docs: $(VENV)/docs.stamp
+	$(BIN)/python -m sphinx -W --keep-going -q docs build/site
+	@echo "see build/site/index.html"
 
 # diffjax beside PyTorch, which has an environment of its own. Its three
 # workloads took 23 minutes on two cores of a busy machine on 2026-11-23.

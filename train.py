@@ -19,19 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from diffjax import (
     checkpoint,
     data,
-    evaluation,
     experiment,
     keys,
     metrics,
     parallel,
     plots,
     preemption,
+    super_resolution,
     telemetry,
 )
 from diffjax.config import Config, parse, plainly
@@ -50,20 +49,13 @@ def make_loss(
     loss = experiment.make_objective(config, levels)  # diffjax.diffusion_loss, or hybrid_loss
     schedule = experiment.make_schedule(config)
     weighting = experiment.make_weighting(config)
+    condition = experiment.make_condition(config)
 
     def loss_fn(key, params, batch, extra=(), train=True):
-        key_times, key_noise, key_label, key_dropout = jax.random.split(key, 4)
+        key_times, key_noise, key_cond, key_dropout = jax.random.split(key, 4)
         index = batch["index"]
         t, weight = times.draw(key_times, extra, index)
-
-        cond = None
-        if config.model.labels:
-            cond = {"label": batch["label"]}
-            if train and config.model.null_label:
-                drop = jax.vmap(lambda k: jax.random.bernoulli(k, config.label_drop))(
-                    keys.fold_in(key_label, index)
-                )
-                cond["label"] = jnp.where(drop, config.model.labels, batch["label"])
+        cond = condition(keys.fold_in(key_cond, index), batch, train)
 
         net = functools.partial(network, params)
         if train and config.model.dropout:
@@ -87,7 +79,7 @@ def train(
         parallel.setup(distributed, config.batch_size, config.optimizer.accumulate)
         parallel.check_batch(config.batch_size, config.optimizer.accumulate)
         runner = parallel.RUNNERS[config.parallel](config.fsdp)
-        train_set, test_set = data.load(config.data.name, config.data.path, config.data.size)
+        train_set, test_set = experiment.load_data(config)
         experiment.check_data(config, train_set, test_set)
         checkpoints = checkpoint.open_run(workdir, config)
 
@@ -111,15 +103,16 @@ def train(
     def in_batches(mapped: Callable, batch: Batch) -> np.ndarray:
         return parallel.in_batches(runner, mapped, state.ema_params, batch, config.batch_size)
 
-    def generate(n: int) -> tuple[np.ndarray, np.ndarray | None]:
-        index = np.arange(n, dtype=np.int32)
-        label = index % config.model.labels if config.model.labels else None
-        return in_batches(generate_fn, {"index": index, "label": label}), label
+    def generate(n: int) -> tuple[np.ndarray, Batch]:
+        asked = experiment.ask(config, test_set, n)
+        return in_batches(generate_fn, asked), asked
 
     def draw(step: int) -> None:
-        classes = config.model.labels or config.sampling.columns
-        x, _ = generate(classes * config.sampling.columns)
-        recorder.picture(step, "samples", plots.samples, x, config.model.labels)
+        rows = 1 if config.low is not None else config.model.labels or config.sampling.columns
+        x, asked = generate(rows * config.sampling.columns)
+        if config.low is not None:
+            x, rows = super_resolution.beside(x, asked["x"], config.low), 4
+        recorder.picture(step, "samples", plots.samples, x, rows)
         recorder.picture(step, "loss", plots.progress, metrics.read(workdir))
 
     devices = f"{jax.process_count()} x {jax.local_device_count()} {jax.default_backend()} devices"
@@ -131,15 +124,17 @@ def train(
     held_out = data.first(test_set, 1024)
     slots = runner.slots(config.batch_size)
 
-    def fetch(step: int) -> Batch:
-        n, flip = config.batch_size, config.data.flip
-        return runner.put(data.train_batch(train_set, config.seed, step, n, slots, flip))
-
-    batches = data.prefetch(fetch, range(start, config.steps))
+    steps = range(start, config.steps)
+    n, flip = config.batch_size, config.data.flip
+    make = functools.partial(
+        data.train_batch, train_set, config.seed, batch_size=n, slots=slots, flip=flip
+    )
+    made = data.in_order(make, steps, config.data.workers)
+    batches = data.prefetch(lambda _: runner.put(next(made)), steps)
     describe = functools.partial(experiment.describe_step, config, len(train_set.x))
     window = metrics.kept(workdir, start)  # nobody looks at metrics between log points
 
-    told = plainly(FloatingPointError, checkpoint.UnwrittenError)
+    told = plainly(FloatingPointError, checkpoint.UnwrittenError, data.UnreadableError)
     traced = telemetry.traced(workdir / "profile", range(start + 10, start + 10 + profile))
     with told, checkpoints, recorder, traced as trace, preemption.watch() as asked_to_stop:
         count = sum(x.size for x in jax.tree.leaves(state.params))
@@ -185,8 +180,8 @@ def train(
 
         draw(config.steps)
         if config.sampling.score:
-            real = data.in_range(data.Dataset(train_set, test_set))
-            scores = evaluation.score(*generate(config.sampling.score), *real)
+            x, asked = generate(config.sampling.score)
+            scores = experiment.score(config, data.Dataset(train_set, test_set), asked, x)
             recorder.aside((workdir / "scores.json").write_text, json.dumps(scores) + "\n")
             recorder.say("  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
         recorder.say(f"{time.perf_counter() - began:.0f} s in all; see {workdir}/samples.png")

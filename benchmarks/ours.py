@@ -29,6 +29,8 @@ import diffjax
 import train
 from diffjax import data, experiment, metrics as metrics_lib, parallel, telemetry, training
 from diffjax.config import Config, Data, Optimizer, UNetConfig
+from diffjax.published import diffusers
+from diffjax.published.arrays import unet
 from workloads import CLIP, DDIM_STEPS, EMA, IMAGES, LEARNING_RATE, WORKLOADS
 
 VARIANTS = {
@@ -111,6 +113,8 @@ def main(name: str, variant: str, folder: str) -> None:
     jax.block_until_ready(generate(state.ema_params, asked))
     first_image = time.perf_counter() - began
     dump(Path(folder), network, state.params, shape, workload)
+    names = {"modules": diffusers.modules(unet(config)), "layers": diffusers.LAYERS}
+    (Path(folder) / "names.json").write_text(json.dumps(names))
     ready = {
         "first_step": first_step,
         "first_image": first_image,

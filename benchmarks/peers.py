@@ -17,6 +17,7 @@ import os
 import resource
 import sys
 import unittest.mock
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -40,8 +41,10 @@ def diffusers_unet(w):
     from diffusers import UNet2DModel
 
     heights = [w.size // 2**level for level in range(len(w.mults))]
-    kind = lambda h, way: f"{'Attn' if h in w.attention else ''}{way}Block2D"
-    resample = "resnet" if w.resblock_updown else "conv"
+    resample, plain = "conv", "{}Block2D"
+    if w.resblock_updown:
+        resample, plain = "resnet", "Resnet{}sampleBlock2D"
+    kind = lambda h, way: ("Attn{}Block2D" if h in w.attention else plain).format(way)
     return UNet2DModel(
         sample_size=w.size,
         in_channels=w.channels,
@@ -54,6 +57,7 @@ def diffusers_unet(w):
         upsample_type=resample,
         downsample_padding=0,
         norm_num_groups=w.groups,
+        attn_norm_num_groups=w.groups,
         norm_eps=1e-6,
         attention_head_dim=w.head_width,
         resnet_time_scale_shift="scale_shift" if w.scale_shift else "default",
@@ -64,61 +68,23 @@ def diffusers_unet(w):
     )
 
 
-def names_of(w):
-    """Our modules' names to diffusers'."""
-    last = len(w.mults) - 1
-    names = {
-        "embed_0": "time_embedding.linear_1",
-        "embed_1": "time_embedding.linear_2",
-        "label": "class_embedding",
-        "conv_in": "conv_in",
-        "norm_out": "conv_norm_out",
-        "conv_out": "conv_out",
-        "middle_0": "mid_block.resnets.0",
-        "middle_0/attention": "mid_block.attentions.0",
-        "middle_1": "mid_block.resnets.1",
-    }
-    for way, count in (("down", w.blocks), ("up", w.blocks + 1)):
-        for level in range(len(w.mults)):
-            theirs = f"{way}_blocks.{level if way == 'down' else last - level}"
-            for i in range(count):
-                names[f"{way}_{level}_{i}"] = f"{theirs}.resnets.{i}"
-                names[f"{way}_{level}_{i}/attention"] = f"{theirs}.attentions.{i}"
-            ours = f"down_{level}_half" if way == "down" else f"up_{level}_double"
-            names[ours] = f"{theirs}.{way}samplers.0" + ("" if w.resblock_updown else ".conv")
-    return names
-
-
-INSIDE = {
-    "norm_0": "norm1",
-    "conv_0": "conv1",
-    "level": "time_emb_proj",
-    "norm_1": "norm2",
-    "conv_1": "conv2",
-    "shortcut": "conv_shortcut",
-    "norm": "group_norm",
-    "out": "to_out.0",
-}
-
-
-def converted(params, w):
-    """Our parameters as diffusers' state dict."""
-    names, state = names_of(w), {}
+def converted(params, names):
+    """Our parameters as diffusers' state dict, by the names that ours.py has written."""
+    modules, layers, state = names["modules"], names["layers"], {}
     for path, value in params.items():
-        *modules, leaf = path.split("/")
-        inside = modules.pop() if modules[-1] in INSIDE or modules[-1] == "qkv" else None
-        module = names["/".join(modules)]
+        *inside, leaf = path.split("/")
+        layer = None if "/".join(inside) in modules else inside.pop()
+        module = modules["/".join(inside)]
         kind = "bias" if leaf == "bias" else "weight"
-        if inside == "qkv":
+        if layer == "qkv":
             for each, part in zip(("to_q", "to_k", "to_v"), np.split(value, 3, -1), strict=True):
                 state[f"{module}.{each}.{kind}"] = part.T
             continue
-        name = ".".join([module, *([INSIDE[inside]] if inside else []), kind])
         if leaf == "kernel":
             value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
-            if inside == "shortcut":
+            if layer == "shortcut":
                 value = value[:, :, None, None]
-        state[name] = value
+        state[".".join([module, *([layers[layer]] if layer else []), kind])] = value
     return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in state.items()}
 
 
@@ -127,7 +93,8 @@ def same_as_ours(net, w, file):
     ours = np.load(file)
     prefix = "params/"
     params = {k.removeprefix(prefix): ours[k] for k in ours.files if k.startswith(prefix)}
-    net.load_state_dict(converted(params, w))
+    names = json.loads(Path(file).with_name("names.json").read_text())
+    net.load_state_dict(converted(params, names))
     x = torch.from_numpy(ours["x"]).permute(0, 3, 1, 2)
     label = torch.from_numpy(ours["label"]).long() if w.labels else None
     with torch.no_grad():

@@ -115,7 +115,7 @@ def compare(name, device, python, cores, rounds):
             worker = workers["diffjax float32"]
             rows["diffjax float32"]["loop"] = [
                 (worker.do("train", 50)["seconds"], worker.do("loop", 50)["seconds"])
-                for _ in range(rounds)
+                for _ in range(2 * rounds)
             ]
         for label, worker in workers.items():
             rows[label]["memory"] = worker.do("train", 1)["memory"]

@@ -43,4 +43,9 @@ def get_config(variant: str = "") -> Config:
         sampling=Sampling(steps=30, guidance=1.5),
     )
     tiny = dataclasses.replace(model, width=8, mults=(1,), groups=4, attention=())
-    return variant_of(config, variant, smoke=lambda: smoke(config, model=tiny))
+    small = dataclasses.replace(
+        config,
+        data=Data("fashion_mnist", size=14),
+        model=dataclasses.replace(model, patch=1, mults=(1, 2), attention=(7,)),
+    )
+    return variant_of(config, variant, smoke=lambda: smoke(config, model=tiny), small=lambda: small)

@@ -21,6 +21,7 @@ import tyro
 
 from . import samplers, schedules, targets, weightings
 from .data import DATASETS
+from .data.images import UNREADABLE
 from .models import MLPConfig, UNetConfig
 from .parallel import RUNNERS, Distributed
 from .writers import WRITERS
@@ -82,6 +83,20 @@ SAMPLERS: dict[str, Callable] = {
     "predictor_corrector": samplers.predictor_corrector,
     "unipc": samplers.unipc,
 }
+BEST_TIMES = {
+    "ancestral": "uniform",
+    "ddim": "uniform",
+    "dpm_solver_pp_2m": "log_snr",
+    "dpm_solver_pp_2m_sde": "log_snr",
+    "dpm_solver_pp_3m": "log_snr",
+    "edm": "karras",
+    "euler_maruyama": "log_snr",
+    "heun": "uniform",
+    "lms": "karras",
+    "predictor_corrector": "uniform",
+    "unipc": "log_snr",
+}
+"""The grid of times that each sampler's docstring says it wants."""
 TIMES: dict[str, Callable] = {
     "uniform": lambda schedule, n: samplers.uniform_times(n),
     "log_snr": samplers.log_snr_times,
@@ -126,11 +141,17 @@ class Data:
     path: Path | None = None
     """Its folder or file; None for the default place."""
     size: int | None = None
-    """Side of the squares that the images of a folder are cropped and scaled to; None: leave them,
-    they are all of one size."""
+    """Side of the squares that the images of a folder are cropped and scaled to, or that those of
+    another set are averaged down to; None: leave them, they are all of one size."""
     shape: tuple[int, ...] | None = None
     """Shape of an example, of which networks from files can tell without the data; None: whatever
     the data has."""
+    channels: int | None = None
+    """Channels of the images of a folder: 1, grey, or 3, RGB; None: 1 if all are grey, else 3."""
+    unreadable: Annotated[str, one_of(dict.fromkeys(UNREADABLE))] = "refuse"
+    """What to do if a file of a folder cannot be read: refuse to start, or skip it."""
+    workers: int = 0
+    """Processes that make batches (extra `data`); 0: a thread, which is enough for most."""
     flip: bool = False
     """Mirror images left to right at random."""
 
@@ -173,6 +194,8 @@ class Sampling:
     """Weight of classifier-free guidance; 1: none."""
     columns: int = 10
     """Columns of the picture. With labels one row for each class, else as many as columns."""
+    level: float = 0.0
+    """Noise on the small image of super-resolution: the time it is diffused to, at most augment."""
     score: int = 0
     """Samples to measure at the end (Frechet distance, accuracy on the labels); 0: none."""
 
@@ -210,6 +233,11 @@ class Config:
     """Draw times where the loss has been large; it needs time_steps."""
     label_drop: float = 0.1
     """Probability of training without the label, where the model has a null label."""
+    low: int | None = None
+    """Super-resolution: side of the small image, a mean of the data's, that the network is given;
+    it needs model.image_cond. None: it is given none."""
+    augment: float = 0.0
+    """Noise on the small image in training: it is diffused to a time between 0 and this one."""
     model: UNetConfig | MLPConfig = UNetConfig()  # noqa: RUF009, it is frozen
     optimizer: Optimizer = Optimizer()
     ema: float = 0.999
@@ -262,6 +290,7 @@ CHANGEABLE = {
     "sampling",
     "writers",
     "data.path",
+    "data.workers",
 }
 """What a resumed run may have otherwise than the run it continues."""
 
@@ -397,15 +426,18 @@ def differences(old: Config, new: Config) -> list[str]:
 
 def fields(config: Config) -> dict[str, Any]:
     """Every field by its full name, as in `model.width`, as JSON has it."""
-    return _flatten(json.loads(to_json(config)))
+    return flatten(json.loads(to_json(config)))
 
 
-def _flatten(tree, prefix=""):
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """What nested dicts hold, by full names.
+
+    >>> flatten({"model": {"width": 8}, "seed": 0})
+    {'model.width': 8, 'seed': 0}
+    """
     if not isinstance(tree, dict):
         return {prefix[:-1]: tree}
-    return {
-        k: v for name, sub in tree.items() for k, v in _flatten(sub, f"{prefix}{name}.").items()
-    }
+    return {k: v for name, sub in tree.items() for k, v in flatten(sub, f"{prefix}{name}.").items()}
 
 
 def _from_dict(cls, tree):
@@ -420,7 +452,7 @@ def _from_value(hint, value):
     if dataclasses.is_dataclass(hint):
         return _from_dict(hint, value)
     kinds = (hint, *typing.get_args(hint))
-    if tuple in map(typing.get_origin, kinds) and value is not None:
+    if any(typing.get_origin(kind) is tuple for kind in kinds) and value is not None:
         return tuple(value)
     if Path in kinds and value is not None:
         return Path(value)

@@ -1,5 +1,6 @@
 """What a config means: its names and numbers become functions, or a clear refusal."""
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -12,6 +13,7 @@ import numpy as np
 import optax
 
 from . import (
+    evaluation,
     keys,
     likelihood,
     loss_aware,
@@ -24,12 +26,13 @@ from . import (
     writers,
 )
 from .config import SAMPLERS, SCHEDULES, TIMES, WEIGHTINGS, Config, Optimizer
-from .data import DATASETS, Examples, batch_indices, load
+from .data import DATASETS, Dataset, Examples, batch_indices, check_workers, first, in_range, load
 from .denoisers import classifier_free, clip_x_0, denoiser, time_input, unit_input, unit_output
 from .learned_variance import hybrid_loss
 from .models import MODELS, UNetConfig, apply
 from .parallel import RUNNERS
 from .process import prior_sample
+from .super_resolution import enlarge, psnr, shrink, small_image
 from .training import TrainState, ema_warmup, init_state, train_step
 from .types import Array, Data, Denoiser, Key, Network
 
@@ -48,6 +51,7 @@ def check(config: Config) -> None:
     _lookup("runner", RUNNERS, config.parallel)
     for name in config.writers:
         writers.check(name)
+    check_workers(config.data.workers)
     o, s = config.optimizer, config.sampling
     for holds, what in (
         (config.steps >= 1, f"steps={config.steps}: must be at least 1"),
@@ -116,6 +120,18 @@ def check(config: Config) -> None:
             0 <= o.beta_1 < 1 and 0 <= o.beta_2 < 1,
             f"optimizer.beta_1={o.beta_1}, beta_2={o.beta_2}: must be in [0, 1)",
         ),
+        (
+            config.low is not None or config.augment == s.level == 0,
+            f"augment={config.augment}, sampling.level={s.level}: need low, a small image's side",
+        ),
+        (
+            0 <= s.level <= config.augment <= 1,
+            f"sampling.level={s.level}, augment={config.augment}: need 0 <= level <= augment <= 1",
+        ),
+        (
+            config.low is None or s.guidance == 1,
+            f"sampling.guidance={s.guidance}: super-resolution (low={config.low}) has none, 1",
+        ),
         (math.isfinite(s.guidance), f"sampling.guidance={s.guidance}: must be finite"),
         (s.score >= 0, f"sampling.score={s.score}: must be at least 0"),
         (
@@ -136,6 +152,16 @@ def check(config: Config) -> None:
             raise ValueError(what)
 
 
+def load_data(config: Config) -> Dataset:
+    """The config's data set.
+
+    Raises:
+      ValueError, FileNotFoundError: as `data.load` does.
+    """
+    d = config.data
+    return load(d.name, d.path, d.size, d.channels, d.unreadable, d.workers)
+
+
 def check_data(config: Config, train: Examples, test: Examples) -> None:
     """Refuse data that the config's network cannot take.
 
@@ -153,8 +179,15 @@ def check_data(config: Config, train: Examples, test: Examples) -> None:
         raise ValueError(f"images of {shape[-1]} channels: need 1 (grey) or 3 (colour)")
     if len(shape) == 1 and shape[0] < 2:
         raise ValueError(f"vectors of {shape[0]} feature: need at least 2 to draw them")
-    if isinstance(model, UNetConfig) and model.image_cond:
-        raise ValueError("train.py has no use for model.image_cond")
+    image_cond = isinstance(model, UNetConfig) and model.image_cond
+    if image_cond != (config.low is not None):
+        raise ValueError(
+            f"model.image_cond={image_cond} and low={config.low}: the image that the network is "
+            "given is the small one of super-resolution; give both, or neither"
+        )
+    square = shape[:1] == shape[1:2]
+    if config.low is not None and (not square or config.low < 1 or shape[0] % config.low):
+        raise ValueError(f"low={config.low}: must divide the side of square images, not {shape}")
     channels = shape[-1] * (1 if config.bound_weight is None else 2)
     if (model.out_channels or shape[-1]) != channels:
         why = "no learned variance" if config.bound_weight is None else "a learned variance"
@@ -187,8 +220,7 @@ def example_shape(config: Config) -> tuple[int, ...]:
     """
     if config.data.shape is not None:
         return config.data.shape
-    train, _ = load(config.data.name, config.data.path, config.data.size)
-    return train.x.shape[1:]
+    return load_data(config).train.x.shape[1:]
 
 
 class Streams(NamedTuple):
@@ -250,9 +282,10 @@ def make_initial_state(
 
 def make_params(config: Config, key: Key, shape: tuple[int, ...]) -> Any:
     """Fresh parameters of the config's network, for data of a shape."""
-    x, module = jnp.zeros((1, *shape)), MODELS[type(config.model)](config.model)
-    cond = {"label": jnp.zeros(1, jnp.int32), "image": x}
-    return module.init(key, x, jnp.zeros(1), cond)["params"]
+    module = MODELS[type(config.model)](config.model)
+    batch = {"x": jnp.zeros((1, *shape)), "label": jnp.zeros(1, jnp.int32)}
+    cond = make_condition(config)(keys.per_example(key, 1), batch)
+    return module.init(key, batch["x"], jnp.zeros(1), cond)["params"]
 
 
 def describe_step(config: Config, n: int, taken: int) -> str:
@@ -330,6 +363,32 @@ def make_denoiser(
     return clip_x_0(denoise, schedule) if clip and isinstance(config.model, UNetConfig) else denoise
 
 
+def make_condition(config: Config) -> Callable[..., Any]:
+    """What the network is conditioned on: (keys `[batch]`, batch, train=False, level=None) -> cond.
+
+    The `label` of the batch, if the model has labels; in training sometimes the null label. For
+    super-resolution the batch's `small` images, or the means of its `x`, diffused to the time
+    `level`, or, if None, to one at random.
+    """
+    schedule = make_schedule(config)
+
+    def condition(key, batch, train=False, level=None):
+        key_label, key_level, key_noise = (keys.fold_in(key, use) for use in range(3))
+        cond = {}
+        if config.model.labels:
+            cond["label"] = batch["label"]
+        if train and config.model.null_label:
+            drop = jax.vmap(lambda k: jax.random.bernoulli(k, config.label_drop))(key_label)
+            cond["label"] = jnp.where(drop, config.model.labels, batch["label"])
+        if config.low is not None:
+            small = batch["small"] if "small" in batch else shrink(batch["x"], config.low)
+            t = config.augment * jax.vmap(jax.random.uniform)(key_level) if level is None else level
+            cond |= small_image(key_noise, schedule, small, t)
+        return cond or None
+
+    return condition
+
+
 class Times(NamedTuple):
     """How training draws its times.
 
@@ -382,11 +441,13 @@ def make_bound(
     """
     schedule = make_schedule(config)
     variance = "learned" if config.bound_weight is not None else "posterior"
+    condition = make_condition(config)
 
     def bound(params, batch):
-        cond = {"label": batch["label"]} if config.model.labels else None
+        key, _, key_cond = jax.random.split(make_streams(config).held_out, 3)
+        keys_cond = keys.fold_in(key_cond, batch["index"])
+        cond = condition(keys_cond, batch, level=config.sampling.level)
         denoise = make_denoiser(config, functools.partial(network, params))
-        key, _ = jax.random.split(make_streams(config).held_out)
         return likelihood.elbo(
             keys.fold_in(key, batch["index"]),
             functools.partial(denoise, cond=cond),
@@ -408,12 +469,13 @@ def make_flow_bound(
 
     Its denoiser is not clipped: clipped, the flow would be of no density.
     """
-    schedule = make_schedule(config)
+    schedule, condition = make_schedule(config), make_condition(config)
 
     def bound(params, batch):
-        cond = {"label": batch["label"]} if config.model.labels else None
+        _, key, key_cond = jax.random.split(make_streams(config).held_out, 3)
+        keys_cond = keys.fold_in(key_cond, batch["index"])
+        cond = condition(keys_cond, batch, level=config.sampling.level)
         denoise = make_denoiser(config, functools.partial(network, params), clip=False)
-        _, key = jax.random.split(make_streams(config).held_out)
         key_cell, key_signs = (keys.fold_in(k, batch["index"]) for k in jax.random.split(key))
         x, log_volume = batch["x"], 0.0
         if levels is not None:
@@ -430,23 +492,90 @@ def make_generate(
 ) -> Callable[[Any, dict[str, Array]], Data]:
     """A pure function (params, batch) -> samples `[batch, *shape]`.
 
-    Sample i depends on the config, the parameters, `batch["index"][i]` and `batch["label"][i]`
-    alone, so that it is the same on any number of devices and in any batch.
+    Sample i depends on the config, the parameters, `batch["index"][i]` and what it is conditioned
+    on alone, so that it is the same on any number of devices and in any batch.
     """
     schedule, ts = make_schedule(config), make_grid(config)
+    condition = make_condition(config)
 
     def generate(params, batch):
-        cond = {"label": batch["label"]} if config.model.labels else None
+        uses = jax.random.split(make_streams(config).samples, 3)
+        keys_prior, keys_walk, keys_cond = (keys.fold_in(k, batch["index"]) for k in uses)
+        cond = condition(keys_cond, batch, level=config.sampling.level)
         denoise = make_denoiser(
             config, functools.partial(network, params), config.sampling.guidance
         )
         sampler = make_sampler(config)(functools.partial(denoise, cond=cond), schedule)
-        key_prior, key_walk = jax.random.split(make_streams(config).samples)
-        keys_prior, keys_walk = (keys.fold_in(k, batch["index"]) for k in (key_prior, key_walk))
         x_1 = prior_sample(keys_prior, schedule, (len(batch["index"]), *shape))
         return samplers.sample(keys_walk, sampler, x_1, ts)[0]
 
     return generate
+
+
+def make_cascade(
+    small: Config,
+    small_network: Callable[..., Data],
+    config: Config,
+    network: Callable[..., Data],
+    shape: tuple[int, ...],
+) -> Callable[[Any, dict[str, Array]], Data]:
+    """A pure function ((small's params, params), batch) -> samples, enlargements of small samples.
+
+    Args:
+      small: of a run on images of side `config.low`.
+      small_network: its network.
+      config: of a run of super-resolution.
+      network: its network.
+      shape: of the images that it enlarges to.
+
+    Raises:
+      ValueError: if `config` is none of super-resolution, or `small` draws no such images.
+    """
+    if config.low is None:
+        raise ValueError("low=None: the second run of a cascade must be one of super-resolution")
+    small_shape = (config.low, config.low, shape[-1])
+    small.model.check_input(small_shape)
+    # Of one seed, both would draw the same noise.
+    config = dataclasses.replace(config, seed=small.seed + 1)
+    sample_small = make_generate(small, small_network, small_shape)
+    sample = make_generate(config, network, shape)
+
+    def generate(params, batch):
+        return sample(params[1], batch | {"small": sample_small(params[0], batch)})
+
+    return generate
+
+
+def ask(config: Config, test: Examples, n: int) -> dict[str, np.ndarray]:
+    """The batch that asks `make_generate` for n samples: of each class in turn, if there are any.
+
+    Super-resolution is asked to enlarge the first n held-out images, made small; they are its `x`.
+    """
+    if config.low is not None:
+        return first(test, n)
+    index = np.arange(n, dtype=np.int32)
+    label = {"label": index % config.model.labels} if config.model.labels else {}
+    return {"index": index} | label
+
+
+def score(
+    config: Config, dataset: Dataset, asked: dict[str, np.ndarray], x: np.ndarray
+) -> dict[str, float]:
+    """What `evaluation.score` says of the samples x that were asked for.
+
+    For super-resolution, beside 10,000 of the images to train on, and with `psnr`, in decibels, of
+    one sample for each image; and both of bicubic enlargement, `_bicubic`.
+    """
+    if config.low is None:
+        return evaluation.score(x, asked.get("label"), *in_range(dataset))
+    real, truth = first(dataset.train, 10_000)["x"], asked["x"]
+    bicubic = np.asarray(enlarge(shrink(truth, config.low), x.shape[1]))
+    scores = evaluation.score(x, None, real, None)
+    return scores | {
+        "frechet_pca24_bicubic": evaluation.score(bicubic, None, real, None)["frechet_pca24"],
+        "psnr": float(psnr(x, truth).mean()),
+        "psnr_bicubic": float(psnr(bicubic, truth).mean()),
+    }
 
 
 def _lookup(kind, table, name):

@@ -1,6 +1,9 @@
 """Write a trained network as one file, which `checkpoint.load` takes as it takes a run.
 
-python -m diffjax.export runs/digits digits.safetensors
+    python -m diffjax.export runs/digits digits.safetensors
+    python -m diffjax.export 64x64_diffusion.pt adm.safetensors
+
+The second is one that others published; see `diffjax.published` for those it can be.
 """
 
 import dataclasses
@@ -9,7 +12,7 @@ from pathlib import Path
 import jax
 import tyro
 
-from . import checkpoint, weights
+from . import checkpoint, published, weights
 from .config import plainly
 
 
@@ -18,14 +21,15 @@ class Arguments:
     """What to export, and where to."""
 
     source: tyro.conf.Positional[Path]
-    """A run's directory."""
+    """A run's directory, or a network that others published: a folder or a file of theirs."""
     file: tyro.conf.Positional[Path]
     """The file to write."""
 
 
 def export(source: Path, file: Path) -> str:
     """Write the file; returns a line that says what is in it."""
-    _, params, config = checkpoint.load(source)
+    ours = (source / checkpoint.CHECKPOINTS).exists() or source.suffix == ".safetensors"
+    params, config = checkpoint.load(source)[1:] if ours else published.load(source)
     weights.save(file, params, config)
     count = sum(x.size for x in jax.tree.leaves(params))
     size = file.stat().st_size

@@ -3,10 +3,11 @@
     python -m diffjax.launch --processes 2 -- train.py --workdir=runs/digits
     python -m diffjax.launch --help
 
-The script gets `--distributed.coordinator`, `.processes` and `.process`. When a process dies, or
-makes no step for `patience` seconds, the others are ended at once and all are started again, on a
-new port. SIGTERM and Ctrl-C are handed on: the run saves and ends with status 75. On a pod a
-scheduler does this; on one machine with GPUs a single process, without this, drives all of them.
+The script gets `--distributed.coordinator`, `--distributed.processes` and `--distributed.process`.
+When a process dies, or makes no step for `patience` seconds, the others are ended at once and all
+are started again, on a new port. SIGTERM and Ctrl-C are handed on: the run saves and ends with
+status 75. On a pod a scheduler does this; on one machine with GPUs a single process, without this,
+drives all of them.
 """
 
 import dataclasses

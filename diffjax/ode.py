@@ -49,7 +49,7 @@ def velocity(denoise: Denoiser, schedule: Schedule, y: Data, t: Time) -> tuple[D
 
 
 def along_log_snr(slope: Callable[[Any, Any], Any], schedule: Schedule, y: Any, t: Time) -> Any:
-    """dy/dlog_snr where `slope`(y, t) is dy/dphi; y is a pytree."""
+    """dy/dlog_snr where `slope(y, t)` is dy/dphi; y is a pytree."""
     ratio = jnp.exp(-schedule.log_snr(t) / 2)
     speed = -0.5 * ratio / (1 + ratio**2)  # dphi / dlog_snr
     return jax.tree.map(lambda d: expand(speed, d) * d, slope(y, t))

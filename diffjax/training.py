@@ -89,7 +89,8 @@ def train_step(
         the result is the same.
       remember: for a method that carries `state.extra` along. `loss_fn` then gets the extra as its
         fourth argument and returns, beside the losses, what it has seen, a pytree `[batch]`;
-        `remember`(extra, what was seen of the global batch, by ascending index) is the next.
+        `remember(extra, seen)`, with that of the global batch by ascending index, is the next
+        extra.
       measure: for metrics of what `loss_fn` has seen, which it then gets and returns as above: what
         was seen to sums over the examples at hand, any pytrees by name.
       skip_nonfinite: whether a batch of infinite or undefined loss or gradient changes nothing but

@@ -37,7 +37,9 @@ def save(path: Path | str, params: Any, config: Config) -> None:
     path = Path(path)
     data = dataclasses.replace(config.data, shape=example_shape(config), path=None)
     config = dataclasses.replace(config, data=data)
-    arrays = {k: np.asarray(v) for k, v in flatten_dict(params, sep="/").items()}
+    # Of a transposed array safetensors would write the numbers in the order of memory.
+    flat = flatten_dict(params, sep="/")
+    arrays = {name: np.ascontiguousarray(value) for name, value in flat.items()}
     _refuse_others(path, arrays, config)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -80,16 +82,17 @@ def read(path: Path | str) -> tuple[Any, Config]:
     return jax.tree.map(jnp.asarray, unflatten_dict(arrays, sep="/")), config
 
 
-def expected(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+def expected(config: Config) -> dict[str, Any]:
     """The names, shapes and dtypes of the arrays that the config's network has."""
     key, shape = jax.random.key(0), example_shape(config)
-    return flatten_dict(jax.eval_shape(lambda: make_params(config, key, shape)), sep="/")
+    tree: Any = flatten_dict(jax.eval_shape(lambda: make_params(config, key, shape)), sep="/")
+    return tree
 
 
 def _seal(arrays):
     digest = hashlib.sha256()
     for name in sorted(arrays):
-        digest.update(np.ascontiguousarray(arrays[name]))
+        digest.update(arrays[name].tobytes())
     return digest.hexdigest()
 
 

@@ -1,6 +1,6 @@
 """Draw the picture of docs/plots.md: what `diffjax.plots` has, on exact denoisers.
 
-python docs/plots.py        # writes docs/images/plots.png; half a minute on two cores
+python docs/plots.py        # writes docs/images/plots.png; a minute on two cores
 """
 
 import os

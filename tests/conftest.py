@@ -1,5 +1,6 @@
 """Strictness: shapes are checked, rank promotion raises, warnings are errors (pyproject)."""
 
+import importlib.util
 import os
 
 # Before anything starts JAX. Eight devices, so that layouts can be compared on any machine.
@@ -22,10 +23,22 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Not training.py: a pytree's fields hold anything while it is being mapped.
 CORE = ["denoisers", "inverse", "keys", "learned_variance", "likelihood", "loss_aware", "losses"]
-CORE += ["ode", "oracles", "process", "samplers", "schedules", "targets", "weightings"]
+CORE += [
+    "ode",
+    "oracles",
+    "process",
+    "samplers",
+    "schedules",
+    "super_resolution",
+    "targets",
+    "weightings",
+]
 jaxtyping.install_import_hook([f"diffjax.{name}" for name in CORE], "beartype.beartype")
 
 import pytest
+
+# Its packages are those that `make test-peers` installs.
+collect_ignore = [] if importlib.util.find_spec("physicsnemo") else ["test_peers.py"]
 
 
 @pytest.fixture

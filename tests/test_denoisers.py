@@ -110,6 +110,16 @@ def test_unit_output_gives_the_network_numbers_of_unit_variance(target):
         np.testing.assert_allclose(jnp.std(out), 1, atol=0.03)
 
 
+@pytest.mark.parametrize("betas", [diffjax.linear_betas(1000), diffjax.cosine_betas(4000)])
+def test_time_input_shows_the_network_the_step_it_was_trained_at(betas):
+    """On the grid i/T a whole number, i - 1, to the precision that log-SNR has there."""
+    schedule, steps = diffjax.from_betas(betas), len(betas)
+    seen = diffjax.time_input(lambda x_t, time, cond: time, schedule, steps)
+    i = np.arange(1, steps + 1)
+    time = seen(jnp.zeros((steps, 1)), schedule.log_snr(i / np.float32(steps)), None)
+    np.testing.assert_allclose(time, i - 1, atol=1e-6 * steps)
+
+
 @pytest.mark.parametrize("sigma_data", [0.5, 1.3])
 def test_row_f_with_scaled_input_is_edms_preconditioning(x64, sigma_data):
     """Karras et al. 2022, equation 7 and table 1: D = c_skip x + c_out F(c_in x)."""

@@ -41,7 +41,7 @@ def init(config, shape, cond=None):
 def count(config, size, channels=3):
     x = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
     one = jax.ShapeDtypeStruct((1,), jnp.float32)
-    cond = {"label": jax.ShapeDtypeStruct((1,), jnp.int32), "image": x}
+    cond = {"label": jax.ShapeDtypeStruct((1,), jnp.int32), "image": x, "image_log_snr": one}
     params = jax.eval_shape(UNet(config).init, jax.random.key(0), x, one, cond)
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
@@ -72,9 +72,9 @@ def test_the_null_label_is_one_more_row():
     assert count(with_null, 64) - count(ADM_64, 64) == 4 * 192
 
 
-def test_the_conditioning_image_is_more_input_channels():
+def test_the_conditioning_image_is_more_input_channels_and_a_second_level():
     with_image = dataclasses.replace(UNetConfig(), image_cond=True)
-    assert count(with_image, 32) - count(UNetConfig(), 32) == 3 * 3 * 3 * 128
+    assert count(with_image, 32) - count(UNetConfig(), 32) == 3 * 3 * 3 * 128 + 128 * 512
 
 
 @pytest.mark.parametrize(
@@ -83,6 +83,7 @@ def test_the_conditioning_image_is_more_input_channels():
         {},
         {"scale_shift": True},
         {"resblock_updown": True},
+        {"pad_both": True},
         {"heads": 2},
         {"head_width": 4},
         {"mults": (1,)},
@@ -107,11 +108,11 @@ def test_any_option_any_size(change):
 
 
 def test_every_input_matters():
-    """The output changes with x_t, the noise level, the label and the image."""
+    """The output changes with x_t, the noise level, the label, the image and its own level."""
     extras = dict(scale_shift=True, resblock_updown=True, labels=3, null_label=True)
     config = dataclasses.replace(TINY, image_cond=True, **extras)
     x, log_snr = inputs((8, 8, 1))
-    cond = {"label": jnp.array([0, 1]), "image": jnp.ones((2, 8, 8, 2))}
+    cond = {"label": jnp.array([0, 1]), "image": jnp.ones((2, 4, 4, 2)), "image_log_snr": log_snr}
     params = init(config, (8, 8, 1), cond)
     f = jax.jit(lambda *a: apply(UNet(config), params, *a))
     base = f(x, log_snr, cond)
@@ -120,6 +121,7 @@ def test_every_input_matters():
         (x, log_snr + 1, cond),
         (x, log_snr, cond | {"label": jnp.array([3, 3])}),
         (x, log_snr, cond | {"image": 0 * cond["image"]}),
+        (x, log_snr, cond | {"image_log_snr": log_snr + 1}),
     ):
         assert (jnp.abs(f(*changed) - base).max(axis=(1, 2, 3)) > 1e-4).all()
 

@@ -1,21 +1,31 @@
-"""Data sets in memory, and batches as a pure function of (seed, step).
+"""Data sets, and batches as a pure function of (seed, step).
 
 A data set is two `Examples`, to train on and held out. Images are uint8 and become float32 in
-[-1, 1] batch by batch; everything else is float32 in [-1, 1] already. Nothing is ever downloaded.
+[-1, 1] batch by batch; everything else is float32 in [-1, 1] already. They lie in memory, or, as
+those of a folder, stay on the disk (`Rows`). Nothing is ever downloaded.
 """
 
-import collections
-import concurrent.futures
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from . import readers, toy
+from .images import UnreadableError as UnreadableError, folder
+from .workers import check_workers as check_workers, in_order as in_order, prefetch as prefetch
 
-T = TypeVar("T")
+
+class Rows(Protocol):
+    """What a batch needs of an array `[n, ...]`: NumPy's, one on the disk, or `images.Images`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: Any, /) -> np.ndarray: ...
 
 
 class Examples(NamedTuple):
@@ -26,7 +36,7 @@ class Examples(NamedTuple):
       label: integers `[n]`, or None.
     """
 
-    x: np.ndarray
+    x: Rows
     label: np.ndarray | None = None
 
 
@@ -54,7 +64,7 @@ DATASETS: dict[str, Callable[..., tuple]] = {
     "mnist": readers.mnist,
     "cifar10": readers.cifar10,
     "npz": readers.npz,
-    "folder": readers.folder,
+    "folder": folder,
     "two_moons": _embedded(toy.split(toy.two_moons)),
     "checkerboard": _embedded(toy.split(toy.checkerboard)),
     "swiss_roll": _embedded(toy.split(toy.swiss_roll)),
@@ -76,13 +86,24 @@ def levels(name: str, examples: Examples) -> int | None:
     return LEVELS.get(name, of_bytes)
 
 
-def load(name: str, path: Path | str | None = None, size: int | None = None) -> Dataset:
+def load(
+    name: str,
+    path: Path | str | None = None,
+    size: int | None = None,
+    channels: int | None = None,
+    unreadable: str = "refuse",
+    workers: int = 0,
+) -> Dataset:
     """Load a data set by name.
 
     Args:
       name: one of `DATASETS`.
       path: the folder or file it lies in; None for its default place, if it has one.
-      size: for `folder`, the side of the squares that images are cropped and scaled to.
+      size: for `folder`, the side of the squares that images are cropped and scaled to; for others,
+        the side of the squares that square images are averaged down to, a divisor of theirs.
+      channels: for `folder` only: 1, grey, or 3, RGB; None: grey if all of them are.
+      unreadable: for `folder` only: "refuse" it if a file cannot be read, or "skip" the file.
+      workers: processes that look at a folder's files.
 
     Raises:
       ValueError: if the name is unknown, a file is corrupt, or values are of a wrong dtype or
@@ -95,25 +116,47 @@ def load(name: str, path: Path | str | None = None, size: int | None = None) -> 
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}: one of {', '.join(DATASETS)}")
+    path = None if path is None else Path(path)
+    if name == "folder":
+        parts = folder(path, size, channels, unreadable, workers)
+    elif channels is not None or unreadable != "refuse":
+        raise ValueError(f"data.{channels=}, data.{unreadable=}: for the data set folder only")
+    else:
+        parts = DATASETS[name](path)
+    train, test = (
+        checked(*part, where=f"{name}, {which}")
+        for part, which in zip(parts, ("train", "test"), strict=True)
+    )
     if size is not None and name != "folder":
-        raise ValueError(f"data.size={size}: the data set {name} has a size of its own")
-    options = {} if size is None else {"size": size}
-    train, test = DATASETS[name](None if path is None else Path(path), **options)
-    return Dataset(checked(*train, where=f"{name}, train"), checked(*test, where=f"{name}, test"))
+        train, test = (part._replace(x=_averaged(name, part.x, size)) for part in (train, test))
+    return Dataset(train, test)
 
 
-def checked(x: np.ndarray, label: np.ndarray | None = None, *, where: str = "data") -> Examples:
+def _averaged(name, x, size):
+    """Square images `[n, side, side, channels]` with each of size x size squares averaged."""
+    square = x.ndim == 4 and x.shape[1] == x.shape[2]
+    if name in LEVELS or not square or size < 1 or x.shape[1] % size:
+        raise ValueError(
+            f"data.size={size}: the data set {name} has a size of its own, {x.shape[1:]}; square "
+            "images can be averaged down to a divisor of theirs"
+        )
+    k = x.shape[1] // size
+    means = x.reshape(len(x), size, k, size, k, x.shape[3]).mean((2, 4), np.float32)
+    return np.round(means).astype(x.dtype) if x.dtype == np.uint8 else means
+
+
+def checked(x: Rows, label: np.ndarray | None = None, *, where: str = "data") -> Examples:
     """`Examples` of these arrays, if they keep the rules.
 
     Raises:
       ValueError: unless x is uint8, or float32 within [-1, 1], and labels are integers >= 0, one
         for each example.
     """
-    if x.ndim < 2 or x.size == 0:
+    if len(x.shape) < 2 or 0 in x.shape:
         raise ValueError(f"{where}: examples of shape {x.shape}, need [n, ...] of at least 1 each")
     if x.dtype not in (np.uint8, np.float32):
         raise ValueError(f"{where}: dtype {x.dtype}, need uint8 or float32 in [-1, 1]")
-    if x.dtype == np.float32 and not (x.min() >= -1 and x.max() <= 1):
+    if isinstance(x, np.ndarray) and x.dtype == np.float32 and not abs(x).max() <= 1:
         raise ValueError(f"{where}: values from {x.min()} to {x.max()}, need [-1, 1]")
     if label is not None:
         if label.shape != x.shape[:1] or label.dtype.kind not in "iu" or label.min() < 0:
@@ -135,6 +178,15 @@ def take(examples: Examples, index: np.ndarray) -> dict[str, np.ndarray]:
     return batch
 
 
+def to_bytes(x: np.ndarray) -> np.ndarray:
+    """Images in [-1, 1] as uint8, rounded; the inverse of `take`.
+
+    >>> to_bytes(np.array([-1.0, 0.0, 0.01, 1.2]))
+    array([  0, 128, 129, 255], dtype=uint8)
+    """
+    return np.clip(np.round((x + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
 def first(examples: Examples, n: int) -> dict[str, np.ndarray]:
     """The first n examples, or all if there are fewer, with their `index`."""
     index = np.arange(min(len(examples.x), n), dtype=np.int32)
@@ -142,7 +194,7 @@ def first(examples: Examples, n: int) -> dict[str, np.ndarray]:
 
 
 def in_range(dataset: Dataset) -> tuple[np.ndarray, np.ndarray | None]:
-    """Every example of a data set, in [-1, 1], and its label if there are labels."""
+    """Every example of a data set, all in memory, in [-1, 1], and its label if there are labels."""
     parts = [take(examples, np.arange(len(examples.x))) for examples in dataset]
     x = np.concatenate([part["x"] for part in parts])
     label = np.concatenate([part["label"] for part in parts]) if "label" in parts[0] else None
@@ -189,27 +241,6 @@ def train_batch(
         batch["x"] = np.where(mirror[:, None, None, None], batch["x"][:, :, ::-1], batch["x"])
     batch["index"] = np.arange(batch_size, dtype=np.int32)[slots]
     return batch
-
-
-def prefetch(fetch: Callable[[int], T], steps: Iterable[int], ahead: int = 2) -> Iterator[T]:
-    """Call `fetch` for each step, some calls ahead of their use, in a thread of its own.
-
-    Args:
-      fetch: a pure function of the step.
-      steps: what to call it with, in order.
-      ahead: how many results may wait; an error in one is raised when its turn comes.
-
-    >>> list(prefetch(lambda step: 10 * step, range(3)))
-    [0, 10, 20]
-    """
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        waiting = collections.deque[concurrent.futures.Future[T]]()
-        for step in steps:
-            waiting.append(thread.submit(fetch, step))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 _ORDER, _FLIPS = 0, 1  # which of a seed's generators

@@ -1,11 +1,10 @@
-"""Readers of image files: each returns ((x, label), (x, label)), to train on and held out.
+"""Readers of files of arrays: each returns ((x, label), (x, label)), to train on and held out.
 
 They take files from anywhere: no code in them is ever run (no pickles), what they claim to hold is
 checked against their size before memory is asked for, and whatever is wrong is a ValueError that
 names the file.
 """
 
-import functools
 import gzip
 import math
 import zipfile
@@ -13,7 +12,6 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """Where the Debian package `dataset-fashion-mnist` puts it."""
@@ -103,72 +101,6 @@ def _member(archive, info):
             raise ValueError(f"{info.filename}: {info.file_size} bytes are not a {dtype}{shape}")
         flat = np.frombuffer(file.read(), dtype)
     return flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
-
-
-FOLDER = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-LARGEST = 2**26  # pixels of an image
-
-
-def folder(path: Path | None, size: int | None = None) -> tuple:
-    """A folder of images (PNG, JPEG, WebP, BMP), every tenth of which is held out.
-
-    If they lie in subfolders, the subfolders' names in alphabetical order are their labels. Images
-    are grey if all of them are, else RGB.
-
-    Args:
-      path: the folder.
-      size: crop each to a square about its centre and scale that to `size` x `size`; None: they
-        must all be of one size.
-    """
-    if path is None or not path.is_dir():
-        raise FileNotFoundError(f"folder: --config.data.path={path} must be a folder of images")
-    if size is not None and size < 1:
-        raise ValueError(f"data.size={size}: must be at least 1")
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in FOLDER and f.is_file())
-    if len(files) < 2:
-        raise ValueError(f"{path}: {len(files)} images ({', '.join(FOLDER)}), need at least 2")
-    if size is None:
-        sizes = {_image(file, lambda image: image.size): file for file in files}
-        if len(sizes) > 1:
-            some = ", ".join(f"{w} x {h} ({file.name})" for (w, h), file in list(sizes.items())[:3])
-            raise ValueError(f"{path}: images of {len(sizes)} sizes, as {some}: give data.size")
-        ((width, height),) = sizes
-        packed = sum(file.stat().st_size for file in files)
-        _refuse_bomb(f"{path}", 3 * width * height * len(files), packed)
-    images = [_image(file, functools.partial(_pixels, size=size)) for file in files]
-    grey = all(image.ndim == 2 for image in images)
-    rgb = lambda image: image if image.ndim == 3 else np.repeat(image[..., None], 3, -1)
-    x = np.stack([image[..., None] if grey else rgb(image) for image in images])
-    parents = [file.relative_to(path).parent for file in files]
-    classes = sorted(set(parents))
-    label = np.array([classes.index(parent) for parent in parents]) if len(classes) > 1 else None
-    held_out = np.arange(len(x)) % 10 == 9 if len(x) >= 10 else np.arange(len(x)) == len(x) - 1
-    part = lambda rows: (x[rows], None if label is None else label[rows])
-    return part(~held_out), part(held_out)
-
-
-def _image(file, look):
-    """What `look` sees in an image file, of which only the header has been read."""
-    try:
-        with Image.open(file, formats=("PNG", "JPEG", "WEBP", "BMP")) as image:
-            if image.width * image.height > LARGEST:
-                raise ValueError(f"{image.width} x {image.height} pixels, more than {LARGEST}")
-            return look(image)
-    except Exception as error:  # as above
-        raise ValueError(f"{file}: not a readable image ({error})") from error
-
-
-def _pixels(image, size):
-    """uint8 `[height, width]` or `[height, width, 3]`."""
-    if image.mode.startswith("I"):  # 16 bits of grey
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
-    if size is not None:
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        square = (left, top, left + side, top + side)
-        image = image.resize((size, size), Image.Resampling.BOX, square, reducing_gap=None)
-    return np.asarray(image)
 
 
 def _refuse_bomb(name, size, packed):

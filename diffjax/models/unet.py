@@ -49,8 +49,7 @@ class UNetConfig:
     resblock_updown: bool = False
     """Change resolution inside a residual block (ADM), not by a convolution (DDPM)."""
     pad_both: bool = False
-    """Pad the convolutions that halve on both sides (improved DDPM), not only below and to the right
-    (DDPM)."""
+    """Pad convolutions that halve on all sides (improved DDPM), not only below and right (DDPM)."""
     level_scale: float = 25.0
     """What the noise level is multiplied by: log-SNR in [-20, 20] covers the 1000 units of DDPM."""
     level_period: float = 10000.0
@@ -62,7 +61,8 @@ class UNetConfig:
     null_label: bool = False
     """Add one class that means "no label", index `labels`, for classifier-free guidance."""
     image_cond: bool = False
-    """Concatenate `cond["image"]`, of the height and width of x_t, to the input."""
+    """Concatenate `cond["image"]`, enlarged to the height and width of x_t, to the input, and embed
+    `cond["image_log_snr"]` `[batch]`, how noisy it is, beside x_t's."""
     remat: bool = False
     """Recompute blocks in the backward pass: less memory, more time."""
     bfloat16: bool = False
@@ -104,8 +104,9 @@ class UNet(nn.Module):
     """The network. Dropout is on exactly when `apply` is given a "dropout" key.
 
     Call with x_t `[batch, height, width, channels]`, log_snr `[batch]`, and a dict `cond` with
-    `label` `[batch]` integers and `image` `[batch, height, width, any]` as the config asks (None
-    if it asks for neither). Returns `[batch, height, width, out_channels]`, float32 or wider.
+    `label` `[batch]` integers, and `image` `[batch, any, any, any]` with `image_log_snr` `[batch]`,
+    as the config asks (None if it asks for neither). Returns `[batch, height, width,
+    out_channels]`, float32 or wider.
 
     >>> model = UNet(UNetConfig(width=8, mults=(1, 2), groups=4, attention=(4,)))
     >>> inputs = jnp.zeros((1, 8, 8, 3)), jnp.zeros(1), None
@@ -124,7 +125,11 @@ class UNet(nn.Module):
         conv = functools.partial(nn.Conv, kernel_size=(3, 3), kernel_init=Init, dtype=dtype)
         block = functools.partial(nn.remat(Block) if c.remat else Block, c, dtype)
 
-        emb = level_embedding(c.level_scale * log_snr, c.width, c.level_period).astype(dtype)
+        embed = functools.partial(level_embedding, width=c.width, period=c.level_period)
+        emb = embed(c.level_scale * log_snr)
+        if c.image_cond:
+            emb = jnp.concatenate([emb, embed(cond["image_log_snr"])], axis=-1)
+        emb = emb.astype(dtype)
         emb = nn.Dense(4 * c.width, kernel_init=Init, dtype=dtype, name="embed_0")(emb)
         emb = nn.Dense(4 * c.width, kernel_init=Init, dtype=dtype, name="embed_1")(nn.silu(emb))
         if c.labels:
@@ -133,7 +138,9 @@ class UNet(nn.Module):
 
         x = x_t.astype(dtype)
         if c.image_cond:
-            x = jnp.concatenate([x, cond["image"].astype(dtype)], axis=-1)
+            image = cond["image"].astype(dtype)
+            image = jax.image.resize(image, (*x.shape[:3], image.shape[-1]), "cubic")
+            x = jnp.concatenate([x, image], axis=-1)
         h = conv(c.width, name="conv_in")(fold(x, c.patch))
         skips = [h]
         last = len(c.mults) - 1

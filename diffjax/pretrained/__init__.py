@@ -19,7 +19,7 @@ it that of real data:
 
 of 800 samples and the whole data set, and of 1,000 samples and 10,000 random images. They are for
 notebooks and first steps; the second stopped early, and its sandals and prints are often broken.
-Data: UCI optdigits (CC BY 4.0, `diffjax/data/digits.LICENSE`); Fashion-MNIST (Xiao et al. 2017, MIT).
+Data: UCI optdigits (CC BY 4.0, `diffjax/data/digits.LICENSE`); Fashion-MNIST (Xiao et al., MIT).
 """
 
 from pathlib import Path

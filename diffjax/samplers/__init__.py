@@ -4,7 +4,7 @@ A `Sampler` is two pure functions. `init(x_1)` makes a state; `step(key, state, 
 from time t to time s. In a notebook call `step` in a `for` loop; `sample` is the same loop as one
 `lax.scan`, to be jitted by its caller with the parameters as arguments.
 
-Every sampler is a function (denoise, schedule, *, options) -> Sampler, and works with any
+Every sampler is a function `(denoise, schedule, *, options) -> Sampler`, and works with any
 schedule over the whole of [0, 1]: log-SNR is finite there, so no step is special. A deterministic
 one walks both ways. `docs/samplers.md` has their measured orders and errors.
 """

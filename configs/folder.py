@@ -1,0 +1,33 @@
+"""A folder of your own images, whatever their sizes.
+
+    python train.py --config=configs/folder.py --config.data.path=DIR --workdir=runs/mine
+
+docs/your_data.md explains the fields that matter.
+"""
+
+import dataclasses
+
+from diffjax.config import Config, Data, Optimizer, Sampling, UNetConfig, smoke, variant_of
+
+
+def get_config(variant: str = "") -> Config:
+    model = UNetConfig(
+        width=32, mults=(1, 2), patch=2, blocks=1, attention=(8,), groups=8, dropout=0.0
+    )
+    config = Config(
+        data=Data("folder", size=32, channels=3),
+        model=model,
+        optimizer=Optimizer(learning_rate=2e-3, warmup=100),
+        schedule_options={"log_snr_min": -10.0, "log_snr_max": 10.0},
+        weighting="min_snr",
+        ema=0.995,
+        batch_size=64,
+        steps=2000,
+        log_every=50,
+        eval_every=500,
+        save_every=500,
+        sample_every=1000,
+        sampling=Sampling(steps=30, columns=8),
+    )
+    tiny = dataclasses.replace(model, width=8, mults=(1,), groups=4, attention=())
+    return variant_of(config, variant, smoke=lambda: smoke(config, model=tiny))

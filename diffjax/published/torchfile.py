@@ -1,0 +1,170 @@
+"""PyTorch's files, without PyTorch and without running anything that is in them.
+
+A pickle is a program: it names functions and calls them. Here every name that it asks for becomes a
+`Record`, which keeps what it is called with, but for the few in `KNOWN`, which rebuild tensors.
+Three formats are read: the zip files of `torch.save`, its older streams (before PyTorch 1.6), and
+plain pickles with such streams inside, as EDM's.
+"""
+
+import io
+import math
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax.numpy as jnp
+import numpy as np
+
+MAGIC = 0x1950A86A20F9469CFC6C
+"""What an older stream begins with."""
+DTYPES = {
+    "DoubleStorage": "<f8",
+    "FloatStorage": "<f4",
+    "HalfStorage": "<f2",
+    "BFloat16Storage": jnp.bfloat16,
+    "LongStorage": "<i8",
+    "IntStorage": "<i4",
+    "ShortStorage": "<i2",
+    "CharStorage": "i1",
+    "ByteStorage": "u1",
+    "BoolStorage": "?",
+}
+"""Of PyTorch's storages."""
+
+
+class Record:
+    """What stands for an object that is not made.
+
+    Attributes:
+      path: the name of the class or function, as in `torch.nn.modules.conv.Conv2d`.
+      args: what it was called with.
+      state: what it was then given as its state, or None.
+    """
+
+    path = ""
+    args: tuple
+    state: Any
+
+    def __new__(cls, *args: Any) -> Any:
+        if cls.path in KNOWN:
+            return KNOWN[cls.path](*args)
+        self = super().__new__(cls)
+        self.args, self.state = args, None
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class Dict(dict):
+    """A dictionary that may be given attributes, as PyTorch gives its state dicts."""
+
+
+def read(path: Path | str) -> Any:
+    """The object in a file: of dicts, lists, numbers, NumPy arrays, and `Record`s for the rest.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is damaged or no such file; names it.
+    """
+    path = Path(path)
+    with path.open("rb") as file:
+        try:
+            is_zip = zipfile.is_zipfile(file)
+            file.seek(0)
+            return _zip(file) if is_zip else _stream(file)
+        except Exception as error:  # the bytes of a stranger make the parsers raise anything
+            raise ValueError(f"{path}: not a readable file of PyTorch ({error!r})") from error
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file, storage: Callable[[Any, str, int], np.ndarray] | None = None) -> None:
+        super().__init__(file)
+        self.storage = storage
+
+    def find_class(self, module, name):
+        return type(name, (Record,), {"path": f"{module}.{name}"})
+
+    def persistent_load(self, pid):
+        what, kind, key, _, size, *_ = pid
+        if what != "storage" or self.storage is None:
+            raise pickle.UnpicklingError(f"{what!r} is not a storage of this file")
+        return self.storage(np.dtype(DTYPES[kind.__name__]), key, size)
+
+
+def _zip(file: BinaryIO) -> Any:
+    with zipfile.ZipFile(file) as archive:
+        members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+        if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
+            raise ValueError("compressed, which torch.save never does")
+        if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
+            raise ValueError("big endian")
+        storages: dict[str, np.ndarray] = {}
+
+        def storage(dtype, key, size):
+            if key not in storages:
+                storages[key] = np.frombuffer(archive.read(members[f"data/{key}"]), dtype)
+            if len(storages[key]) != size or storages[key].dtype != dtype:
+                raise ValueError(f"storage {key} is not {size} x {dtype}")
+            return storages[key]
+
+        return _Unpickler(io.BytesIO(archive.read(members["data.pkl"])), storage).load()
+
+
+def _stream(file: BinaryIO) -> Any:
+    first = _Unpickler(file).load()
+    if not isinstance(first, int) or first != MAGIC:
+        return first  # a plain pickle
+    version, system = _Unpickler(file).load(), _Unpickler(file).load()
+    if version != 1001 or not system["little_endian"]:
+        raise ValueError(f"version {version} of {system}")
+    storages: dict[str, np.ndarray] = {}
+    here = file.tell()
+    left = file.seek(0, io.SEEK_END) - here
+    file.seek(here)
+
+    def storage(dtype, key, size):
+        nonlocal left
+        if key not in storages:
+            left -= size * dtype.itemsize
+            if size < 0 or left < 0:
+                raise ValueError(f"storage {key} claims to be {size} x {dtype}")
+            storages[key] = np.empty(size, dtype)  # its numbers come after the pickle
+        return storages[key]
+
+    found = _Unpickler(file, storage).load()
+    for key in _Unpickler(file).load():
+        array = storages[key]
+        if int.from_bytes(file.read(8), "little") != len(array):
+            raise ValueError(f"storage {key} is not of {len(array)} numbers")
+        array[:] = np.frombuffer(file.read(array.nbytes), array.dtype)
+    return found
+
+
+def _tensor(storage, offset, size, strides, *_):
+    """A view of a storage, which must hold all of it."""
+    if not isinstance(storage, np.ndarray):
+        raise ValueError(f"a tensor of {type(storage).__name__}")
+    if min((offset, *size, *strides), default=0) < 0 or len(size) != len(strides):
+        raise ValueError(f"a tensor {size} with strides {strides} from {offset}")
+    count = math.prod(size)
+    last = offset + sum((n - 1) * s for n, s in zip(size, strides, strict=True))
+    if count and (last >= len(storage) or count > len(storage)):
+        raise ValueError(f"a tensor {size} of a storage of {len(storage)} numbers")
+    if not count:
+        return np.empty(size, storage.dtype)
+    steps = [s * storage.dtype.itemsize for s in strides]
+    return np.lib.stride_tricks.as_strided(storage[offset:], size, steps)
+
+
+KNOWN: dict[str, Callable] = {
+    "collections.OrderedDict": Dict,
+    "dnnlib.util.EasyDict": Dict,
+    "torch.Size": tuple,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
+    "torch.storage._load_from_bytes": lambda data: _stream(io.BytesIO(data)),
+}
+"""All the functions that a file can call."""

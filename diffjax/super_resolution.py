@@ -1,0 +1,80 @@
+r"""Super-resolution by a network that sees the small image, and what it takes to make a cascade.
+
+The network is given the small image beside x_t: noised, with the log-SNR of its noise
+("conditioning augmentation", Ho et al. 2022, "Cascaded diffusion models for
+high fidelity image generation", section 4.2):
+
+    z ~ q(z_t | small) at a time t drawn from U(0, augment) in training, chosen when sampling
+
+A network that has learned to distrust its input forgives the flaws of small images that another
+model has sampled. For the same task with a network that knows nothing of it, see `inverse`.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from . import keys
+from .inverse import downsampling
+from .process import q_sample
+from .schedules import Schedule
+from .types import Data, Key, Real, Time
+
+Images = Float[Real, "batch height width channels"]
+Small = Float[Real, "batch low low channels"]
+
+
+def shrink(x: Images, side: int) -> Small:
+    """Square images `[batch, height, height, channels]` averaged down to `side` pixels a side.
+
+    Raises:
+      ValueError: unless `side` divides their height.
+    """
+    if side < 1 or x.shape[1] != x.shape[2] or x.shape[1] % side:
+        raise ValueError(f"{side=}: must divide the side of square images, not {x.shape[1:3]}")
+    return downsampling(x.shape[1] // side)(x)
+
+
+def enlarge(small: Small, side: int) -> Images:
+    """Square images enlarged to `side` pixels a side, by bicubic interpolation.
+
+    >>> enlarge(jnp.ones((1, 2, 2, 1)), 4).shape
+    (1, 4, 4, 1)
+    """
+    shape = (len(small), side, side, small.shape[-1])
+    return jax.image.resize(jnp.asarray(small), shape, "cubic")
+
+
+def small_image(key: Key, schedule: Schedule, small: Small, t: Time) -> dict[str, Data]:
+    """What the network is told of a small image: the `image` and `image_log_snr` of its `cond`.
+
+    Args:
+      key: one key, or one per example `[batch]`.
+      schedule: whose q(z_t | small) adds the noise.
+      small: images `[batch, low, low, channels]` in [-1, 1].
+      t: how noisy to make it, `[]` or `[batch]`: from 0, by the schedule's least noise, to 1.
+    """
+    z = q_sample(schedule, small, t, keys.normal(key, small.shape, small.dtype))
+    return {"image": z, "image_log_snr": jnp.broadcast_to(schedule.log_snr(t), len(small))}
+
+
+def psnr(x: Data, y: Data) -> Float[Real, " batch"]:
+    """The peak signal-to-noise ratio of images in [-1, 1], in decibels `[batch]`.
+
+    10 log10(peak^2 / mean squared difference) with a peak of 2. It favours blur: the mean of all
+    images that a small one may come from has the best there is, and is none of them.
+
+    >>> psnr(jnp.zeros((1, 4, 4, 1)), jnp.full((1, 4, 4, 1), 0.2))  # 10 log10(4 / 0.04)
+    Array([20.], dtype=float32)
+    """
+    return 10 * jnp.log10(4 / jnp.square(x - y).mean(tuple(range(1, jnp.ndim(x)))))
+
+
+def beside(x: Images, truth: Images, low: int) -> Float[Real, "rows height width channels"]:
+    """Samples in a picture of four rows: small, bicubic, sampled, true, `[4 batch, ...]`.
+
+    Image 4 i + j is row j of column i, as `plots.save_samples` with four classes has them.
+    """
+    small, side = shrink(truth, low), x.shape[1]
+    coarse = jax.image.resize(small, truth.shape, "nearest")
+    return jnp.stack([coarse, enlarge(small, side), x, truth], 1).reshape(-1, *x.shape[1:])

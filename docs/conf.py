@@ -1,0 +1,54 @@
+"""The site: `make docs` builds it into build/site. Modules are imported; nothing is executed."""
+
+import re
+
+import diffjax
+
+project = "diffjax"
+version = release = diffjax.__version__
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+html_theme = "furo"
+html_title = "diffjax"
+
+nb_execution_mode = "off"
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+
+# Annotations of shapes are long, and the docstrings say the shapes in words.
+autodoc_typehints = "none"
+autodoc_preserve_defaults = True
+autodoc_member_order = "bysource"
+napoleon_use_ivar = True
+napoleon_attr_annotations = False
+python_maximum_signature_line_length = 90
+
+# In a docstring a word in backticks links to what it names, or is code if it names nothing.
+default_role = "py:obj"
+nitpicky = True
+nitpick_ignore_regex = [("py:.*", ".*")]
+
+
+def as_rst(app, what, name, obj, options, lines):
+    """Docstrings are for the eye: an indented block is set as it is, and a bar is a bar."""
+    out, inside = [], False
+    for line in lines:
+        indented = line.startswith("    ")
+        if indented and not inside and out and not out[-1]:
+            inside = True
+            out += ["::", ""]
+        elif line and not indented:
+            inside = False
+        bars = r"(`[^`]*`)|\|"
+        out.append(line if inside else re.sub(bars, lambda m: m[1] or r"\|", line))
+    lines[:] = out
+
+
+def is_field(app, what, name, obj, skip, options):
+    """Whether to leave a member out: fields of a NamedTuple, which its docstring describes."""
+    return True if type(obj).__name__ == "_tuplegetter" else None
+
+
+def setup(app):
+    """Connect the two with autodoc."""
+    app.connect("autodoc-process-docstring", as_rst, priority=400)  # before napoleon
+    app.connect("autodoc-skip-member", is_field)

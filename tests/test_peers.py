@@ -1,0 +1,351 @@
+"""Published networks, beside those who published them: `make test-peers`.
+
+The weights are random, every one of them away from its initial value, so that nothing is hidden by
+zeros; the architectures are the published ones, narrower where that is enough.
+"""
+
+import dataclasses
+import functools
+import pickle
+import sys
+import types
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffjax
+from diffjax import checkpoint, experiment, published, weights
+from diffjax.published import openai
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import torch
+    from azula.plugins.adm._src.unet import SuperResModel, UNetModel
+    from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
+    from physicsnemo.diffusion.preconditioners import EDMPrecond
+    from physicsnemo.models.diffusion_unets import DhariwalUNet
+
+pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
+
+
+def shaken(net):
+    """The same network, away from where it was initialised."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return net.eval()
+
+
+def inputs(shape, n=3):
+    """Images, and their labels."""
+    x = np.random.default_rng(0).standard_normal((n, *shape)).astype(np.float32)
+    return x, np.arange(n, dtype=np.int32)
+
+
+def theirs(x):
+    return torch.from_numpy(np.moveaxis(x, -1, 1))
+
+
+def difference(ours, peers):
+    """The largest, relative to the largest output."""
+    peers = np.moveaxis(peers.detach().numpy(), 1, -1)
+    assert peers.std() > 0.1
+    found = np.abs(np.asarray(ours) - peers).max() / np.abs(peers).max()
+    print(f" {found:.1e}", end=" ")  # for those who ask, by ARGS=-sv
+    return found
+
+
+def said(loaded, x, i, cond):
+    """What our network says of x at step i of the grid 0..T-1 of its training."""
+    params, config = loaded
+    t = (i + 1) / np.float32(config.time_steps)
+    log_snr = experiment.make_schedule(config).log_snr(t)
+    return jax.jit(experiment.make_network(config))(params, x, log_snr, cond)
+
+
+DDPM = dict(
+    sample_size=16,
+    layers_per_block=2,
+    block_out_channels=(32, 64, 64),
+    down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    norm_num_groups=16,
+    # These four as google/ddpm-cifar10-32 has them.
+    attention_head_dim=None,
+    downsample_padding=0,
+    norm_eps=1e-6,
+    flip_sin_to_cos=False,
+    freq_shift=1,
+)
+DEFAULT = {name: DDPM[name] for name in list(DDPM)[:6]}
+ADM = DEFAULT | dict(
+    down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
+    up_block_types=("ResnetUpsampleBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    downsample_type="resnet",
+    upsample_type="resnet",
+    resnet_time_scale_shift="scale_shift",
+    attn_norm_num_groups=16,
+    num_class_embeds=7,
+    out_channels=6,
+)
+
+
+@pytest.mark.parametrize("options", [DDPM, DEFAULT, ADM], ids=["ddpm", "default", "adm"])
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+def test_diffusers(options, safe, tmp_path):
+    net = shaken(UNet2DModel(**options))
+    DDPMScheduler().save_pretrained(tmp_path)
+    net.save_pretrained(tmp_path, safe_serialization=safe)
+    if not safe:  # and with the names of older files
+        state = torch.load(tmp_path / "diffusion_pytorch_model.bin")
+        old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+        for new, name in old.items():
+            state = {k.replace(f".{new}.", f".{name}."): v for k, v in state.items()}
+        torch.save(state, tmp_path / "diffusion_pytorch_model.bin")
+    x, label = inputs((16, 16, 3))
+    i = np.array([0, 500, 999])
+    given = [torch.from_numpy(label)] if "num_class_embeds" in options else []
+    peers = net(theirs(x), torch.from_numpy(i), *given).sample
+    loaded = published.load(tmp_path)
+    assert difference(said(loaded, x, i, {"label": label}), peers) < 1e-4
+    assert loaded[1].bound_weight == (0.001 if "out_channels" in options else None)
+
+
+OPENAI = {
+    "improved": dict(model_channels=32, num_heads=4, use_scale_shift_norm=True),
+    "bedroom": dict(model_channels=32),
+    "adm": dict(
+        model_channels=64,
+        num_head_channels=32,
+        resblock_updown=True,
+        use_scale_shift_norm=True,
+        num_classes=7,
+    ),
+}
+
+
+def of_openai(theirs, **changes):
+    """Our config of a narrow network of theirs, 16 x 16, by way of a published one's."""
+    resblock = theirs.get("resblock_updown", False)
+    make = openai.guided if resblock else openai.improved
+    config = make(32, theirs["model_channels"], 2, betas="cosine_betas")
+    model = dataclasses.replace(
+        config.model,
+        mults=(1, 2, 2),
+        attention=(8, 4),
+        heads=theirs.get("num_heads", 1),
+        head_width=theirs.get("num_head_channels"),
+        scale_shift=theirs.get("use_scale_shift_norm", False),
+        labels=theirs.get("num_classes", 0),
+        **changes,
+    )
+    data = dataclasses.replace(config.data, size=16, shape=(16, 16, 3))
+    return dataclasses.replace(config, model=model, data=data)
+
+
+@pytest.mark.parametrize("name", OPENAI)
+@pytest.mark.parametrize("order", ["khc", "hkc"])
+def test_improved_and_guided_diffusion(name, order, tmp_path):
+    net = shaken(
+        UNetModel(
+            image_size=16,
+            in_channels=3,
+            out_channels=6,
+            num_res_blocks=2,
+            attention_resolutions=(2, 4),
+            channel_mult=(1, 2, 2),
+            use_new_attention_order=order == "khc",
+            **OPENAI[name],
+        )
+    )
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    loaded = openai.load(tmp_path / "net.pt", openai.OpenAI(of_openai(OPENAI[name]), order))
+    x, label = inputs((16, 16, 3))
+    steps = loaded[1].time_steps
+    i = np.array([0, steps // 2, steps - 1])
+    scaled = torch.from_numpy(i * np.float32(1000 / steps))
+    y = torch.from_numpy(label).long() if "num_classes" in OPENAI[name] else None
+    peers = net(theirs(x), scaled, y)
+    assert difference(said(loaded, x, i, {"label": label}), peers) < 1e-4
+
+
+def test_an_upsampler_of_guided_diffusion(tmp_path):
+    adm = OPENAI["adm"]
+    options = dict(image_size=16, in_channels=3, out_channels=6, num_res_blocks=2)
+    options |= dict(attention_resolutions=(2, 4), channel_mult=(1, 2, 2))
+    net = shaken(SuperResModel(**options, **adm))
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    loaded = openai.load(tmp_path / "net.pt", openai.OpenAI(of_openai(adm, image_cond=True)))
+    x, label = inputs((16, 16, 3))
+    small, _ = inputs((8, 8, 3))
+    i = np.array([0, 500, 999])
+    peers = net(
+        theirs(x), torch.from_numpy(i), low_res=theirs(small), y=torch.from_numpy(label).long()
+    )
+    large = torch.nn.functional.interpolate(theirs(small), (16, 16), mode="bilinear")
+    cond = {"label": label, "image": np.moveaxis(large.numpy(), 1, -1)}
+    assert difference(said(loaded, x, i, cond), peers) < 1e-4
+
+
+def edm_pickle(net, path, monkeypatch):
+    """Written as EDM's are: objects with the source of their classes, by a function of its own."""
+    module = types.ModuleType("torch_utils.persistence")
+
+    def _reconstruct_persistent_obj(meta):
+        raise AssertionError("never called")
+
+    _reconstruct_persistent_obj.__module__ = module.__name__
+    _reconstruct_persistent_obj.__qualname__ = _reconstruct_persistent_obj.__name__
+    module._reconstruct_persistent_obj = _reconstruct_persistent_obj
+    monkeypatch.setitem(sys.modules, "torch_utils", types.ModuleType("torch_utils"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    class Pickler(pickle.Pickler):
+        def reducer_override(self, thing):
+            if not isinstance(thing, torch.nn.Module) or isinstance(thing, torch.nn.ModuleDict):
+                return NotImplemented
+            name, modules = type(thing).__name__, dict(thing._modules)
+            if attention := modules.pop("attn", None):  # theirs is part of its block
+                layers = dict(attention.named_children())
+                modules |= {"norm2": layers["norm"], "qkv": layers["qkv"], "proj": layers["proj"]}
+            buffers = {k: v for k, v in thing._buffers.items() if k == "resample_filter"}
+            state = dict(_parameters=thing._parameters, _buffers=buffers, _modules=modules)
+            state |= {"skip_scale": np.sqrt(0.5)}  # a number of NumPy, as theirs is
+            meta = dict(type="class", version=6, module_src="1 / 0", class_name=name, state=state)
+            return _reconstruct_persistent_obj, (meta,)
+
+    with path.open("wb") as file:
+        Pickler(file).dump({"ema": net, "loss_fn": None, "augment_pipe": None})
+
+
+def test_edms_adm(tmp_path, monkeypatch):
+    net = shaken(
+        EDMPrecond(
+            img_resolution=16,
+            img_channels=3,
+            label_dim=7,
+            model_type="DhariwalUNet",
+            augment_dim=9,
+            model_channels=128,
+            channel_mult=[1, 2],
+            num_blocks=1,
+            attn_resolutions=[8],
+        )
+    )
+    edm_pickle(net, tmp_path / "edm.pkl", monkeypatch)
+    params, config = published.load(tmp_path / "edm.pkl")
+    x, label = inputs((16, 16, 3))
+    one_hot = torch.eye(7)[label]
+    t = np.array([0.02, 0.5, 0.98], np.float32)
+    sigma = np.asarray(experiment.make_schedule(config)(t)[1])
+    x = x * np.hypot(0.5, sigma)[:, None, None, None]
+    network = functools.partial(experiment.make_network(config), params)
+    denoise = experiment.make_denoiser(config, network, clip=False)
+    x_0 = jax.jit(denoise)(x, t, {"label": label}).x_0
+    peers = net(theirs(x), torch.from_numpy(sigma), class_labels=one_hot)
+    for ours, each in zip(x_0, peers, strict=True):  # whose sizes span those of sigma
+        assert difference(ours[None], each[None]) < 1e-4
+
+
+def count(config):
+    return sum(int(np.prod(x.shape)) for x in weights.expected(config).values())
+
+
+def parameters(make):
+    with torch.device("meta"):
+        return sum(p.numel() for p in make().parameters())
+
+
+@pytest.mark.parametrize("name", openai.PUBLISHED)
+def test_the_published_networks_of_openai_have_as_many_parameters(name):
+    config = openai.PUBLISHED[name].config
+    c, size = config.model, config.data.size
+    make = SuperResModel if c.image_cond else UNetModel
+    net = lambda: make(
+        image_size=size,
+        in_channels=3,
+        out_channels=6,
+        model_channels=c.width,
+        num_res_blocks=c.blocks,
+        channel_mult=c.mults,
+        attention_resolutions=[size // height for height in c.attention],
+        num_classes=c.labels or None,
+        num_heads=c.heads,
+        use_scale_shift_norm=c.scale_shift,
+        resblock_updown=c.resblock_updown,
+    )
+    assert count(config) == parameters(net)
+
+
+def test_the_network_of_edm_for_imagenet_has_as_many_parameters():
+    net = lambda: DhariwalUNet(img_resolution=64, in_channels=3, out_channels=3, label_dim=1000)
+    with torch.device("meta"):
+        state = net().state_dict()
+    state = {name.replace(".attn", ""): np.empty(x.shape, "V1") for name, x in state.items()}
+    state["map_label.weight"] = state["map_label.weight"].T
+    config = published.edm.make_config(None, state)
+    assert config.model.mults == (1, 2, 3, 4) and config.model.attention == (32, 16, 8)
+    assert count(config) == parameters(net)
+
+
+def celeba(size=256):
+    types = ["DownBlock2D"] * 4 + ["AttnDownBlock2D", "DownBlock2D"]
+    return DDPM | dict(
+        sample_size=size,
+        block_out_channels=(128, 128, 256, 256, 512, 512),
+        down_block_types=types,
+        up_block_types=[kind.replace("Down", "Up") for kind in types[::-1]],
+        norm_num_groups=32,
+    )
+
+
+def cifar():
+    types = ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"]
+    return celeba() | dict(
+        sample_size=32,
+        block_out_channels=(128, 256, 256, 256),
+        down_block_types=types,
+        up_block_types=[kind.replace("Down", "Up") for kind in types[::-1]],
+    )
+
+
+@pytest.mark.parametrize("options", [cifar(), celeba()], ids=["cifar", "celeba"])
+def test_the_published_networks_of_diffusers_have_as_many_parameters(options, tmp_path):
+    with torch.device("meta"):
+        net = UNet2DModel(**options)
+    net.save_config(tmp_path)
+    assert count(published.diffusers.make_config(tmp_path, tmp_path)) == net.num_parameters()
+
+
+def test_ddpms_network_for_cifar_10_walks_as_its_own_pipeline(tmp_path):
+    """At full width, by an exported file: DDIM's steps, ours and diffusers', from one noise."""
+    net = shaken(UNet2DModel(**cifar()))
+    scheduler = DDIMScheduler(timestep_spacing="trailing")
+    pipeline = DDIMPipeline(net, scheduler)
+    pipeline.save_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn((2, 3, 32, 32), generator=torch.Generator().manual_seed(3))
+    walked = pipeline(
+        batch_size=2,
+        generator=torch.Generator().manual_seed(3),
+        num_inference_steps=5,
+        use_clipped_model_output=True,
+        output_type="np",
+    ).images
+    params, config = published.load(tmp_path)
+    weights.save(tmp_path / "ours.safetensors", params, config)
+    network, params, config = checkpoint.load(tmp_path / "ours.safetensors")
+    denoise = experiment.make_denoiser(config, functools.partial(network, params))
+    walk = diffjax.ddim(denoise, experiment.make_schedule(config))
+    x_1 = jnp.asarray(np.moveaxis(noise.numpy(), 1, -1))
+    x_0, _ = jax.jit(diffjax.sample, static_argnums=1)(
+        jax.random.key(0), walk, x_1, diffjax.uniform_times(5)
+    )
+    ours = np.clip(np.asarray(x_0) / 2 + 0.5, 0, 1)
+    assert walked.std() > 0.1
+    print(f" {np.abs(ours - walked).max():.1e}", end=" ")
+    np.testing.assert_allclose(ours, walked, atol=1e-3)

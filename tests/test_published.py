@@ -1,0 +1,274 @@
+"""Files of strangers: read without running them, or refused. Parity itself is in test_peers.py."""
+
+import io
+import json
+import os
+import pickle
+import random
+import sys
+import types
+import zipfile
+
+import numpy as np
+import pytest
+
+from diffjax import published
+from diffjax.published import torchfile
+
+
+class Storage:
+    """What the fake PyTorch below pickles its tensors' numbers as."""
+
+    def __init__(self, key, numbers):
+        self.key, self.numbers = key, numbers
+
+
+@pytest.fixture
+def torch(monkeypatch):
+    """As much of PyTorch's modules as its pickles name."""
+    modules = {name: types.ModuleType(name) for name in ("torch", "torch._utils")}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+    def _rebuild_tensor_v2(*_):
+        raise AssertionError("never called")
+
+    class FloatStorage:
+        pass
+
+    for thing, module in ((_rebuild_tensor_v2, "torch._utils"), (FloatStorage, "torch")):
+        thing.__module__, thing.__qualname__ = module, thing.__name__
+        setattr(modules[module], thing.__name__, thing)
+    return modules
+
+
+class Tensor:
+    """A tensor of the fake PyTorch: a view of a storage."""
+
+    def __init__(self, storage, offset, size, stride):
+        self.view = storage, offset, size, stride, False, {}
+
+    def __reduce__(self):
+        return sys.modules["torch._utils"]._rebuild_tensor_v2, self.view
+
+
+def pickled(thing, **changes):
+    """The pickle, and the storages that it names."""
+    out, storages = io.BytesIO(), {}
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, thing):
+            if not isinstance(thing, Storage):
+                return None
+            storages[thing.key] = thing.numbers
+            size = changes.get("size", len(thing.numbers))
+            return "storage", sys.modules["torch"].FloatStorage, thing.key, "cpu", size
+
+    Pickler(out, 2).dump(thing)
+    return out.getvalue(), storages
+
+
+def as_zip(path, thing, compression=zipfile.ZIP_STORED, **changes):
+    data, storages = pickled(thing, **changes)
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("net/data.pkl", data)
+        archive.writestr("net/byteorder", changes.get("byteorder", "little"))
+        for key, numbers in storages.items():
+            archive.writestr(f"net/data/{key}", numbers.tobytes())
+
+
+def as_stream(path, thing, **changes):
+    data, storages = pickled(thing, **changes)
+    head = torchfile.MAGIC, 1001, {"little_endian": True}
+    parts = [*(pickle.dumps(x, 2) for x in head), data, pickle.dumps(list(storages), 2)]
+    for numbers in storages.values():
+        parts += [len(numbers).to_bytes(8, "little"), numbers.tobytes()]
+    path.write_bytes(b"".join(parts))
+
+
+FORMATS = [as_zip, as_stream]
+NUMBERS = np.arange(12, dtype=np.float32)
+
+
+@pytest.mark.parametrize("write", FORMATS)
+def test_views_of_one_storage_are_read_as_they_are(torch, tmp_path, write):
+    shared = Storage("0", NUMBERS)
+    state = {
+        "whole": Tensor(shared, 0, (3, 4), (4, 1)),
+        "transposed": Tensor(shared, 0, (4, 3), (1, 4)),
+        "column": Tensor(shared, 2, (3,), (4,)),
+        "none": Tensor(shared, 0, (0, 5), (5, 1)),
+    }
+    write(tmp_path / "net.pt", state)
+    got, whole = torchfile.read(tmp_path / "net.pt"), NUMBERS.reshape(3, 4)
+    expected = {"whole": whole, "transposed": whole.T, "column": whole[:, 2]}
+    expected["none"] = np.empty((0, 5), np.float32)
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(got[name], value)
+
+
+@pytest.mark.parametrize("write", FORMATS)
+@pytest.mark.parametrize(
+    "view",
+    [
+        (0, (13,), (1,)),
+        (1, (12,), (1,)),
+        (0, (3, 4), (5, 1)),
+        (-1, (3,), (1,)),
+        (11, (12,), (-1,)),
+        (0, (2**40,), (0,)),
+        (0, (3, 4), (1,)),
+    ],
+)
+def test_a_tensor_that_reaches_outside_its_storage_is_refused(torch, tmp_path, write, view):
+    write(tmp_path / "net.pt", {"x": Tensor(Storage("0", NUMBERS), *view)})
+    with pytest.raises(ValueError, match=r"net\.pt: not a readable file of PyTorch .*a tensor"):
+        torchfile.read(tmp_path / "net.pt")
+
+
+@pytest.mark.parametrize("write", FORMATS)
+@pytest.mark.parametrize("size", [11, 13, -1, 2**60])
+def test_a_storage_that_lies_about_its_size_is_refused(torch, tmp_path, write, size):
+    tensor = Tensor(Storage("0", NUMBERS), 0, (1,), (1,))
+    write(tmp_path / "net.pt", {"x": tensor}, size=size)
+    with pytest.raises(ValueError, match="storage 0"):
+        torchfile.read(tmp_path / "net.pt")
+
+
+def test_compressed_and_big_endian_files_are_refused(torch, tmp_path):
+    as_zip(tmp_path / "net.pt", {}, zipfile.ZIP_DEFLATED)
+    with pytest.raises(ValueError, match="compressed"):
+        torchfile.read(tmp_path / "net.pt")
+    as_zip(tmp_path / "net.pt", {}, byteorder="big")
+    with pytest.raises(ValueError, match="big endian"):
+        torchfile.read(tmp_path / "net.pt")
+
+
+class Command:
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+class Stateful:
+    def __reduce__(self):
+        return types.SimpleNamespace, (), {"path": "torch._utils._rebuild_tensor_v2"}
+
+
+@pytest.mark.parametrize("write", [*FORMATS, lambda p, thing: p.write_bytes(pickle.dumps(thing))])
+def test_nothing_in_a_file_is_executed(torch, tmp_path, write):
+    command = Command()
+    command.path = tmp_path / "executed"
+    write(tmp_path / "net.pt", {"a": command, "b": [Stateful()], "c": np.float64(0.5)})
+    got = torchfile.read(tmp_path / "net.pt")
+    assert not command.path.exists()
+    assert got["a"].path in ("posix.system", "nt.system") and str(command.path) in got["a"].args[0]
+    assert got["b"][0].path == "types.SimpleNamespace" and got["b"][0].state["path"]
+    assert all(isinstance(x, torchfile.Record) for x in (got["a"], got["b"][0], got["c"]))
+
+
+@pytest.mark.parametrize("write", FORMATS)
+def test_damage_is_a_plain_refusal(torch, tmp_path, write):
+    """Cut anywhere, or with a byte changed anywhere: read or refused, and never anything else."""
+    path, rng = tmp_path / "net.pt", random.Random(0)
+    write(path, {"x": Tensor(Storage("0", NUMBERS), 0, (3, 4), (4, 1))})
+    whole = path.read_bytes()
+    refused = []
+    for _ in range(300):
+        data = bytearray(whole)
+        if rng.random() < 0.3:
+            del data[rng.randrange(len(data)) :]
+        else:
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        path.write_bytes(data)
+        try:
+            torchfile.read(path)
+        except ValueError as error:
+            refused.append(str(error))
+    assert len(refused) > 100
+    assert all("net.pt: not a readable file of PyTorch" in error for error in refused)
+
+
+def test_what_is_no_published_network_is_refused(torch, tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no"):
+        published.load(tmp_path / "64x64_diffusion.pt")
+    (tmp_path / "net.onnx").touch()
+    with pytest.raises(ValueError, match=r"can read a folder of diffusers, a \.pt"):
+        published.load(tmp_path / "net.onnx")
+    as_zip(tmp_path / "mine.pt", {})
+    with pytest.raises(ValueError, match="its name is none of cifar10_uncond_50M_500K"):
+        published.load(tmp_path / "mine.pt")
+    bias = Tensor(Storage("0", NUMBERS), 0, (12,), (1,))
+    as_zip(tmp_path / "cifar10_uncond_50M_500K.pt", {"out.2.bias": bias, "extra": bias})
+    with pytest.raises(ValueError, match="taken for:\n  time_embed|taken for:\n  input_blocks"):
+        published.load(tmp_path / "cifar10_uncond_50M_500K.pt")
+    (tmp_path / "edm.pkl").write_bytes(pickle.dumps({"ema": os}.keys().__class__.__name__))
+    with pytest.raises(ValueError, match="need EDMPrecond of DhariwalUNet"):
+        published.load(tmp_path / "edm.pkl")
+
+
+CIFAR = {
+    "_class_name": "UNet2DModel",
+    "sample_size": 32,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": [128, 256, 256, 256],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 2,
+    "downsample_padding": 0,
+    "norm_eps": 1e-6,
+    "attention_head_dim": None,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+}
+"""As google/ddpm-cifar10-32 has it."""
+
+
+def test_a_published_config_says_what_the_network_is(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CIFAR))
+    config = published.diffusers.make_config(tmp_path, tmp_path)
+    c = config.model
+    assert (c.width, c.mults, c.blocks, c.attention, c.heads) == (128, (1, 2, 2, 2), 2, (16,), 1)
+    assert config.target == "eps" and config.time_steps == 1000 and not c.pad_both
+    # DDPM's last frequency is 1/10000 itself.
+    assert c.level_period ** -(63 / 64) == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"_class_name": "UNet2DConditionModel"}, "need UNet2DModel"),
+        ({"time_embedding_type": "fourier"}, "time_embedding_type=fourier"),
+        ({"center_input_sample": True}, "center_input_sample=True"),
+        ({"mid_block_scale_factor": 2}, "mid_block_scale_factor=2"),
+        ({"up_block_types": ["AttnUpBlock2D"] + ["UpBlock2D"] * 3}, "alike on the way down and up"),
+        ({"down_block_types": ["SkipDownBlock2D"] * 4}, "SkipDownBlock2D"),
+        ({"downsample_type": "resnet"}, "ResnetDownsampleBlock2D"),
+        ({"block_out_channels": [128, 192, 256, 256]}, "need multiples"),
+        ({"sample_size": [32, 64]}, "one number"),
+        ({"layers_per_block": 0}, "at least 1"),
+        ({"sample_size": "32"}, "one number"),
+        ({"block_out_channels": None}, "not the network it is taken for: TypeError"),
+    ],
+)
+def test_a_config_that_ours_cannot_be_is_refused(tmp_path, change, message):
+    (tmp_path / "config.json").write_text(json.dumps(CIFAR | change))
+    with pytest.raises(ValueError, match=message):
+        published.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        ({"beta_schedule": "sigmoid"}, "'sigmoid' is not one of linear"),
+        ({"prediction_type": "flow"}, "'flow' is not one of epsilon"),
+        ({"variance_type": "learned"}, "'learned' is not one of fixed_small"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+    ],
+)
+def test_a_schedule_that_ours_cannot_be_is_refused(tmp_path, scheduler, message):
+    (tmp_path / "config.json").write_text(json.dumps(CIFAR))
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(scheduler))
+    with pytest.raises(ValueError, match=message):
+        published.load(tmp_path)
