@@ -188,7 +188,8 @@ digits_losses = []
 for i in range(300):
     batch = data.train_batch(train_set, seed=0, step=i, batch_size=128)
     state, metrics = step(state, split(batch))
-    digits_losses.append(metrics["loss"])
+    # float waits for the step to end: the devices of one CPU share its threads.
+    digits_losses.append(float(metrics["loss"]))
 print(f"loss {np.mean(digits_losses[-50:]):.3f}")
 
 # %% [markdown]
@@ -212,7 +213,7 @@ shown = jnp.array([3, 8])
 plots.denoising_strip(x_t[:, shown], estimates[:, shown], ts[1:], columns=10)
 
 # %% [markdown]
-# Above, where the walk is; below, where the network thinks that it ends. That was a minute of
-# training. `train.py` does the same with checkpoints, metrics and resumption, and gets further in
-# two: `python train.py`. To predict something else, change one word: `target="x_0"`, `"eps"`,
+# Above, where the walk is; below, where the network thinks that it ends. That was about a minute
+# of training. `train.py` does the same with checkpoints, metrics and resumption, and gets further
+# in two: `python train.py`. To predict something else, change one word: `target="x_0"`, `"eps"`,
 # `"score"`, `"v"`, in the loss and in `denoiser`.

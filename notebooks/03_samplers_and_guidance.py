@@ -214,16 +214,18 @@ def draw(denoise, cond):
     return sample(jax.random.key(10), walk, noise, ts)[0]
 
 
-figure, axes = plots.panels(1, 4, 2.2, 5.2)
-for ax, w in zip(axes, (0.0, 1.0, 2.0, 6.0), strict=True):
+gap = np.ones((1, 10, 8, 8, 1))
+columns = []
+for w in (0.0, 1.0, 2.0, 6.0):
     guided = diffjax.classifier_free(denoise_digits, w, null={"label": 10})
-    plots.sample_grid(draw(guided, label), classes=10, ax=ax)
-    ax.set_title(f"$w = {w:g}$")
-figure
+    columns += [draw(guided, label).reshape(4, 10, 8, 8, 1), gap]
+rows = np.concatenate(columns[:-1]).swapaxes(0, 1)  # a row of each label
+plots.image_grid(rows.reshape(-1, 8, 8, 1), columns=19, height=40)
 
 # %% [markdown]
-# Rows are labels. Without guidance from the label ($w = 0$) any digit comes; with 1 the right one,
-# mostly; with more they are the clearer and the more alike.
+# Rows are labels; columns are four samples each with $w = 0, 1, 2, 6$, from the same noises. Without
+# the label ($w = 0$) any digit comes; with 1 the right one, mostly; with more they are the clearer
+# and the more alike.
 #
 # ## Inverse problems
 #
