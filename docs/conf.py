@@ -48,7 +48,13 @@ def is_field(app, what, name, obj, skip, options):
     return True if type(obj).__name__ == "_tuplegetter" else None
 
 
+def readme(app, path, parent, content):
+    """The site has the notebooks below docs/, by a link; on GitHub they are beside the README."""
+    content[0] = content[0].replace("](notebooks/", "](docs/notebooks/")
+
+
 def setup(app):
-    """Connect the two with autodoc."""
+    """Connect them."""
+    app.connect("include-read", readme)
     app.connect("autodoc-process-docstring", as_rst, priority=400)  # before napoleon
     app.connect("autodoc-skip-member", is_field)
