@@ -60,7 +60,7 @@ def ground(ax, t):
     ax.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), title=f"$p_t$ at $t = {t:g}$")
 
 
-def planes(*times, size=3.4):
+def planes(*times, size=3.0):
     """Planes side by side, one for each of these times."""
     figure, axes = plots.panels(1, len(times), size, size)
     for ax, t in zip(axes, times, strict=True):

@@ -74,9 +74,10 @@ print(f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters")
 
 # %%
 def loss_fn(key, params, batch, target="eps"):
+    key_times, key_noise = jax.random.split(key)
     net = functools.partial(network, params)
-    own = keys.fold_in(key, batch["index"])  # each example draws from a key of its own
-    t = diffjax.sample_times(key, 256, index=batch["index"])
+    own = keys.fold_in(key_noise, batch["index"])  # each example draws from a key of its own
+    t = diffjax.sample_times(key_times, 256, index=batch["index"])
     return diffjax.diffusion_loss(own, net, schedule, target, batch["x"], t=t)
 
 

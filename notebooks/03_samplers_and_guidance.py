@@ -223,9 +223,9 @@ rows = np.concatenate(columns[:-1]).swapaxes(0, 1)  # a row of each label
 plots.image_grid(rows.reshape(-1, 8, 8, 1), columns=19, height=40)
 
 # %% [markdown]
-# Rows are labels; columns are four samples each with $w = 0, 1, 2, 6$, from the same noises. Without
-# the label ($w = 0$) any digit comes; with 1 the right one, mostly; with more they are the clearer
-# and the more alike.
+# Rows are labels; columns are four samples each with $w = 0, 1, 2, 6$, from the same noises.
+# Without the label ($w = 0$) any digit comes; with 1 the right one, mostly; with more they are the
+# clearer and the more alike.
 #
 # ## Inverse problems
 #
