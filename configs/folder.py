@@ -16,17 +16,18 @@ def get_config(variant: str = "") -> Config:
     )
     config = Config(
         data=Data("folder", size=32, channels=3),
+        target="v",
         model=model,
         optimizer=Optimizer(learning_rate=2e-3, warmup=100),
         schedule_options={"log_snr_min": -10.0, "log_snr_max": 10.0},
         weighting="min_snr",
         ema=0.995,
         batch_size=64,
-        steps=2000,
+        steps=1500,
         log_every=50,
         eval_every=500,
         save_every=500,
-        sample_every=1000,
+        sample_every=500,
         sampling=Sampling(steps=30, columns=8),
     )
     tiny = dataclasses.replace(model, width=8, mults=(1,), groups=4, attention=())

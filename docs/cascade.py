@@ -48,8 +48,8 @@ def main(args: Arguments) -> None:
     shape = train_set.x.shape[1:]
     real = data.first(train_set, 10_000)["x"]
 
-    def sample(make, params, asked_of):
-        asked = experiment.ask(asked_of, test_set, args.n)
+    def sample(make, params, asked_of, n=args.n):
+        asked = experiment.ask(asked_of, test_set, n)
         runner = parallel.pmap(1)
         return parallel.in_batches(runner, runner.map(make), params, asked, 100)
 
@@ -66,7 +66,7 @@ def main(args: Arguments) -> None:
         print(f"{name}: frechet_pca24 {distance:.3f}, n={len(x)}", flush=True)
 
     few = 40
-    coarse = sample(draw_small, small_params, small)[:few]
+    coarse = sample(draw_small, small_params, small, few)
     coarse = np.asarray(jax.image.resize(coarse, (few, *shape), "nearest"))
     rows = [part.reshape(-1, 20, *shape) for part in (coarse, found["cascade"][:few])]
     plots.image_grid(np.stack(rows, 1).reshape(-1, *shape), 20).save(args.large / "cascade.png")

@@ -86,7 +86,9 @@ def test_a_run_looks_at_the_small_image_and_resumes_bit_for_bit(tmp_path, capsys
     def loss(given):
         net, cond = functools.partial(network, params), condition(keys, given, level=0.0)
         t = jnp.linspace(0.3, 0.9, 256)
-        return diffjax.diffusion_loss(keys, net, SCHEDULE, "eps", batch["x"], cond, t=t).mean()
+        return diffjax.diffusion_loss(
+            keys, net, SCHEDULE, config.target, batch["x"], cond, t=t
+        ).mean()
 
     others = batch | {"x": batch["x"][::-1]}
     assert loss(others) > 1.1 * loss(batch)
