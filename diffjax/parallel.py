@@ -121,6 +121,11 @@ def setup(distributed: Distributed, batch_size: int, accumulate: int = 1) -> Non
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     fits = [n for n in range(1, (cores or 1) + 1) if batch_size % (n * accumulate) == 0]
+    # On a busy machine a core may keep the others waiting for longer than the 40 s after which XLA
+    # ends the process.
+    flags = os.environ.get("XLA_FLAGS", "")
+    if PATIENCE not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {PATIENCE}=600".strip()
     with contextlib.suppress(RuntimeError):  # JAX has started
         jax.config.update("jax_num_cpu_devices", max(fits, default=1))
 
@@ -291,6 +296,8 @@ def in_batches(
         preemption.tell_alive()
     return np.concatenate(parts)[:n]
 
+
+PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds"
 
 RUNNERS: dict[str, Callable[[int], Runner]] = {"pmap": pmap, "sharded": sharded}
 

@@ -156,7 +156,7 @@ def several_steps(step: Callable[..., Any]) -> Callable[..., Any]:
     """Several steps in one program, so that the host is asked less often.
 
     Args:
-      step: (state, batch, **options) -> (state, metrics), such as `train_step`.
+      step: `(state, batch, **options) -> (state, metrics)`, such as `train_step`.
 
     Returns:
       The same of the batches of so many steps side by side, arrays `[batch, steps, ...]`, one after

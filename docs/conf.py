@@ -11,6 +11,7 @@ html_theme = "furo"
 html_title = "diffjax"
 
 nb_execution_mode = "off"
+suppress_warnings = ["misc.highlighting_failure"]  # a shell's line in a notebook is not Python
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
@@ -49,8 +50,9 @@ def is_field(app, what, name, obj, skip, options):
 
 
 def readme(app, path, parent, content):
-    """The site has the notebooks below docs/, by a link; on GitHub they are beside the README."""
-    content[0] = content[0].replace("](notebooks/", "](docs/notebooks/")
+    """The site has the notebooks below docs/, by a link, which no path may go through."""
+    link = r"\[([^]]*)\]\(notebooks/(\w+)\.ipynb\)"
+    content[0] = re.sub(link, r'<a href="notebooks/\2.html">\1</a>', content[0])
 
 
 def setup(app):
