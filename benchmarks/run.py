@@ -119,6 +119,8 @@ def compare(name, device, python, cores, rounds):
             ]
         for label, worker in workers.items():
             rows[label]["memory"] = worker.do("train", 1)["memory"]
+            if label.startswith("diffjax"):
+                rows[label] |= worker.do("peaks", 1)
     return {"workload": WORKLOADS[name]._asdict(), "rows": rows}
 
 
