@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # XLA asks for large buffers at every step; glibc's defaults hand them back to the kernel each time.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1
 
-.PHONY: train test test-faults test-peers pod docs bench bench-gpu lint clean
+.PHONY: train test test-faults test-peers notebooks pod docs bench bench-gpu lint clean
 
 train: $(VENV)/plots.stamp
 	$(BIN)/python train.py $(ARGS)
@@ -31,6 +31,10 @@ $(VENV)/physicsnemo.stamp: $(VENV)/test,peers.stamp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check nvidia-physicsnemo
 	touch $@
 
+# Each is executed, and written with its pictures.
+notebooks: $(VENV)/notebooks.stamp
+	$(BIN)/python notebooks/execute.py $(ARGS)
+
 # Two processes train, one is killed, and the run heals.
 pod: $(VENV)/plots.stamp
 	$(BIN)/python docs/pod.py
@@ -43,14 +47,20 @@ docs: $(VENV)/docs.stamp
 # diffjax beside PyTorch, which has an environment of its own. Its three
 # workloads took 23 minutes on two cores of a busy machine on 2026-11-23.
 bench: $(VENV)/plots.stamp
-	$(MAKE) VENV=.venv-peers .venv-peers/peers.stamp
+	$(MAKE) VENV=.venv-peers .venv-peers/lucidrains.stamp
 	$(BIN)/python benchmarks/run.py $(ARGS)
 	$(BIN)/python benchmarks/page.py
 
 bench-gpu: $(VENV)/cuda12.stamp
-	$(MAKE) VENV=.venv-peers .venv-peers/peers.stamp
+	$(MAKE) VENV=.venv-peers .venv-peers/lucidrains.stamp
 	$(BIN)/python benchmarks/run.py --device=gpu $(ARGS)
 	$(BIN)/python benchmarks/page.py
+
+# Its package asks for torchvision, which not every build of PyTorch has; its network does not.
+$(VENV)/lucidrains.stamp: $(VENV)/peers.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    denoising-diffusion-pytorch ema-pytorch pytorch-fid
+	touch $@
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .

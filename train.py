@@ -120,15 +120,10 @@ def train(
     with plainly():
         state = checkpoints.restore(state) or state
         start = int(state.step)
+        steps = experiment.make_steps(config, start)
         recorder = metrics.Recorder(workdir, start, config.steps, f"{devices}  ", config.writers)
     held_out = data.first(test_set, 1024)
-    slots = runner.slots(config.batch_size)
-
-    steps = range(start, config.steps)
-    n, flip = config.batch_size, config.data.flip
-    make = functools.partial(
-        data.train_batch, train_set, config.seed, batch_size=n, slots=slots, flip=flip
-    )
+    make = experiment.make_batch(config, train_set, runner.slots(config.batch_size))
     made = data.in_order(make, steps, config.data.workers)
     batches = data.prefetch(lambda _: runner.put(next(made)), steps)
     describe = functools.partial(experiment.describe_step, config, len(train_set.x))
@@ -145,8 +140,8 @@ def train(
         if advice := telemetry.advice():
             recorder.say(advice)
 
-        for step, batch in enumerate(recorder.meter.waited(batches), start):
-            if asked_to_stop(step):
+        for step, batch in zip(steps, recorder.meter.waited(batches), strict=True):
+            if asked_to_stop(step // steps.step):
                 recorder.check(window, step, config.skip_nonfinite, describe)
                 recorder.keep(step, window)
                 checkpoints.save(step, state)
@@ -155,15 +150,15 @@ def train(
                 sys.exit(preemption.RESUME)
             state, step_metrics = step_fn(state, batch)
             window.append(step_metrics)
-            trace(step + 1, step_metrics)
 
-            done = step + 1
+            done = step + steps.step
             last = done == config.steps
             row = {}
-            if done == start + 1:
+            trace(done, step_metrics)
+            if step == start:
                 jax.block_until_ready(step_metrics)
                 recorder.say(f"compiled, first step after {time.perf_counter() - began:.0f} s")
-                recorder.meter.flops = telemetry.flops(step_fn, state, batch)
+                recorder.meter.flops = runner.flops(step_fn, state, batch)
                 recorder.start(done)
             if done % config.log_every == 0 or last:
                 recorder.check(window, done, config.skip_nonfinite, describe)

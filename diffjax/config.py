@@ -253,6 +253,9 @@ class Config:
     """The runner."""
     fsdp: int = 1
     """Devices that share one copy of the state, with parallel=sharded; 0: all of them."""
+    steps_per_call: int = 1
+    """Steps in one call of the compiled program, for a GPU or TPU that takes a step sooner than the
+    host can ask for one. Not for a CPU, where XLA runs the inside of a loop on one thread."""
     log_every: int = 50
     """Steps between lines of metrics."""
     eval_every: int = 500
@@ -279,6 +282,7 @@ CHANGEABLE = {
     "steps",
     "parallel",
     "fsdp",
+    "steps_per_call",
     "log_every",
     "eval_every",
     "sample_every",

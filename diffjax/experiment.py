@@ -26,14 +26,25 @@ from . import (
     writers,
 )
 from .config import SAMPLERS, SCHEDULES, TIMES, WEIGHTINGS, Config, Optimizer
-from .data import DATASETS, Dataset, Examples, batch_indices, check_workers, first, in_range, load
+from .data import (
+    DATASETS,
+    Dataset,
+    Examples,
+    batch_indices,
+    check_workers,
+    first,
+    in_range,
+    load,
+    train_batch,
+    train_batches,
+)
 from .denoisers import classifier_free, clip_x_0, denoiser, time_input, unit_input, unit_output
 from .learned_variance import hybrid_loss
 from .models import MODELS, UNetConfig, apply
 from .parallel import RUNNERS
 from .process import prior_sample
 from .super_resolution import enlarge, psnr, shrink, small_image
-from .training import TrainState, ema_warmup, init_state, train_step
+from .training import TrainState, ema_warmup, init_state, several_steps, train_step
 from .types import Array, Data, Denoiser, Key, Network
 
 
@@ -78,6 +89,14 @@ def check(config: Config) -> None:
             and config.save_every % max(config.log_every, 1) == 0,
             f"eval_every={config.eval_every} and save_every={config.save_every}: must be "
             f"multiples of log_every={config.log_every}, so that a resumed run logs the same",
+        ),
+        (
+            config.steps_per_call >= 1
+            and config.steps % config.steps_per_call == 0
+            and config.log_every % config.steps_per_call == 0
+            and config.sample_every % config.steps_per_call == 0,
+            f"steps_per_call={config.steps_per_call}: must be at least 1, and divide steps="
+            f"{config.steps}, log_every={config.log_every} and sample_every={config.sample_every}",
         ),
         (
             config.time_steps is None or config.time_steps >= 1,
@@ -320,7 +339,7 @@ def make_step(
         t, each = seen
         return {"by_log_snr": metrics.by_log_snr(schedule.log_snr(t), each)}
 
-    return functools.partial(
+    step = functools.partial(
         train_step,
         loss_fn=loss_fn,
         tx=tx,
@@ -330,6 +349,28 @@ def make_step(
         measure=measure,
         skip_nonfinite=config.skip_nonfinite > 0,
     )
+    return step if config.steps_per_call == 1 else several_steps(step)
+
+
+def make_steps(config: Config, start: int) -> range:
+    """Steps taken before each call of the compiled step, in a run that goes on from `start`.
+
+    Raises:
+      ValueError: if it would not get to `config.steps` by whole calls.
+    """
+    k = config.steps_per_call
+    if start % k:
+        raise ValueError(f"steps_per_call={k}: must divide {start}, the step to go on from")
+    return range(start, config.steps, k)
+
+
+def make_batch(config: Config, examples: Examples, slots: np.ndarray) -> Callable[..., Any]:
+    """Steps taken -> what the next call of the compiled step trains on, on the host."""
+    options = {"batch_size": config.batch_size, "slots": slots, "flip": config.data.flip}
+    if config.steps_per_call == 1:
+        return functools.partial(train_batch, examples, config.seed, **options)
+    count = config.steps_per_call
+    return functools.partial(train_batches, examples, config.seed, count=count, **options)
 
 
 def make_network(config: Config) -> Callable[..., Data]:

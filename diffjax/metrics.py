@@ -127,7 +127,8 @@ class Recorder:
           FloatingPointError: if there are more; names the step, and what `describe` says.
         """
         skipped = self.skipped
-        for taken, row in enumerate(jax.device_get(window), step - len(window)):
+        rows = _fetched(window)
+        for taken, row in enumerate(rows, step - len(rows)):
             bad = [f"{name} is {row[name]}" for name in _not_finite(row)]
             if bad:
                 skipped += 1
@@ -276,9 +277,23 @@ def _replace(path, text):
     temporary.replace(path)
 
 
+def _fetched(window):
+    """A row for each step, from the devices or as they were kept; a call may have taken several."""
+    calls = jax.device_get(window)
+    rows = [
+        zip(*call.values(), strict=True) if np.ndim(call["loss"]) else [call.values()]
+        for call in calls
+    ]
+    return [
+        dict(zip(call, row, strict=True))
+        for call, each in zip(calls, rows, strict=True)
+        for row in each
+    ]
+
+
 def _numbers(window):
-    """As Python has them and JSON too, whether from the devices or as they were kept."""
-    rows = jax.device_get(window)
+    """As Python has them and JSON too."""
+    rows = _fetched(window)
     return [{name: np.asarray(value).tolist() for name, value in row.items()} for row in rows]
 
 

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from . import preemption
+from . import preemption, telemetry
 
 AXIS = "batch"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffjax"
@@ -60,6 +60,7 @@ class Runner(NamedTuple):
         process gets all of the outputs.
       slots: size of a global batch to the positions in it that this process feeds, ascending.
       put: a host batch, a pytree of numpy arrays `[len(slots), ...]`, to the devices.
+      flops: a step made by `step`, its state and batch to its operations on one device.
     """
 
     init: Callable[[Callable], Any]
@@ -67,6 +68,7 @@ class Runner(NamedTuple):
     map: Callable[[Callable], Callable]
     slots: Callable[[int], np.ndarray]
     put: Callable[[Any], Any]
+    flops: Callable[..., float]
 
 
 def setup(distributed: Distributed, batch_size: int, accumulate: int = 1) -> None:
@@ -119,6 +121,11 @@ def setup(distributed: Distributed, batch_size: int, accumulate: int = 1) -> Non
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     fits = [n for n in range(1, (cores or 1) + 1) if batch_size % (n * accumulate) == 0]
+    # On a busy machine a core may keep the others waiting for longer than the 40 s after which XLA
+    # ends the process.
+    flags = os.environ.get("XLA_FLAGS", "")
+    if PATIENCE not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {PATIENCE}=600".strip()
     with contextlib.suppress(RuntimeError):  # JAX has started
         jax.config.update("jax_num_cpu_devices", max(fits, default=1))
 
@@ -200,7 +207,8 @@ def pmap(fsdp: int = 1) -> Runner:
 
         return jax.tree.map(to_devices, batch)
 
-    return Runner(init, step, map_, slots, put)
+    # XLA counts what a device does.
+    return Runner(init, step, map_, slots, put, telemetry.flops)
 
 
 def sharded(fsdp: int = 1) -> Runner:
@@ -258,7 +266,10 @@ def sharded(fsdp: int = 1) -> Runner:
 
         return jax.tree.map(to_devices, batch)
 
-    return Runner(init, step, map_, slots, put)
+    def flops(*args):
+        return telemetry.flops(*args) / len(devices)  # XLA counts what they all do
+
+    return Runner(init, step, map_, slots, put, flops)
 
 
 def in_batches(
@@ -285,6 +296,8 @@ def in_batches(
         preemption.tell_alive()
     return np.concatenate(parts)[:n]
 
+
+PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds"
 
 RUNNERS: dict[str, Callable[[int], Runner]] = {"pmap": pmap, "sharded": sharded}
 

@@ -32,9 +32,9 @@ def watch() -> Iterator[Callable[[int], bool]]:
     """Catch SIGTERM and SIGINT, and notice when the launcher has died.
 
     Yields:
-      A function of the number of steps taken, to be called after each: whether to save and stop
-      there, the same in every process. In a process alone, a second signal acts as if nothing was
-      caught.
+      A function of how often it was called before, or of any number that grows by one from call to
+      call: whether to save and stop there, the same in every process. In a process alone, a second
+      signal acts as if nothing was caught.
     """
     launcher = os.getppid() if PROGRESS in os.environ else None
     signals: list[int] = []

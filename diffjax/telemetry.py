@@ -93,7 +93,7 @@ class Meter:
 
 
 def flops(step: Any, *args: Any) -> float:
-    """Operations of a compiled function on one device, as XLA counts them before it optimises.
+    """Operations of a compiled function, as XLA counts them before it optimises.
 
     So recomputation (`remat`) counts, what a fused kernel does counts, and a compiler's tricks do
     not. 0 if nobody knows: the function is not a compiled one, or XLA does not say.
@@ -150,18 +150,18 @@ def traced(folder: Path, steps: range) -> Iterator[Callable[[int, Any], None]]:
     """
 
     def at(taken, outputs):
-        if steps and taken in (steps.start, steps.stop):
+        begin = taken in steps and not tracing
+        if begin or (tracing == [True] and taken >= steps.stop):
             jax.block_until_ready(outputs)
-            if taken == steps.start:
+            tracing.append(begin)
+            if begin:
                 jax.profiler.start_trace(folder, create_perfetto_trace=True)
-                tracing.append(True)
-            elif tracing:
-                tracing.clear()
+            else:
                 jax.profiler.stop_trace()
 
-    tracing: list[bool] = []
+    tracing: list[bool] = []  # it is, and then it no longer is
     try:
         yield at
     finally:
-        if tracing:
+        if tracing == [True]:
             jax.profiler.stop_trace()

@@ -11,6 +11,7 @@ html_theme = "furo"
 html_title = "diffjax"
 
 nb_execution_mode = "off"
+suppress_warnings = ["misc.highlighting_failure"]  # a shell's line in a notebook is not Python
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
@@ -48,7 +49,14 @@ def is_field(app, what, name, obj, skip, options):
     return True if type(obj).__name__ == "_tuplegetter" else None
 
 
+def readme(app, path, parent, content):
+    """The site has the notebooks below docs/, by a link, which no path may go through."""
+    link = r"\[([^]]*)\]\(notebooks/(\w+)\.ipynb\)"
+    content[0] = re.sub(link, r'<a href="notebooks/\2.html">\1</a>', content[0])
+
+
 def setup(app):
-    """Connect the two with autodoc."""
+    """Connect them."""
+    app.connect("include-read", readme)
     app.connect("autodoc-process-docstring", as_rst, priority=400)  # before napoleon
     app.connect("autodoc-skip-member", is_field)

@@ -41,6 +41,13 @@ import pytest
 collect_ignore = [] if importlib.util.find_spec("physicsnemo") else ["test_peers.py"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forgotten():
+    """After each file JAX forgets its programs: of all of them it would hold gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """Double precision, for the tests whose oracle is sharper than float32."""

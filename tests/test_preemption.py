@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_train import TINY, assert_bitwise_equal, newest, rows_of, run
 
-from diffjax import data, metrics, preemption
+from diffjax import data, experiment, metrics, preemption
 
 
 def stopped_at(step, number, workdir, monkeypatch):
@@ -109,13 +109,13 @@ def test_batches_of_no_finite_gradient_are_left_out_so_often_and_no_more(
     """Two of the batches are poisoned; the run says which, and is that without their updates."""
     train_batch = data.train_batch
 
-    def poisoned(examples, seed, step, **how):
-        batch = train_batch(examples, seed, step, **how)
+    def poisoned(examples, seed, step, **options):
+        batch = train_batch(examples, seed, step, **options)
         if step in (7, 23):
             batch["x"][3] = np.nan
         return batch
 
-    monkeypatch.setattr(data, "train_batch", poisoned)
+    monkeypatch.setattr(experiment, "train_batch", poisoned)
     argv = [*TINY, "--config.steps=40"]
     run(tmp_path / "two", *argv, "--config.skip-nonfinite=2")
     out = capsys.readouterr().out

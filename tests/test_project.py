@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "training": {"types", "keys"},
     "data": {"data"},
     "preemption": set(),
-    "parallel": {"preemption"},
+    "parallel": {"preemption", "telemetry"},
     "launch": {"parallel", "preemption", "telemetry"},
     "telemetry": set(),
     "metrics": {"types", "telemetry", "writers"},

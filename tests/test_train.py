@@ -128,11 +128,19 @@ def test_learned_variance_and_loss_aware_times_are_trained_resumed_and_evaluated
     assert "bits/dim" in capsys.readouterr().out
 
 
-def test_the_runner_may_change_at_resumption(finished, tmp_path):
+@pytest.mark.parametrize("change", ["parallel=sharded", "steps_per_call=5"])
+def test_how_steps_are_run_may_change_at_resumption(finished, tmp_path, change):
     parts = interrupted(finished, tmp_path / "parts")
-    run(parts, *TINY, "--config.steps=40", "--config.parallel=sharded")
-    losses = [[row["loss"] for row in metrics.read(d)] for d in (parts, finished)]
-    np.testing.assert_allclose(*losses, rtol=1e-5)
+    run(parts, *TINY, "--config.steps=40", f"--config.{change}")
+    rows = metrics.read(parts), metrics.read(finished)
+    assert [row["step"] for row in rows[0]] == [10, 20, 30, 40]
+    for name in ("loss", "grad_norm", "eval_loss", "learning_rate"):
+        found = [[row[name] for row in each if name in row] for each in rows]
+        np.testing.assert_allclose(*found, rtol=1e-5)
+    counts = [[row["count_by_log_snr"] for row in each] for each in rows]
+    assert counts[0] == counts[1]
+    work = [[row["tflop_per_s"] / row["img_per_s"] for row in each] for each in rows]
+    np.testing.assert_allclose(*work, rtol=0.05)
 
 
 def test_a_run_is_read_back_in_two_lines(copied):
@@ -370,6 +378,11 @@ BAD = {
     "order": (
         ["--config.sampling.sampler=unipc", "--config.sampling.options", "order=5"],
         "unipc of order 5: there are orders 1 to 3",
+    ),
+    "steps per call": (["--config.steps_per_call=3"], "steps_per_call=3: must be at least 1, and"),
+    "half a call": (
+        ["--config.steps_per_call=10", "--config.steps=65"],
+        "steps_per_call=10: must be at least 1, and divide steps=65",
     ),
     "profile": (["--profile=-1"], "profile=-1: must be at least 0"),
 }

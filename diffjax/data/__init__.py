@@ -243,6 +243,22 @@ def train_batch(
     return batch
 
 
+def train_batches(
+    examples: Examples, seed: int, step: int, count: int, **options: Any
+) -> dict[str, np.ndarray]:
+    """The training batches of `count` steps from `step` on, side by side: `[batch, count, ...]`.
+
+    Args:
+      examples: as in `train_batch`.
+      seed: likewise.
+      step: steps taken before the first of them.
+      count: how many.
+      options: of `train_batch`.
+    """
+    each = [train_batch(examples, seed, i, **options) for i in range(step, step + count)]
+    return {name: np.stack([batch[name] for batch in each], axis=1) for name in each[0]}
+
+
 _ORDER, _FLIPS = 0, 1  # which of a seed's generators
 
 

@@ -105,8 +105,8 @@ class UNet(nn.Module):
 
     Call with x_t `[batch, height, width, channels]`, log_snr `[batch]`, and a dict `cond` with
     `label` `[batch]` integers, and `image` `[batch, any, any, any]` with `image_log_snr` `[batch]`,
-    as the config asks (None if it asks for neither). Returns `[batch, height, width,
-    out_channels]`, float32 or wider.
+    as the config asks (None if it asks for neither). Returns, in float32 or wider,
+    `[batch, height, width, out_channels]`.
 
     >>> model = UNet(UNetConfig(width=8, mults=(1, 2), groups=4, attention=(4,)))
     >>> inputs = jnp.zeros((1, 8, 8, 3)), jnp.zeros(1), None

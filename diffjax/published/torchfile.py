@@ -63,7 +63,7 @@ class Dict(dict):
 
 
 def read(path: Path | str) -> Any:
-    """The object in a file: of dicts, lists, numbers, NumPy arrays, and `Record`s for the rest.
+    """The object in a file: of dicts, lists, numbers, NumPy arrays, and a `Record` for all else.
 
     Raises:
       FileNotFoundError: if there is no such file.
