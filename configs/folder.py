@@ -3,6 +3,12 @@
     python train.py --config=configs/folder.py --config.data.path=DIR --workdir=runs/mine
 
 docs/howto/data.md explains the fields that matter.
+
+Tried on 2026-11-23 on 1,287 emoji of 136x128 pixels, drawn from Debian's fonts-noto-color-emoji, on
+two cores of an AMD EPYC shared with much other work: 11 min 59 s in all (up to 190 images per
+second), training loss 0.034, held-out 0.032. The samples, docs/images/emoji.png, have the colours,
+the white ground and round outlines, but no faces yet: that takes more steps, or a wider network.
+Predicting eps instead, 800 steps gave coloured noise.
 """
 
 import dataclasses
