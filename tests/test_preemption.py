@@ -109,13 +109,8 @@ def test_batches_of_no_finite_gradient_are_left_out_so_often_and_no_more(
     """Two of the batches are poisoned; the run says which, and is that without their updates."""
     train_batch = data.train_batch
 
-<<<<<<< HEAD
     def poisoned(examples, seed, step, **options):
         batch = train_batch(examples, seed, step, **options)
-=======
-    def poisoned(examples, seed, step, **how):
-        batch = train_batch(examples, seed, step, **how)
->>>>>>> superres
         if step in (7, 23):
             batch["x"][3] = np.nan
         return batch
