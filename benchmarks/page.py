@@ -307,10 +307,10 @@ needs on one device beside its state. With devices: [scaling](scaling.md).
 
 {rows}
 Time and memory follow the operations: none grows faster than they do, but for a batch of 256, where
-a fifth of the speed is lost. Small batches, images and widths leave the cores idle. Compiling
-grows with the number of blocks, from 15 s to 36 s for eight times as many, so that a scan over equal
-blocks, which on a CPU is slow to run, is not worth its weight. Rematerialisation (of blocks, four to
-a level) costs 1.3 times the time and saves nothing on this CPU; on GPUs and TPUs it was not tried.
+a fifth of the speed is lost. Small batches, images and widths leave the cores idle. Compiling grows
+with the number of blocks, from 15 s to 36 s for eight times as many: a scan over equal blocks that
+a CPU runs slowly is not worth its weight. Rematerialisation (of blocks, four to a level) costs 1.3
+times the time and saves nothing on this CPU; on GPUs and TPUs it was not tried.
 """
 
 
