@@ -101,13 +101,7 @@ def folder(
     if unreadable not in UNREADABLE:
         raise ValueError(f"unknown data.unreadable {unreadable!r}: one of {', '.join(UNREADABLE)}")
     names, bad, shapes = scan(path, size, workers)
-    if bad:
-        some = "; ".join(f"{name}: {why}" for name, why in list(bad.items())[:10])
-        what = f"{path}: {len(bad)} of {len(bad) + len(names)} images cannot be read: {some}"
-        what += f"; and {len(bad) - 10} more" if len(bad) > 10 else ""
-        if unreadable == "refuse":
-            raise UnreadableError(f"{what}. Repair them, or skip them by data.unreadable=skip")
-        print(f"skipped: {what}", flush=True)
+    _refuse_or_tell(path, len(names), bad, unreadable)
     sides = {shape[:2]: name for shape, name in shapes.items()}
     if len(sides) > 1:
         some = ", ".join(f"{w} x {h} ({name})" for (h, w), name in list(sides.items())[:3])
@@ -119,19 +113,32 @@ def folder(
             f"{path}: {len(names)} images ({', '.join(READ)}), {len(parts[0])} to train on and "
             f"{len(parts[1])} held out, about every tenth: need at least one of each"
         )
-    first = lambda name: name.partition("/")[0]
-    classes = sorted({first(name) for name in (*names, *bad)})
+    class_of = lambda name: name.partition("/")[0]
+    classes = {c: i for i, c in enumerate(sorted({class_of(name) for name in (*names, *bad)}))}
     labelled = all("/" in name for name in (*names, *bad))
     ((height, width),) = sides
     channels = channels or max(shape[2] for shape in shapes)
-    what = f"labels {', '.join(classes[:20])}{' ...' * (len(classes) > 20)}" if labelled else ""
+    what = (
+        f"labels {', '.join(list(classes)[:20])}{' ...' * (len(classes) > 20)}" if labelled else ""
+    )
     print(f"{path}: {len(names):,} images, {len(parts[1]):,} held out  {what}".strip(), flush=True)
 
     def part(names):
         images = Images(path, np.array(names, object), size, (len(names), height, width, channels))
-        return images, np.array([classes.index(first(n)) for n in names]) if labelled else None
+        return images, np.array([classes[class_of(n)] for n in names]) if labelled else None
 
     return part(parts[0]), part(parts[1])
+
+
+def _refuse_or_tell(path, readable, bad, unreadable):
+    if not bad:
+        return
+    some = "; ".join(f"{name}: {why}" for name, why in list(bad.items())[:10])
+    what = f"{path}: {len(bad)} of {len(bad) + readable} images cannot be read: {some}"
+    what += f"; and {len(bad) - 10} more" if len(bad) > 10 else ""
+    if unreadable == "refuse":
+        raise UnreadableError(f"{what}. Repair them, or skip them by data.unreadable=skip")
+    print(f"skipped: {what}", flush=True)
 
 
 def held_out(name: str) -> bool:
