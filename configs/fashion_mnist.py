@@ -6,8 +6,9 @@ The data is Debian's package dataset-fashion-mnist, or --config.data.path.
 
 Measured on 2026-11-23, on two cores of an AMD EPYC with AVX512_BF16, with the Makefile's allocator
 settings: 6 min 28 s in all (325 images per second), training loss 0.040, held-out 0.038 (eps,
-min-SNR weight); and docs/images/fashion_mnist.png. 20 steps of DPM-Solver++ 2M SDE: Frechet distance
-in 24 principal components 4.4, 75 % of labels right; of DDIM, 17.2 and 61 % (docs/performance.md).
+min-SNR weight); and docs/images/fashion_mnist.png. 20 steps of DPM-Solver++ 2M SDE end at a Frechet
+distance of 4.4 in 24 principal components, with 75 % of labels right; of DDIM, at 17.2 with 61 %
+(docs/performance.md).
 
 The variant `small` is the same network of images averaged to 14x14, for 700 steps: 11 min 40 s on
 2026-11-23, on two cores of an AMD EPYC shared with much other work; held-out loss 0.042.
