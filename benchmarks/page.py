@@ -234,8 +234,9 @@ the machine included: {busy}.
 
 {speed}
 A step is loss, gradient, clipping, Adam and moving average (PyTorch: fused Adam, `_foreach` for the
-rest); 64 images are 50 steps of DDIM. The same architecture on both sides, but for lucidrains',
-which has its own. With our parameters, PyTorch's outputs differ from ours by, relative to the
+rest); 64 images are 50 steps of DDIM. Memory is the most that the process held, for our digits with
+the runs of `train.py` below. The same architecture on both sides, but for lucidrains', which has
+its own. With our parameters, PyTorch's outputs differ from ours by, relative to the
 largest:
 
 {checks}
@@ -271,10 +272,10 @@ in brackets GFLOP/s of the convolutions on all cores. A product of two 2048x2048
 
 {rows}
 So the convolutions run near what the cores can do in float32, and are {low} to {high} of a walk:
-no code that does the same operations in float32 could be much faster. That is why sampling is ahead
-of PyTorch by as much as it is and no more, and why PyTorch's bfloat16, for which these cores have
-instructions of twice the speed, overtakes it: XLA's convolutions make no use of them (a product of
-matrices does, at 1.8 times the speed; a convolution in bfloat16 takes as long as in float32).
+with all else for nothing, a walk of the two larger networks could be 1.4 times as fast and no more.
+That is why sampling is no further ahead of PyTorch, and why PyTorch's bfloat16, for which these
+cores have instructions of twice the speed, overtakes it: XLA's convolutions make no use of them (a
+product of matrices does, at 1.8 times the speed; a convolution takes as long as in float32).
 Group normalisation by sums over pixels before those over channels makes a walk 1.05 to 1.12 times
 faster and a training step 0.87 to 0.96 times as fast (interleaved, three networks), so Linen's is
 kept.
