@@ -275,9 +275,9 @@ So the convolutions run near what the cores can do in float32, and are {low} to 
 with all else for nothing, a walk of the two larger networks could be 1.4 times as fast and no more.
 That is why sampling is no further ahead of PyTorch, and why PyTorch's bfloat16, for which these
 cores have instructions of twice the speed, overtakes it: XLA's convolutions make no use of them (a
-product of matrices does, at 1.8 times the speed; a convolution takes as long as in float32).
+product of matrices does, at about twice the speed; a convolution takes as long as in float32).
 Group normalisation by sums over pixels before those over channels makes a walk 1.05 to 1.12 times
-faster and a training step 0.87 to 0.96 times as fast (interleaved, three networks), so Linen's is
+faster and a training step 0.87 to 1.04 times as fast (interleaved, three networks), so Linen's is
 kept.
 
 """
@@ -309,8 +309,8 @@ needs on one device beside its state. With devices: [scaling](scaling.md).
 {rows}
 Time and memory follow the operations: none grows faster than they do, but for a batch of 256, where
 a fifth of the speed is lost. Small batches, images and widths leave the cores idle. Compiling grows
-with the number of blocks, from 15 s to 36 s for eight times as many: a scan over equal blocks that
-a CPU runs slowly is not worth its weight. Rematerialisation (of blocks, four to a level) costs 1.3
+with the number of blocks, from 15 s to 36 s for eight times as many, so that there is no scan over
+equal blocks. Rematerialisation (of blocks, four to a level) costs 1.3
 times the time and saves nothing on this CPU; on GPUs and TPUs it was not tried.
 """
 

@@ -255,7 +255,7 @@ class Config:
     """Devices that share one copy of the state, with parallel=sharded; 0: all of them."""
     steps_per_call: int = 1
     """Steps in one call of the compiled program, for a GPU or TPU that takes a step sooner than the
-    host can ask for one. Not for a CPU, where XLA runs the inside of a loop on one thread."""
+    host can ask for one. Nothing is won on a CPU."""
     log_every: int = 50
     """Steps between lines of metrics."""
     eval_every: int = 500

@@ -73,7 +73,7 @@ def psnr(x: Data, y: Data) -> Float[Real, " batch"]:
 def beside(x: Images, truth: Images, low: int) -> Float[Real, "rows height width channels"]:
     """Samples in a picture of four rows: small, bicubic, sampled, true, `[4 batch, ...]`.
 
-    Image 4 i + j is row j of column i, as `plots.save_samples` with four classes has them.
+    Image 4 i + j is row j of column i, as `plots.samples` with four classes has them.
     """
     small, side = shrink(truth, low), x.shape[1]
     coarse = jax.image.resize(small, truth.shape, "nearest")

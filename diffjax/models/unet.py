@@ -125,8 +125,8 @@ class UNet(nn.Module):
         conv = functools.partial(nn.Conv, kernel_size=(3, 3), kernel_init=Init, dtype=dtype)
         block = functools.partial(nn.remat(Block) if c.remat else Block, c, dtype)
 
-        embed = functools.partial(level_embedding, width=c.width, period=c.level_period)
-        emb = embed(c.level_scale * log_snr)
+        embed = lambda level: level_embedding(c.level_scale * level, c.width, c.level_period)
+        emb = embed(log_snr)
         if c.image_cond:
             emb = jnp.concatenate([emb, embed(cond["image_log_snr"])], axis=-1)
         emb = emb.astype(dtype)
