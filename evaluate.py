@@ -7,7 +7,8 @@
     python evaluate.py --compare runs/a runs/b               # a table, and a picture of it
     python evaluate.py --help
 
-Prints every number and writes them all, with what they depend on, to DIR/evaluation.json.
+Prints every number and writes them all, with what they depend on, to DIR/evaluation.json, or to the
+file of --result.
 """
 
 import dataclasses
@@ -61,8 +62,10 @@ class Arguments:
     """A file of sample.py's to measure; None: draw `n` now."""
     drawing: tyro.conf.OmitArgPrefixes[Drawing] = Drawing()  # noqa: RUF009, it is frozen
     """Which samples to draw, by which walk; n=0: measure none."""
+    result: Path | None = None
+    """Where the numbers go, a JSON file; None: DIR/evaluation.json."""
     compare: tuple[Path, ...] = ()
-    """Runs that were evaluated: nothing is evaluated, but they are compared."""
+    """Runs that were evaluated, or their JSON files: nothing is evaluated, they are compared."""
     picture: Path = Path("comparison.png")
     """Where the comparison is drawn."""
     distributed: parallel.Distributed = parallel.Distributed()  # noqa: RUF009, it is frozen
@@ -198,7 +201,7 @@ def main(args: Arguments) -> None:
             print(*comparison.lines(flatten(found)), sep="\n")
             home = args.workdir if args.workdir.is_dir() else args.workdir.parent
             text = json.dumps(found, indent=1) + "\n"
-            (home / comparison.RESULT).write_text(text)
+            (args.result or home / comparison.RESULT).write_text(text)
 
 
 if __name__ == "__main__":

@@ -72,8 +72,8 @@ def shown(result: Result, name: str) -> str:
     return f"{result[name]:.4g}" + ("" if error is None else f" +- {error:.2g}")
 
 
-def read(workdirs: Iterable[Path]) -> dict[str, Result]:
-    """The evaluations of runs, by the runs' directories.
+def read(runs: Iterable[Path]) -> dict[str, Result]:
+    """The evaluations of runs, by what names them: the run's directory, or the evaluation's file.
 
     Raises:
       FileNotFoundError: if a run has not been evaluated.
@@ -81,12 +81,12 @@ def read(workdirs: Iterable[Path]) -> dict[str, Result]:
         which, and why not.
     """
     results = {}
-    for workdir in workdirs:
-        path = workdir / RESULT
+    for run in runs:
+        path = run if run.suffix == ".json" else run / RESULT
         if not path.is_file():
-            raise FileNotFoundError(f"no {path}: python evaluate.py --workdir={workdir} writes it")
+            raise FileNotFoundError(f"no {path}: python evaluate.py writes it")
         try:
-            results[str(workdir)] = flatten(json.loads(path.read_text()))
+            results[str(run)] = flatten(json.loads(path.read_text()))
         except ValueError as error:
             raise ValueError(f"{path} is not a file of evaluate.py's: {error}") from error
 
