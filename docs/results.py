@@ -65,6 +65,11 @@ def one_of(option: str, values: Sequence[Any]) -> dict[str, list[str]]:
     return {str(value): [f"--{option}={value}"] for value in values}
 
 
+def _schedule(name: str, *options: str) -> list[str]:
+    return [f"--config.schedule={name}", "--config.schedule_options", *options]
+
+
+ENDS = ("log_snr_min=-8", "log_snr_max=7")
 DIGITS, FASHION = "configs/digits.py", "configs/fashion_mnist.py"
 TARGETS = one_of("config.target", ("x_0", "eps", "score", "v"))
 WEIGHTINGS = ("unit", "constant", "elbo", "p2", "edm", "sigmoid")
@@ -92,14 +97,12 @@ STUDIES: dict[str, Study | Walks] = {
         "Schedule",
         DIGITS,
         {
-            "sigmoid": ["--config.schedule=sigmoid"],
-            "linear": ["--config.schedule=linear", "--config.schedule_options=log_snr_max=7"],
-            "rectified_flow": ["--config.schedule=rectified_flow"],
+            "linear": _schedule("linear", "log_snr_max=7"),
+            "sigmoid": _schedule("sigmoid", *ENDS),
+            "rectified_flow": _schedule("rectified_flow", *ENDS),
             "log_uniform": [
-                "--config.schedule=log_uniform",
-                "--config.schedule_options",
-                "sigma_min=0.03",
-                "sigma_max=55",
+                *_schedule("log_uniform", "sigma_min=0.03", "sigma_max=55"),
+                "--config.unit_input=True",
             ],
         },
     ),
@@ -143,3 +146,10 @@ def run(name: str, variant: str, seed: int, home: Path) -> None:
         for command in todo:
             print("results: python", *command, flush=True)
             subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        for seed in SEEDS:
+            for variant in STUDIES[name].variants:
+                run(name, variant, seed, Path("runs/results"))
