@@ -21,6 +21,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from diffjax import provenance
 from diffjax.telemetry import ALLOCATOR, TUNABLES
 from workloads import CPU, GPU, WORKLOADS
 
@@ -147,21 +148,13 @@ def main():
         }
         found |= {
             "cores": args.cores,
-            "processor": processor(),
+            "processor": provenance.processor(),
             "python": platform.python_version(),
         }
         out.write_text(json.dumps(found, indent=1) + "\n")
         for label, row in found["workloads"][name]["rows"].items():
             times = {k: statistics.median(row[k]) for k in ("train", "sample")}
             print(name, label, *(f"{k} {v:.3f} s" for k, v in times.items()), flush=True)
-
-
-def processor():
-    """The processor's name, and what bfloat16 instructions it has."""
-    text = Path("/proc/cpuinfo").read_text()
-    line = next((x for x in text.splitlines() if x.startswith("model name")), ": unknown")
-    found = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in text]
-    return line.split(": ")[1] + (f" ({', '.join(found)})" if found else "")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import hashlib
 import importlib.metadata
+import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -38,17 +40,29 @@ def program() -> dict[str, Any]:
 
     Returns:
       `diffjax`, `jax`, `device`, `devices` (how many), `git` (None outside of a checkout) and
-      `git_dirty`, whether tracked files differ from it.
+      `git_dirty`, whether tracked files differ from it. A CPU's device is `processor`.
     """
     status = _git("status", "--porcelain", "--untracked-files=no")
+    kind = jax.devices()[0].device_kind
     return {
         "diffjax": importlib.metadata.version("diffjax"),
         "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind,
+        "device": processor() if kind == "cpu" else kind,
         "devices": jax.device_count(),
         "git": _git("rev-parse", "HEAD"),
         "git_dirty": None if status is None else bool(status),
     }
+
+
+def processor() -> str:
+    """The name of this machine's CPU, and what instructions it has for bfloat16."""
+    table = Path("/proc/cpuinfo")
+    if not table.exists():
+        return platform.processor() or platform.machine()
+    text = table.read_text()
+    name = re.search(r"^model name\s*: (.*)", text, re.M)
+    found = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in text]
+    return (name[1] if name else platform.machine()) + (f" ({', '.join(found)})" if found else "")
 
 
 def _git(*words):

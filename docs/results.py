@@ -1,9 +1,9 @@
 """Train and measure what docs/results.md reports, and write it.
 
-    python docs/results.py                          # all studies: four hours on two cores
+    python docs/results.py                          # all studies: TIME on two cores
     python docs/results.py --only digits guidance   # some of them
-    python docs/results.py --page                   # none: the page again from docs/results.json
-    python docs/results.py --check                  # make reproduce: ten minutes
+    python docs/results.py --only                   # none: only the page, from docs/results.json
+    python docs/results.py --check                  # or: make reproduce
 
 A run is `train.py`, then `evaluate.py`, in runs/results. What has been made is not made again: stop
 this when you like, and start it again. `--check` trains the digits once for each target, in
@@ -11,57 +11,84 @@ runs/reproduce, and says of each number whether it lies in the recorded band.
 """
 
 import argparse
+import datetime
 import itertools
 import json
+import math
+import os
+import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from matplotlib.figure import Figure
+from PIL import Image
+
+from diffjax import metrics, plots
+
 ROOT = Path(__file__).parents[1]
-RECORD = ROOT / "docs" / "results.json"
+DOCS = ROOT / "docs"
+RECORD = DOCS / "results.json"
+RUNS = ROOT / "runs" / "results"
 SEEDS = (0, 1, 2)
 
 
 class Study(NamedTuple):
-    """Runs that differ in one thing.
+    """Runs that differ in one thing: each a row of a table.
 
     Attributes:
-      title: what is studied.
       config: their config file.
-      variants: what differs: by name, the options of train.py.
-      options: the options of train.py that all have.
-      evaluation: the options of evaluate.py.
+      variants: what differs: by name, options of train.py.
+      options: options of train.py that all have.
+      evaluation: options of evaluate.py that all have.
     """
 
-    title: str
     config: str
     variants: dict[str, list[str]]
     options: Sequence[str] = ()
     evaluation: Sequence[str] = ()
 
+    def commands(self, name: str, variant: str, seed: int, home: Path) -> list[list[str]]:
+        """What makes a run."""
+        workdir = f"--workdir={self.result(name, variant, seed, home).parent}"
+        changes = [*self.options, *self.variants[variant], f"--config.seed={seed}"]
+        return [
+            ["train.py", f"--config={self.config}", workdir, *changes],
+            ["evaluate.py", workdir, *self.evaluation],
+        ]
+
+    def result(self, name: str, variant: str, seed: int, home: Path) -> Path:
+        """The file of a run's evaluation, in the run's directory."""
+        return home / name / f"{variant}_{seed}" / "evaluation.json"
+
 
 class Walks(NamedTuple):
-    """Ways to draw from the runs of a variant.
+    """Ways to draw from the runs of a variant of a study: each a row of a table.
 
     Attributes:
-      title: what is studied.
-      study: of which study the runs are.
-      variant: which of its variants.
-      variants: what differs: by name, the options of evaluate.py.
-      options: the options of evaluate.py that all have.
+      study: its name.
+      variant: the variant's.
+      variants: what differs: by name, options of evaluate.py.
     """
 
-    title: str
     study: str
     variant: str
     variants: dict[str, list[str]]
-    options: Sequence[str] = ("--held_out=0",)
+
+    def commands(self, name: str, variant: str, seed: int, home: Path) -> list[list[str]]:
+        """What evaluates a run."""
+        result = self.result(name, variant, seed, home)
+        options = ["--held_out=0", *self.variants[variant], f"--result={result}"]
+        return [["evaluate.py", f"--workdir={result.parent}", *options]]
+
+    def result(self, name: str, variant: str, seed: int, home: Path) -> Path:
+        """The file of an evaluation, in the run's directory."""
+        return home / self.study / f"{self.variant}_{seed}" / f"{name}_{variant}.json"
 
 
-def one_of(option: str, values: Sequence[Any]) -> dict[str, list[str]]:
-    """Variants that give an option one value each."""
+def _one_of(option: str, *values: Any) -> dict[str, list[str]]:
     return {str(value): [f"--{option}={value}"] for value in values}
 
 
@@ -69,32 +96,31 @@ def _schedule(name: str, *options: str) -> list[str]:
     return [f"--config.schedule={name}", "--config.schedule_options", *options]
 
 
+DIGITS = "configs/digits.py"
+TARGETS = _one_of("config.target", "x_0", "eps", "score", "v")
 ENDS = ("log_snr_min=-8", "log_snr_max=7")
-DIGITS, FASHION = "configs/digits.py", "configs/fashion_mnist.py"
-TARGETS = one_of("config.target", ("x_0", "eps", "score", "v"))
-WEIGHTINGS = ("unit", "constant", "elbo", "p2", "edm", "sigmoid")
-SAMPLERS = (
-    "ancestral",
-    "ddim",
-    "heun",
-    "dpm_solver_pp_2m",
-    "dpm_solver_pp_2m_sde",
-    "dpm_solver_pp_3m",
-    "unipc",
-)
-FASHION_STEPS = 1000
-STUDIES: dict[str, Study | Walks] = {
-    "digits": Study("The targets, on the digits", DIGITS, TARGETS),
+EVALUATIONS = (6, 10, 20, 50)
+SAMPLERS = {  # each with how often a step evaluates the denoiser
+    "ancestral": 1,
+    "ddim": 1,
+    "heun": 2,
+    "dpm_solver_pp_2m": 1,
+    "dpm_solver_pp_2m_sde": 1,
+    "dpm_solver_pp_3m": 1,
+    "unipc": 1,
+}
+STUDIES = {
+    "digits": Study(DIGITS, TARGETS),
     "fashion": Study(
-        "The targets, on Fashion-MNIST",
-        FASHION,
+        "configs/fashion_mnist.py",
         TARGETS,
-        [f"--config.steps={FASHION_STEPS}"],
+        ["--config.steps=1000"],
         ["--features=fashion_classifier", "--held_out=500", "--guidance=1"],
     ),
-    "weighting": Study("Weighting", DIGITS, one_of("config.weighting", WEIGHTINGS)),
+    "weighting": Study(
+        DIGITS, _one_of("config.weighting", "unit", "constant", "elbo", "p2", "edm", "sigmoid")
+    ),
     "schedule": Study(
-        "Schedule",
         DIGITS,
         {
             "linear": _schedule("linear", "log_snr_max=7"),
@@ -106,50 +132,109 @@ STUDIES: dict[str, Study | Walks] = {
             ],
         },
     ),
-    "ema": Study("Moving average", DIGITS, one_of("config.ema", (0.0, 0.98, 0.999))),
-    "guidance": Walks(
-        "Guidance weight", "digits", "eps", one_of("guidance", (0.0, 1.0, 1.5, 2.0, 4.0))
-    ),
+    "ema": Study(DIGITS, _one_of("config.ema", 0.0, 0.98, 0.999)),
+    "guidance": Walks("digits", "eps", _one_of("guidance", 0.0, 1.0, 1.5, 2.0, 4.0)),
     "sampler": Walks(
-        "Sampler and evaluations",
         "digits",
         "eps",
         {
-            f"{name}, {n} steps": [f"--sampler={name}", f"--steps={n}", "--guidance=1"]
-            for name, n in itertools.product(SAMPLERS, (5, 10, 20, 50))
+            f"{name}_{n}": [f"--sampler={name}", f"--steps={n // calls}", "--guidance=1"]
+            for (name, calls), n in itertools.product(SAMPLERS.items(), EVALUATIONS)
         },
     ),
 }
+PICTURES = {"digits": "l", "fashion": "l"}
 
 
-def commands(
-    name: str, variant: str, seed: int, home: Path
-) -> tuple[list[list[str]], Path, Path]:
-    """The commands of a run; its directory; and the evaluation's file."""
+def made(name: str, variant: str, seed: int, home: Path) -> dict[str, Any]:
+    """The numbers of a run, which is trained and evaluated first if it has not been."""
     study = STUDIES[name]
-    if isinstance(study, Walks):
-        workdir = home / study.study / f"{study.variant}_{seed}"
-        result = workdir / f"{name}_{variant.replace(', ', '_').replace(' ', '_')}.json"
-        options = [*study.options, *study.variants[variant], f"--result={result}"]
-        return [["evaluate.py", f"--workdir={workdir}", *options]], workdir, result
-    workdir = home / name / f"{variant}_{seed}"
-    options = [*study.options, *study.variants[variant], f"--config.seed={seed}"]
-    train = ["train.py", f"--config={study.config}", f"--workdir={workdir}", *options]
-    evaluate = ["evaluate.py", f"--workdir={workdir}", *study.evaluation]
-    return [train, evaluate], workdir, workdir / "evaluation.json"
-
-
-def run(name: str, variant: str, seed: int, home: Path) -> None:
-    """Train and evaluate, unless it is done."""
-    todo, _, result = commands(name, variant, seed, home)
+    result = study.result(name, variant, seed, home)
     if not result.exists():
-        for command in todo:
+        for command in study.commands(name, variant, seed, home):
             print("results: python", *command, flush=True)
             subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    found = json.loads(result.read_text())
+    numbers = {key: found[key] for key in COLUMNS if key in found}
+    if isinstance(study, Walks):
+        return numbers
+    if (scores := result.parent / "scores.json").exists():
+        numbers["accuracy"] = json.loads(scores.read_text())["accuracy"]
+    rows = metrics.read(result.parent)
+    speed = statistics.median(row["img_per_s"] for row in rows if "img_per_s" in row)
+    return numbers | {
+        "eval_loss": rows[-1]["eval_loss"],
+        "step_ms": 1e3 * found["config"]["batch_size"] / speed,
+        "curve": [[row["step"], float(f"{row['loss']:.4g}")] for row in rows],
+    }
 
 
-if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        for seed in SEEDS:
-            for variant in STUDIES[name].variants:
-                run(name, variant, seed, Path("runs/results"))
+COLUMNS = {
+    "bound_bits_per_dim": "bits/dim",
+    "frechet": "Frechet",
+    "kernel": "kernel",
+    "precision": "precision",
+    "recall": "recall",
+    "accuracy": "labels right",
+    "eval_loss": "held-out loss",
+    "step_ms": "ms a step",
+}
+"""The numbers of a run, and what tables call them."""
+CHECKED = ("bound_bits_per_dim", "frechet", "precision", "recall", "accuracy", "eval_loss")
+"""Those that `--check` compares: what does not depend on the hardware."""
+QUANTILE = 5.04
+"""Student's t for 8 degrees of freedom, which it exceeds either way once in a thousand."""
+
+
+def spread(values: Sequence[float]) -> str:
+    """The mean and the standard deviation, of which two digits are given."""
+    mean, deviation = statistics.mean(values), statistics.stdev(values)
+    digits = max(0, 1 - math.floor(math.log10(deviation))) if deviation else 3
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+
+
+def over_seeds(runs: dict[str, dict[str, Any]], key: str) -> list[float]:
+    """A number of a variant's runs."""
+    return [run[key] for run in runs.values() if key in run]
+
+
+def bands(variants: dict[str, dict[str, dict[str, Any]]], key: str) -> dict[str, tuple]:
+    """Where one more run of each variant should lie, from the runs on record.
+
+    An interval of prediction for normal numbers that spread alike in each of four variants of
+    three runs: the mean, more or less t s sqrt(1 + 1/3).
+    """
+    values = {name: over_seeds(runs, key) for name, runs in variants.items()}
+    pooled = math.sqrt(statistics.mean(statistics.variance(each) for each in values.values()))
+    reach = QUANTILE * pooled * math.sqrt(1 + 1 / len(SEEDS))
+    means = {name: statistics.mean(each) for name, each in values.items()}
+    return {name: (mean - reach, mean + reach) for name, mean in means.items()}
+
+
+def check(record: dict[str, Any]) -> bool:
+    """Train the digits with each target; print each number and its band; whether all lie within."""
+    within = []
+    for target in TARGETS:
+        numbers = made("digits", target, 0, ROOT / "runs" / "reproduce")
+        for key in CHECKED:
+            low, high = bands(record["digits"]["runs"], key)[target]
+            within.append(low <= numbers[key] <= high)
+            said = "within" if within[-1] else "OUTSIDE"
+            print(f"{target:6}{COLUMNS[key]:14}{numbers[key]:8.4f}  {said} {low:.4f} to {high:.4f}")
+    print(f"{sum(within)} of {len(within)} numbers lie in the recorded band")
+    return all(within)
+
+
+def study(name: str, record: dict[str, Any]) -> None:
+    """Make a study's runs, seed by seed, and put their numbers and pictures on record."""
+    runs = {}
+    for seed, variant in itertools.product(SEEDS, STUDIES[name].variants):
+        runs.setdefault(variant, {})[seed] = made(name, variant, seed, RUNS)
+    record[name] = {
+        "date": datetime.date.today().isoformat(),
+        "processor": provenance.processor(),
+        "devices": jax.device_count(),
+        "jax": jax.__version__,
+        "runs": runs,
+    }
+    RECORD.write_text(json.dumps(record, indent=1) + "\n")
