@@ -143,7 +143,7 @@ STUDIES = {
         },
     ),
 }
-PICTURES = {"digits": "l", "fashion": "l"}
+PICTURES = ("digits", "fashion")
 
 
 def made(name: str, variant: str, seed: int, home: Path) -> dict[str, Any]:
@@ -166,6 +166,7 @@ def made(name: str, variant: str, seed: int, home: Path) -> dict[str, Any]:
         "eval_loss": rows[-1]["eval_loss"],
         "step_ms": 1e3 * found["config"]["batch_size"] / speed,
         "curve": [[row["step"], float(f"{row['loss']:.4g}")] for row in rows],
+        "program": found["program"],
     }
 
 
@@ -227,14 +228,35 @@ def check(record: dict[str, Any]) -> bool:
 
 def study(name: str, record: dict[str, Any]) -> None:
     """Make a study's runs, seed by seed, and put their numbers and pictures on record."""
-    runs = {}
+    runs: dict[str, dict[str, Any]] = {}
     for seed, variant in itertools.product(SEEDS, STUDIES[name].variants):
-        runs.setdefault(variant, {})[seed] = made(name, variant, seed, RUNS)
-    record[name] = {
-        "date": datetime.date.today().isoformat(),
-        "processor": provenance.processor(),
-        "devices": jax.device_count(),
-        "jax": jax.__version__,
-        "runs": runs,
-    }
+        runs.setdefault(variant, {})[str(seed)] = made(name, variant, seed, RUNS)
+    record[name] = {"date": datetime.date.today().isoformat(), "runs": runs}
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    if name in PICTURES:
+        grids = {variant: RUNS / name / f"{variant}_0" / "samples.png" for variant in runs}
+        side_by_side(grids).savefig(DOCS / "images" / f"results_{name}.png")
+
+
+def side_by_side(grids: dict[str, Path]) -> Figure:
+    """The first four of the ten columns of each picture of samples."""
+    figure, axes = plots.panels(1, len(grids), width=2.0, height=4.9)
+    for ax, (title, path) in zip(axes, grids.items(), strict=True):
+        with Image.open(path) as grid:
+            ax.imshow(grid.crop((0, 0, grid.width * 4 // 10, grid.height)), cmap="gray")
+        ax.set(title=title)
+        ax.axis("off")
+    return figure
+
+
+def curves(record: dict[str, Any]) -> Figure:
+    """The training loss of each target, of all seeds."""
+    figure, axes = plots.panels(1, len(PICTURES), width=4.5)
+    for ax, name in zip(axes, PICTURES, strict=True):
+        for (variant, runs), colour in zip(record[name]["runs"].items(), plots.COLOURS):
+            for seed, run in runs.items():
+                label = variant if seed == "0" else None
+                ax.plot(*zip(*run["curve"], strict=True), color=colour, linewidth=1, label=label)
+        ax.set(title=name, xlabel="step", ylabel="loss", yscale="log")
+        ax.legend(fontsize=8, frameon=False)
+    return figure
