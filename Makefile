@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # XLA asks for large buffers at every step; glibc's defaults hand them back to the kernel each time.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1
 
-.PHONY: train test test-faults test-peers notebooks pod docs bench bench-gpu lint clean
+.PHONY: train test test-faults test-peers notebooks reproduce pod docs bench bench-gpu lint clean
 
 train: $(VENV)/plots.stamp
 	$(BIN)/python train.py $(ARGS)
@@ -34,6 +34,10 @@ $(VENV)/physicsnemo.stamp: $(VENV)/test,peers.stamp
 # Each is executed, and written with its pictures.
 notebooks: $(VENV)/notebooks.stamp
 	$(BIN)/python notebooks/execute.py $(ARGS)
+
+# Whether the digits come out as docs/results.md has them.
+reproduce: $(VENV)/plots.stamp
+	$(BIN)/python docs/results.py --check
 
 # Two processes train, one is killed, and the run heals.
 pod: $(VENV)/plots.stamp

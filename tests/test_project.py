@@ -172,3 +172,25 @@ def test_the_page_on_performance_says_what_was_measured(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     page = importlib.import_module("page")
     assert page.text() == page.PAGE.read_text()
+
+
+def test_the_page_of_results_says_what_is_on_record(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    results = importlib.import_module("results")
+    record = json.loads(results.RECORD.read_text())
+    assert results.page(record) == (results.DOCS / "results.md").read_text()
+
+
+def test_one_more_run_lies_in_the_band_of_those_on_record(monkeypatch):
+    """Of normal numbers, but once in a thousand: four variants with three runs each, 5,000 times."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    results = importlib.import_module("results")
+    rng, outside = np.random.default_rng(0), 0
+    for draw in rng.normal(3.0, 0.2, (5000, 4, 4)):
+        on_record = {
+            str(i): {str(seed): {"x": x} for seed, x in enumerate(runs[:3])}
+            for i, runs in enumerate(draw)
+        }
+        bands = results.bands(on_record, "x")
+        outside += sum(not low <= draw[int(i), 3] <= high for i, (low, high) in bands.items())
+    assert 5 < outside < 40  # 20 expected
