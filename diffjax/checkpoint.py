@@ -7,7 +7,6 @@ flipped bit. A state may be read back onto any number of devices and processes.
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import shutil
@@ -27,9 +26,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
-from . import config as config_lib, weights
+from . import config as config_lib, provenance, weights
 from .config import Config
 from .experiment import make_network
+from .files import write_text
 from .pretrained import PRETRAINED
 from .types import Data
 
@@ -207,9 +207,7 @@ class Checkpoints:
         # Orbax will yet note in its metadata, which no restoring depends on, when it committed.
         files = [f for f in sorted(path.rglob("*")) if f.is_file() and f.name != METADATA]
         seal = {str(f.relative_to(path)): _fingerprint(f) for f in files}
-        temporary = path / f"{SEAL}.tmp"
-        temporary.write_text(json.dumps(seal, indent=1))
-        temporary.replace(path / SEAL)
+        write_text(path / SEAL, json.dumps(seal, indent=1))
 
 
 def open_run(workdir: Path, config: Config) -> Checkpoints:
@@ -235,9 +233,7 @@ def open_run(workdir: Path, config: Config) -> Checkpoints:
         raise ValueError(f"{workdir} holds checkpoints but no {CONFIG}: choose another --workdir")
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(config_lib.to_json(config))
-        temporary.replace(path)
+        write_text(path, config_lib.to_json(config))
         _set_damaged_aside(found(workdir))
     return Checkpoints(workdir, config)
 
@@ -379,8 +375,7 @@ def _set_damaged_aside(paths):
 
 
 def _fingerprint(file):
-    with file.open("rb") as stream:
-        return file.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()
+    return file.stat().st_size, provenance.file_digest(file)
 
 
 def _describe(tree):
