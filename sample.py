@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 
 from diffjax import checkpoint, data, drawing, experiment, parallel, plots, provenance
-from diffjax.config import flatten, plainly
+from diffjax.config import flatten, plainly, unlike
 from diffjax.drawing import Drawing
 from diffjax.files import replacing, write_text
 
@@ -111,16 +111,12 @@ def open_parts(parts: Path, out: Path, settings: dict[str, Any]) -> int:
         if jax.process_index() == 0:
             parts.mkdir(parents=True, exist_ok=True)
             write_text(known, json.dumps(settings))
-    has, asked = flatten(found), flatten(settings)
-    differences = [
-        f"{name}: it has {has.get(name)!r}, asked for {asked.get(name)!r}"
-        for name in sorted(has.keys() | asked.keys())
-        if has.get(name) != asked.get(name) and not name.startswith("program.")
-    ]
-    if differences:
+    found.pop("program", None)
+    lines = unlike(flatten(found), flatten(settings), "it has {!r}, asked for {!r}")
+    if lines:
         raise ValueError(
             f"{out} is of other samples; choose another --out, or undo:\n  "
-            + "\n  ".join(differences)
+            + "\n  ".join(lines.values())
         )
     return done
 

@@ -126,17 +126,12 @@ class Checkpoints:
         step = self.newest()
         if step is None:
             return None
-        saved = _json(self.directory / str(step) / ARRAYS)
-        wanted = _describe(like)
-        differences = [
-            f"{name}: it has {saved.get(name)}, this config makes {wanted.get(name)}"
-            for name in sorted(saved.keys() | wanted.keys())
-            if saved.get(name) != wanted.get(name)
-        ]
-        if differences:
-            raise ValueError(
-                f"{self.directory / str(step)} is of another state:\n  " + "\n  ".join(differences)
-            )
+        path = self.directory / str(step)
+        lines = config_lib.unlike(
+            _json(path / ARRAYS), _describe(like), "it has {}, this config makes {}"
+        )
+        if lines:
+            raise ValueError(f"{path} is of another state:\n  " + "\n  ".join(lines.values()))
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
 

@@ -90,10 +90,8 @@ def expected(config: Config) -> dict[str, Any]:
 def _refuse_others(path, arrays, config):
     says = lambda found: {name: f"{x.dtype}{list(x.shape)}" for name, x in found.items()}
     has, needs = says(arrays), says(expected(config))
-    different = [
-        name for name in sorted(has.keys() | needs.keys()) if has.get(name) != needs.get(name)
-    ]
-    lines = [f"{n}: it has {has.get(n)}, the config makes {needs.get(n)}" for n in different[:5]]
-    if different:
-        more = f"\n  and {len(different) - 5} more" if len(different) > 5 else ""
-        raise ValueError(f"{path} is of another network:\n  " + "\n  ".join(lines) + more)
+    lines = list(config_lib.unlike(has, needs, "it has {}, the config makes {}").values())
+    if len(lines) > 5:
+        lines[5:] = [f"and {len(lines) - 5} more"]
+    if lines:
+        raise ValueError(f"{path} is of another network:\n  " + "\n  ".join(lines))

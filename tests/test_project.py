@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "telemetry": set(),
     "metrics": {"types", "files", "telemetry", "writers"},
     "writers": set(),
-    "plots": {"types", "schedules", "metrics"},
+    "plots": {"types", "schedules", "data", "metrics"},
     "evaluation": set(),
     "provenance": set(),
     "classifier": {"types", "data", "config"},
