@@ -82,13 +82,7 @@ def sample(args: Arguments) -> None:
 
     with plainly(OSError):
         if parts.exists():
-            x = np.concatenate([np.load(path) for path in sorted(parts.glob("*.npy"))])
-            text = json.dumps(settings | {"program": provenance.program()})
-            arrays: dict[str, Any] = {"x": x, "index": np.arange(n), "settings": text}
-            arrays |= {} if label is None else {"label": label}
-            with replacing(out) as new, new.open("wb") as file:
-                np.savez(file, **arrays)
-            shutil.rmtree(parts)
+            join(parts, out, label, settings)
         save_picture(out, args.picture, config.model.labels if args.drawing.label is None else 0)
     print(f"{out} and {out.with_suffix('.png').name}: {n:,} samples")
 
@@ -119,6 +113,17 @@ def open_parts(parts: Path, out: Path, settings: dict[str, Any]) -> int:
             + "\n  ".join(lines.values())
         )
     return done
+
+
+def join(parts: Path, out: Path, label: np.ndarray | None, settings: dict[str, Any]) -> None:
+    """Make one file of the parts, which then go."""
+    x = np.concatenate([np.load(path) for path in sorted(parts.glob("*.npy"))])
+    text = json.dumps(settings | {"program": provenance.program()})
+    arrays: dict[str, Any] = {"x": x, "index": np.arange(len(x)), "settings": text}
+    arrays |= {} if label is None else {"label": label}
+    with replacing(out) as new, new.open("wb") as file:
+        np.savez(file, **arrays)
+    shutil.rmtree(parts)
 
 
 def save_picture(out: Path, most: int, classes: int) -> None:

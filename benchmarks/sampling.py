@@ -47,9 +47,9 @@ def main() -> None:
     batch = {"index": index, "label": index % config.model.labels}
     rows = []
     for sampler in SAMPLERS:
+        drawn = drawing.Drawing(sampler=sampler, steps=1, seed=config.seed)
+        each_step = drawing.function_evaluations(drawing.configured(config, drawn))
         for evaluations in EVALUATIONS:
-            drawn = drawing.Drawing(sampler=sampler, steps=1, seed=config.seed)
-            each_step = drawing.function_evaluations(drawing.configured(config, drawn))
             drawn = dataclasses.replace(drawn, steps=evaluations // each_step)
             changed = drawing.configured(config, drawn)
             shape = dataset.train.x.shape[1:]

@@ -425,7 +425,7 @@ def differences(old: Config, new: Config) -> list[str]:
 
 
 def unlike(has: dict[str, Any], wanted: dict[str, Any], says: str) -> dict[str, str]:
-    """A line for each name whose values differ, None where there is none; `says` has both.
+    """A line, by name, wherever two flat dicts differ: `says` of both values, None if missing.
 
     >>> unlike({"a": 1, "b": 2}, {"b": 3, "a": 1}, "{} is not {}")
     {'b': 'b: 2 is not 3'}

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -49,16 +50,20 @@ from .types import Array, Data, Denoiser, Key, Network
 
 AT_LEAST = {
     "steps": 1,
+    "steps_per_call": 1,
     "log_every": 1,
+    "eval_every": 1,
     "sample_every": 1,
+    "save_every": 1,
     "keep": 1,
     "keep_every": 1,
-    "time_steps": 1,
+    "keep_best": 0,
     "skip_nonfinite": 0,
+    "time_steps": 1,
     "seed": 0,
-    "optimizer.accumulate": 1,
     "optimizer.warmup": 0,
     "optimizer.weight_decay": 0,
+    "optimizer.accumulate": 1,
     "sampling.steps": 1,
     "sampling.columns": 1,
     "sampling.score": 0,
@@ -85,50 +90,67 @@ def check(config: Config) -> None:
     for name, least in AT_LEAST.items():
         if values[name] is not None and not values[name] >= least:
             raise ValueError(f"{name}={values[name]}: must be at least {least}")
-    o, s = config.optimizer, config.sampling
-    for holds, what in (
+    rules = (
+        _of_intervals(config),
+        _of_objective(config),
+        _of_optimizer(config),
+        _of_sampling(config),
+    )
+    for holds, what in itertools.chain(*rules):
+        if not holds:
+            raise ValueError(what)
+
+
+def _of_intervals(c):
+    """Pairs of what must hold and what to say if it does not."""
+    return (
         (
-            config.keep_best == 0
-            or (config.keep_best > 0 and config.save_every % max(config.eval_every, 1) == 0),
-            f"keep_best={config.keep_best}: must be at least 0, and to find the best "
-            f"save_every={config.save_every} a multiple of eval_every={config.eval_every}",
+            c.eval_every % c.log_every == c.save_every % c.log_every == 0,
+            f"eval_every={c.eval_every} and save_every={c.save_every}: must be "
+            f"multiples of log_every={c.log_every}, so that a resumed run logs the same",
         ),
         (
-            min(config.eval_every, config.save_every) >= 1
-            and config.eval_every % config.log_every == config.save_every % config.log_every == 0,
-            f"eval_every={config.eval_every} and save_every={config.save_every}: must be "
-            f"multiples of log_every={config.log_every}, so that a resumed run logs the same",
+            c.keep_best == 0 or c.save_every % c.eval_every == 0,
+            f"keep_best={c.keep_best}: to find the best, save_every={c.save_every} must be a "
+            f"multiple of eval_every={c.eval_every}",
         ),
         (
-            config.steps_per_call >= 1
-            and config.steps % config.steps_per_call == 0
-            and config.log_every % config.steps_per_call == 0
-            and config.sample_every % config.steps_per_call == 0,
-            f"steps_per_call={config.steps_per_call}: must be at least 1, and divide steps="
-            f"{config.steps}, log_every={config.log_every} and sample_every={config.sample_every}",
+            not any(n % c.steps_per_call for n in (c.steps, c.log_every, c.sample_every)),
+            f"steps_per_call={c.steps_per_call}: must divide steps={c.steps}, "
+            f"log_every={c.log_every} and sample_every={c.sample_every}",
+        ),
+    )
+
+
+def _of_objective(c):
+    table = c.schedule_options.get("steps", 1000)
+    return (
+        (
+            c.time_steps is not None
+            or not (c.loss_aware_times or c.time_input or c.bound_weight is not None),
+            f"loss_aware_times={c.loss_aware_times}, time_input={c.time_input}, "
+            f"bound_weight={c.bound_weight}: need discrete time, time_steps=T",
         ),
         (
-            config.time_steps is not None
-            or not (
-                config.loss_aware_times or config.time_input or config.bound_weight is not None
-            ),
-            f"loss_aware_times={config.loss_aware_times}, time_input={config.time_input}, "
-            f"bound_weight={config.bound_weight}: need discrete time, time_steps=T",
+            c.time_steps in (None, table) or not c.schedule.endswith("_betas"),
+            f"time_steps={c.time_steps}: the table of {c.schedule} has {table} steps",
         ),
         (
-            config.bound_weight is None or (config.bound_weight >= 0 and config.time_steps != 1),
-            f"bound_weight={config.bound_weight}: must be at least 0, and time_steps at least 2",
+            c.bound_weight is None or (c.bound_weight >= 0 and c.time_steps != 1),
+            f"bound_weight={c.bound_weight}: must be at least 0, and time_steps at least 2",
         ),
         (
-            config.bound_weight is None or not config.unit_output,
-            f"bound_weight={config.bound_weight}: with unit_output=True no variance can be learned",
+            c.bound_weight is None or not c.unit_output,
+            f"bound_weight={c.bound_weight}: with unit_output=True no variance can be learned",
         ),
-        (
-            config.bound_weight is not None or s.options.get("variance") != "learned",
-            "sampling.options variance=learned: the run must learn one, by its bound_weight",
-        ),
-        (0 <= config.ema < 1, f"ema={config.ema}: must be in [0, 1)"),
-        (0 <= config.label_drop < 1, f"label_drop={config.label_drop}: must be in [0, 1)"),
+        (math.isfinite(c.schedule_shift), f"schedule_shift={c.schedule_shift}: must be finite"),
+        (0 <= c.label_drop < 1, f"label_drop={c.label_drop}: must be in [0, 1)"),
+    )
+
+
+def _of_optimizer(c):
+    o = c.optimizer
+    return (
         (o.learning_rate > 0, f"optimizer.learning_rate={o.learning_rate}: must be positive"),
         (o.clip is None or o.clip > 0, f"optimizer.clip={o.clip}: must be positive, or None"),
         (
@@ -136,40 +158,38 @@ def check(config: Config) -> None:
             f"optimizer.decay_steps={o.decay_steps}: must exceed warmup={o.warmup}, or be None",
         ),
         (
-            math.isfinite(config.schedule_shift),
-            f"schedule_shift={config.schedule_shift}: must be finite",
-        ),
-        (
             0 <= o.beta_1 < 1 and 0 <= o.beta_2 < 1,
             f"optimizer.beta_1={o.beta_1}, beta_2={o.beta_2}: must be in [0, 1)",
         ),
+        (0 <= c.ema < 1, f"ema={c.ema}: must be in [0, 1)"),
+    )
+
+
+def _of_sampling(c):
+    s = c.sampling
+    return (
         (
-            config.low is not None or config.augment == s.level == 0,
-            f"augment={config.augment}, sampling.level={s.level}: need low, a small image's side",
+            c.bound_weight is not None or s.options.get("variance") != "learned",
+            "sampling.options variance=learned: the run must learn one, by its bound_weight",
         ),
         (
-            0 <= s.level <= config.augment <= 1,
-            f"sampling.level={s.level}, augment={config.augment}: need 0 <= level <= augment <= 1",
+            c.low is not None or c.augment == s.level == 0,
+            f"augment={c.augment}, sampling.level={s.level}: need low, a small image's side",
         ),
         (
-            config.low is None or s.guidance == 1,
-            f"sampling.guidance={s.guidance}: super-resolution (low={config.low}) has none, 1",
+            0 <= s.level <= c.augment <= 1,
+            f"sampling.level={s.level}, augment={c.augment}: need 0 <= level <= augment <= 1",
         ),
         (math.isfinite(s.guidance), f"sampling.guidance={s.guidance}: must be finite"),
         (
-            config.time_steps is None
-            or not config.schedule.endswith("_betas")
-            or config.time_steps == config.schedule_options.get("steps", 1000),
-            f"time_steps={config.time_steps}: the table of {config.schedule} has "
-            f"{config.schedule_options.get('steps', 1000)} steps",
+            c.low is None or s.guidance == 1,
+            f"sampling.guidance={s.guidance}: super-resolution (low={c.low}) has none, 1",
         ),
         (
-            s.guidance == 1 or config.model.null_label,
+            s.guidance == 1 or c.model.null_label,
             f"sampling.guidance={s.guidance}: needs model.null_label=True (1 is no guidance)",
         ),
-    ):
-        if not holds:
-            raise ValueError(what)
+    )
 
 
 def load_data(config: Config) -> Dataset:
