@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import inspect
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -90,19 +89,14 @@ def check(config: Config) -> None:
     for name, least in AT_LEAST.items():
         if values[name] is not None and not values[name] >= least:
             raise ValueError(f"{name}={values[name]}: must be at least {least}")
-    rules = (
-        _of_intervals(config),
-        _of_objective(config),
-        _of_optimizer(config),
-        _of_sampling(config),
-    )
-    for holds, what in itertools.chain(*rules):
-        if not holds:
-            raise ValueError(what)
+    for rules in (_of_intervals, _of_objective, _of_optimizer, _of_sampling):
+        for holds, what in rules(config):
+            if not holds:
+                raise ValueError(what)
 
 
 def _of_intervals(c):
-    """Pairs of what must hold and what to say if it does not."""
+    """What must hold of a config, and what to say where it does not."""
     return (
         (
             c.eval_every % c.log_every == c.save_every % c.log_every == 0,
@@ -116,7 +110,7 @@ def _of_intervals(c):
         ),
         (
             not any(n % c.steps_per_call for n in (c.steps, c.log_every, c.sample_every)),
-            f"steps_per_call={c.steps_per_call}: must divide steps={c.steps}, "
+            f"steps_per_call={c.steps_per_call}: must be at least 1, and divide steps={c.steps}, "
             f"log_every={c.log_every} and sample_every={c.sample_every}",
         ),
     )
