@@ -95,16 +95,9 @@ def evaluate(args: Arguments) -> dict[str, Any]:
     if space is None:
         return found
 
-    if given is None:
-        settings = drawing.settings(drawn, args.drawing, params)
-        generate = experiment.make_generate(drawn, network, reference.shape[1:])
-        label, n = drawing.labels(drawn, args.drawing), args.drawing.n
-        x = drawing.draw(generate, params, label, range(n), config.batch_size)
-        samples = data.Examples(np.concatenate(list(drawing.watched(x, "samples", n))))
-    else:
-        samples, settings = given
-        if settings["parameters"] != found["parameters"]:
-            raise ValueError(f"{args.samples} is of other parameters than {args.workdir}'s newest")
+    samples, settings = given or draw(drawn, args.drawing, network, params, reference.shape[1:])
+    if settings["parameters"] != found["parameters"]:
+        raise ValueError(f"{args.samples} is of other parameters than {args.workdir}'s newest")
     x = data.take(samples, np.arange(len(samples.x)))["x"]
     distances = evaluation.distances(space.features(x), space.features(reference))
     of = ("n", "label", "seed", "sampler", "options", "times", "steps", "guidance")
@@ -149,6 +142,21 @@ def check(args: Arguments) -> None:
     ):
         if not holds:
             raise ValueError(what)
+
+
+def draw(
+    config: Config,
+    wanted: Drawing,
+    network: Callable[..., Any],
+    params: Any,
+    shape: tuple[int, ...],
+) -> tuple[data.Examples, dict[str, Any]]:
+    """Samples of a shape, and their settings, as `drawing.read` has those of a file."""
+    generate, n = experiment.make_generate(config, network, shape), wanted.n
+    label = drawing.labels(config, wanted)
+    parts = drawing.draw(generate, params, label, range(n), config.batch_size)
+    samples = data.Examples(np.concatenate(list(drawing.watched(parts, "samples", n))))
+    return samples, drawing.settings(config, wanted, params)
 
 
 def count_bits(

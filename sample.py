@@ -13,17 +13,17 @@ on how many devices.
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 import numpy as np
 import tyro
 
 from diffjax import checkpoint, data, drawing, experiment, parallel, plots, provenance
-from diffjax.config import flatten, plainly
+from diffjax.config import flatten, plainly, unlike
 from diffjax.drawing import Drawing
+from diffjax.files import replacing, write_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,18 +75,14 @@ def sample(args: Arguments) -> None:
         for x in drawing.watched(drawn, f"{n:,} samples", n, done):
             done += len(x)
             if first:
-                write(parts / f"{done:09}.npy", lambda file, x=x: np.save(file, x))
+                with replacing(parts / f"{done:09}.npy") as new, new.open("wb") as file:
+                    np.save(file, x)
     if not first:
         return
 
     with plainly(OSError):
         if parts.exists():
-            x = np.concatenate([np.load(path) for path in sorted(parts.glob("*.npy"))])
-            text = json.dumps(settings | {"program": provenance.program()})
-            arrays: dict[str, Any] = {"x": x, "index": np.arange(n), "settings": text}
-            arrays |= {} if label is None else {"label": label}
-            write(out, lambda file: np.savez(file, **arrays))
-            shutil.rmtree(parts)
+            join(parts, out, label, settings)
         save_picture(out, args.picture, config.model.labels if args.drawing.label is None else 0)
     print(f"{out} and {out.with_suffix('.png').name}: {n:,} samples")
 
@@ -108,27 +104,26 @@ def open_parts(parts: Path, out: Path, settings: dict[str, Any]) -> int:
         found, done = settings, 0
         if jax.process_index() == 0:
             parts.mkdir(parents=True, exist_ok=True)
-            write(known, lambda file: file.write(json.dumps(settings).encode()))
-    has, asked = flatten(found), flatten(settings)
-    differences = [
-        f"{name}: it has {has.get(name)!r}, asked for {asked.get(name)!r}"
-        for name in sorted(has.keys() | asked.keys())
-        if has.get(name) != asked.get(name) and not name.startswith("program.")
-    ]
-    if differences:
+            write_text(known, json.dumps(settings))
+    found.pop("program", None)
+    lines = unlike(flatten(found), flatten(settings), "it has {!r}, asked for {!r}")
+    if lines:
         raise ValueError(
             f"{out} is of other samples; choose another --out, or undo:\n  "
-            + "\n  ".join(differences)
+            + "\n  ".join(lines.values())
         )
     return done
 
 
-def write(path: Path, save: Callable[[BinaryIO], Any]) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        save(file)
-    temporary.replace(path)
+def join(parts: Path, out: Path, label: np.ndarray | None, settings: dict[str, Any]) -> None:
+    """Make one file of the parts, which then go."""
+    x = np.concatenate([np.load(path) for path in sorted(parts.glob("*.npy"))])
+    text = json.dumps(settings | {"program": provenance.program()})
+    arrays: dict[str, Any] = {"x": x, "index": np.arange(len(x)), "settings": text}
+    arrays |= {} if label is None else {"label": label}
+    with replacing(out) as new, new.open("wb") as file:
+        np.savez(file, **arrays)
+    shutil.rmtree(parts)
 
 
 def save_picture(out: Path, most: int, classes: int) -> None:

@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import resource
 import statistics
 import sys
 import tempfile
@@ -145,7 +144,7 @@ def main(name: str, variant: str, folder: str) -> None:
                 data.train_batch(examples, 0, i, n, flip=True)
         jax.block_until_ready(metrics)
         taken = time.perf_counter() - began if what != "loop" else loop(config, count)
-        print(json.dumps({"seconds": taken, "memory": memory()}), flush=True)
+        print(json.dumps({"seconds": taken, "memory": telemetry.peak_memory()}), flush=True)
 
 
 def loop(config: Config, steps: int) -> float:
@@ -185,14 +184,6 @@ def fastest(f: Callable, *args: jax.Array) -> float:
         jax.block_until_ready(f(*args))
         seconds.append(time.perf_counter() - began)
     return min(seconds)
-
-
-def memory() -> float:
-    """The most bytes held so far: by the device, or by the process where it is the device."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats:
-        return stats["peak_bytes_in_use"]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def dump(folder, network, params, shape, workload):

@@ -16,20 +16,18 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from diffjax import checkpoint, data, evaluation, experiment, parallel
+from diffjax import checkpoint, data, drawing, evaluation, experiment, parallel
 
 HERE = Path(__file__).parent
-SAMPLERS = {
-    "ancestral": "uniform",
-    "ddim": "uniform",
-    "heun": "uniform",
-    "dpm_solver_pp_2m": "log_snr",
-    "dpm_solver_pp_3m": "log_snr",
-    "dpm_solver_pp_2m_sde": "log_snr",
-    "unipc": "log_snr",
-}
-TWICE = ("heun",)
-"""Samplers that call the network twice in a step."""
+SAMPLERS = (
+    "ancestral",
+    "ddim",
+    "heun",
+    "dpm_solver_pp_2m",
+    "dpm_solver_pp_3m",
+    "dpm_solver_pp_2m_sde",
+    "unipc",
+)
 EVALUATIONS = (6, 10, 20, 50)
 
 
@@ -48,13 +46,12 @@ def main() -> None:
     index = np.arange(args.n, dtype=np.int32)
     batch = {"index": index, "label": index % config.model.labels}
     rows = []
-    for sampler, times in SAMPLERS.items():
+    for sampler in SAMPLERS:
+        drawn = drawing.Drawing(sampler=sampler, steps=1, seed=config.seed)
+        each_step = drawing.function_evaluations(drawing.configured(config, drawn))
         for evaluations in EVALUATIONS:
-            steps = evaluations // 2 if sampler in TWICE else evaluations
-            sampling = dataclasses.replace(
-                config.sampling, sampler=sampler, options={}, times=times, steps=steps
-            )
-            changed = dataclasses.replace(config, sampling=sampling)
+            drawn = dataclasses.replace(drawn, steps=evaluations // each_step)
+            changed = drawing.configured(config, drawn)
             shape = dataset.train.x.shape[1:]
             draw = runner.map(experiment.make_generate(changed, network, shape))
             parallel.in_batches(runner, draw, params, {k: v[:1] for k, v in batch.items()}, size)
@@ -64,8 +61,8 @@ def main() -> None:
             scores = evaluation.score(x, batch["label"], real[some], label[some])
             row = {
                 "sampler": sampler,
-                "times": times,
-                "steps": steps,
+                "times": changed.sampling.times,
+                "steps": changed.sampling.steps,
                 "evaluations": evaluations,
                 "seconds per 1000": seconds * 1000 / args.n,
             }

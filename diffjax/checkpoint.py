@@ -7,7 +7,6 @@ flipped bit. A state may be read back onto any number of devices and processes.
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import shutil
@@ -27,9 +26,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
-from . import config as config_lib, weights
+from . import config as config_lib, provenance, weights
 from .config import Config
 from .experiment import make_network
+from .files import write_text
 from .pretrained import PRETRAINED
 from .types import Data
 
@@ -126,17 +126,12 @@ class Checkpoints:
         step = self.newest()
         if step is None:
             return None
-        saved = _json(self.directory / str(step) / ARRAYS)
-        wanted = _describe(like)
-        differences = [
-            f"{name}: it has {saved.get(name)}, this config makes {wanted.get(name)}"
-            for name in sorted(saved.keys() | wanted.keys())
-            if saved.get(name) != wanted.get(name)
-        ]
-        if differences:
-            raise ValueError(
-                f"{self.directory / str(step)} is of another state:\n  " + "\n  ".join(differences)
-            )
+        path = self.directory / str(step)
+        lines = config_lib.unlike(
+            _json(path / ARRAYS), _describe(like), "it has {}, this config makes {}"
+        )
+        if lines:
+            raise ValueError(f"{path} is of another state:\n  " + "\n  ".join(lines.values()))
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
 
@@ -207,9 +202,7 @@ class Checkpoints:
         # Orbax will yet note in its metadata, which no restoring depends on, when it committed.
         files = [f for f in sorted(path.rglob("*")) if f.is_file() and f.name != METADATA]
         seal = {str(f.relative_to(path)): _fingerprint(f) for f in files}
-        temporary = path / f"{SEAL}.tmp"
-        temporary.write_text(json.dumps(seal, indent=1))
-        temporary.replace(path / SEAL)
+        write_text(path / SEAL, json.dumps(seal, indent=1))
 
 
 def open_run(workdir: Path, config: Config) -> Checkpoints:
@@ -235,9 +228,7 @@ def open_run(workdir: Path, config: Config) -> Checkpoints:
         raise ValueError(f"{workdir} holds checkpoints but no {CONFIG}: choose another --workdir")
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(config_lib.to_json(config))
-        temporary.replace(path)
+        write_text(path, config_lib.to_json(config))
         _set_damaged_aside(found(workdir))
     return Checkpoints(workdir, config)
 
@@ -379,8 +370,7 @@ def _set_damaged_aside(paths):
 
 
 def _fingerprint(file):
-    with file.open("rb") as stream:
-        return file.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()
+    return file.stat().st_size, provenance.file_digest(file)
 
 
 def _describe(tree):

@@ -1,6 +1,5 @@
 """What evaluate.py found: of a run, as lines; of several, side by side in a table and a picture."""
 
-import importlib.util
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.table import Table
 
+from . import plots
 from .config import flatten
 
 if TYPE_CHECKING:
@@ -127,28 +127,22 @@ def figure(results: dict[str, Result]) -> "Figure":
     """A panel for each measure, a point for each run, with its standard error.
 
     Raises:
-      ImportError: without Matplotlib.
+      ModuleNotFoundError: if there is no Matplotlib.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("a picture needs Matplotlib: pip install 'diffjax[plots]'")
-    from matplotlib.figure import Figure
-
     names, runs = _present(results), list(results)
-    made = Figure(figsize=(1.5 + 2.2 * len(names), 1.3 + 0.35 * len(runs)), layout="constrained")
-    panels = made.subplots(1, len(names), sharey=True, squeeze=False)[0]
-    for panel, name in zip(panels, names, strict=True):
+    made, axes = plots.panels(1, len(names), width=2.6, height=1.3 + 0.35 * len(runs))
+    for ax, name in zip(axes, names, strict=True):
         measure, winner = MEASURES[name], best(results, name)
         for row, result in enumerate(results.values()):
             if name in result:
-                colour = "tab:orange" if result[name] == winner else "tab:blue"
+                colour = plots.COLOURS[1 if result[name] == winner else 0]
                 error = result.get(measure.error)
-                panel.errorbar(result[name], row, xerr=error, fmt="o", color=colour, capsize=3)
+                ax.errorbar(result[name], row, xerr=error, fmt="o", color=colour, capsize=3)
         wanted = "less" if measure.best is min else "more"
-        panel.set_xlabel(f"{measure.title}\n({wanted} is better)")
-        panel.margins(x=0.2)
-        panel.grid(axis="x", alpha=0.3)
-        panel.set_yticks(range(len(runs)), runs)
-        panel.set_ylim(len(runs) - 0.5, -0.5)
+        ax.set_xlabel(f"{measure.title}\n({wanted} is better)")
+        ax.margins(x=0.2)
+        ax.set_yticks(range(len(runs)), runs if ax is axes[0] else [""] * len(runs))
+        ax.set_ylim(len(runs) - 0.5, -0.5)
     return made
 
 

@@ -419,13 +419,22 @@ def from_json(text: str) -> Config:
 
 def differences(old: Config, new: Config) -> list[str]:
     """What differs and may not when a run is resumed, a line each; empty if nothing does."""
-    a, b = fields(old), fields(new)
-    return [
-        f"{name}: the run has {a.get(name)!r}, asked for {b.get(name)!r}"
-        for name in sorted(a.keys() | b.keys())
-        if a.get(name) != b.get(name)
-        and not any(name == c or name.startswith(c + ".") for c in CHANGEABLE)
-    ]
+    changeable = lambda name: any(name == c or name.startswith(c + ".") for c in CHANGEABLE)
+    lines = unlike(fields(old), fields(new), "the run has {!r}, asked for {!r}")
+    return [line for name, line in lines.items() if not changeable(name)]
+
+
+def unlike(has: dict[str, Any], wanted: dict[str, Any], says: str) -> dict[str, str]:
+    """A line, by name, wherever two flat dicts differ: `says` of both values, None if missing.
+
+    >>> unlike({"a": 1, "b": 2}, {"b": 3, "a": 1}, "{} is not {}")
+    {'b': 'b: 2 is not 3'}
+    """
+    return {
+        name: f"{name}: {says.format(has.get(name), wanted.get(name))}"
+        for name in sorted(has.keys() | wanted.keys())
+        if has.get(name) != wanted.get(name)
+    }
 
 
 def fields(config: Config) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from .process import scales_at
 from .schedules import Schedule, time_at
@@ -25,6 +24,7 @@ from .types import (
     Scalar,
     Time,
     expand,
+    known,
     select,
 )
 
@@ -145,7 +145,7 @@ def clip_x_0(
     Raises:
       ValueError: unless `low < high`.
     """
-    if not isinstance(low, Tracer) and not isinstance(high, Tracer) and low >= high:
+    if known(low, high) and low >= high:
         raise ValueError(f"{low=} must be below {high=}")
     return _with_x_0(denoise, schedule, lambda x_0, x_t, t, cond: jnp.clip(x_0, low, high))
 
@@ -168,9 +168,9 @@ def dynamic_threshold(
     Raises:
       ValueError: unless `0 <= quantile <= 1` and `limit > 0`.
     """
-    if not isinstance(quantile, Tracer) and not 0 <= quantile <= 1:
+    if known(quantile) and not 0 <= quantile <= 1:
         raise ValueError(f"{quantile=}: must be in [0, 1]")
-    if not isinstance(limit, Tracer) and limit <= 0:
+    if known(limit) and limit <= 0:
         raise ValueError(f"{limit=}: must be positive")
 
     def shrink(x_0, x_t, t, cond):
@@ -186,8 +186,8 @@ def rescale(
 ) -> Denoiser:
     """Give each example's guided x_0 the standard deviation it has without guidance.
 
-    Lin et al. 2024, "Common diffusion noise schedules and sample steps are flawed", equations 14
-    to 16, on x_0: strong guidance otherwise overexposes.
+    Lin et al. 2024, "Common diffusion noise schedules and sample steps are flawed", section 3.4,
+    on x_0: strong guidance otherwise overexposes.
 
     Args:
       guided: a denoiser with guidance.
@@ -198,7 +198,7 @@ def rescale(
     Raises:
       ValueError: unless `0 <= amount <= 1`.
     """
-    if not isinstance(amount, Tracer) and not 0 <= amount <= 1:
+    if known(amount) and not 0 <= amount <= 1:
         raise ValueError(f"{amount=}: must be in [0, 1]")
 
     def rescaled(x_0, x_t, t, cond):
@@ -215,7 +215,7 @@ def classifier_free(denoise: Denoiser, weight: Time, null: Cond) -> Denoiser:
     Args:
       denoise: a denoiser trained with and without its conditioning.
       weight: w, `[]` or `[batch]`; 0 is unconditional, 1 conditional, above 1 exaggerates the
-        condition. (Ho & Salimans 2022, equation 6, with their w = this one - 1.)
+        condition. (Ho & Salimans 2022, section 3.2, with their w = this one - 1.)
       null: the conditioning that means "none", a pytree like `cond` whose leaves broadcast
         against cond's; None if the network takes None for it, which then is called twice.
 
@@ -241,7 +241,7 @@ def classifier_free(denoise: Denoiser, weight: Time, null: Cond) -> Denoiser:
 def autoguidance(denoise: Denoiser, weaker: Denoiser, weight: Time) -> Denoiser:
     """Guide a denoiser away from a weaker one: (1 - w) weaker + w denoise.
 
-    Karras et al. 2024, "Guiding a diffusion model with a bad version of itself", equation 3.
+    Karras et al. 2024, "Guiding a diffusion model with a bad version of itself".
     `classifier_free` is this with the unconditional denoiser for the weaker one.
 
     Args:
@@ -305,7 +305,7 @@ def within(
     Raises:
       ValueError: unless `low < high`.
     """
-    if not isinstance(low, Tracer) and not isinstance(high, Tracer) and low >= high:
+    if known(low, high) and low >= high:
         raise ValueError(f"{low=} must be below {high=}, in log-SNR")
 
     def inside(x_t, t, cond=None):

@@ -85,8 +85,9 @@ def labels(config: Config, drawing: Drawing) -> np.ndarray | None:
     """The classes of the samples, `[n]`, or None if the run has none."""
     if not config.model.labels:
         return None
-    index = np.arange(drawing.n, dtype=np.int32)
-    return index % config.model.labels if drawing.label is None else 0 * index + drawing.label
+    if drawing.label is not None:
+        return np.full(drawing.n, drawing.label, np.int32)
+    return np.arange(drawing.n, dtype=np.int32) % config.model.labels
 
 
 def settings(config: Config, drawing: Drawing, params: Any) -> dict[str, Any]:

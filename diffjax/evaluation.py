@@ -28,8 +28,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """The Frechet distance between Gaussians fitted to features `[n, d]` and `[m, d]`.
 
     |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), squared units of the features (Dowson &
-    Landau 1982; Heusel et al. 2017, equation 6). It is biased upwards by small samples: compare at
-    equal n.
+    Landau 1982; Heusel et al. 2017). It is biased upwards by small samples: compare at equal n.
 
     >>> rng = np.random.default_rng(0)
     >>> a = rng.standard_normal((1000, 3))
@@ -101,10 +100,10 @@ class PrecisionRecall(NamedTuple):
 def precision_recall(samples: np.ndarray, real: np.ndarray, k: int = 3) -> PrecisionRecall:
     """The precision and recall of samples, by the manifolds of nearest neighbours.
 
-    Kynkaanniemi et al. 2019, equations 1 and 2: a set's manifold is the union of the balls about
-    its examples that reach to the k-th nearest other one; precision is the fraction of the samples
-    in the data's manifold, recall that of the data in the samples' manifold. Both depend on the
-    size of the sets, so as many examples are taken of either.
+    Kynkaanniemi et al. 2019: a set's manifold is the union of the balls about its examples that
+    reach to the k-th nearest other one; precision is the fraction of the samples in the data's
+    manifold, recall that of the data in the samples' manifold. Both depend on the size of the
+    sets, so as many examples are taken of either.
 
     Args:
       samples: features `[n, d]`.
@@ -167,15 +166,7 @@ def nearest_neighbour(x: np.ndarray, label: np.ndarray) -> Callable[[np.ndarray]
       A function `[m, ...]` -> labels `[m]`.
     """
     flat = _flat(x)
-
-    def nearest(y):
-        return ((flat**2).sum(1) - 2 * y @ flat.T).argmin(1)
-
-    def classify(y):
-        parts = np.array_split(_flat(y), -(-len(y) // 1000))  # 1000 rows of distances at a time
-        return label[np.concatenate([nearest(part) for part in parts])]
-
-    return classify
+    return lambda y: label[np.concatenate([d.argmin(1) for d in _distances(_flat(y), flat)])]
 
 
 def score(

@@ -25,7 +25,7 @@ from . import (
     weightings,
     writers,
 )
-from .config import SAMPLERS, SCHEDULES, TIMES, WEIGHTINGS, Config, Optimizer
+from .config import SAMPLERS, SCHEDULES, TIMES, WEIGHTINGS, Config, Optimizer, fields
 from .data import (
     DATASETS,
     Dataset,
@@ -47,6 +47,28 @@ from .super_resolution import enlarge, psnr, shrink, small_image
 from .training import TrainState, ema_warmup, init_state, several_steps, train_step
 from .types import Array, Data, Denoiser, Key, Network
 
+AT_LEAST = {
+    "steps": 1,
+    "steps_per_call": 1,
+    "log_every": 1,
+    "eval_every": 1,
+    "sample_every": 1,
+    "save_every": 1,
+    "keep": 1,
+    "keep_every": 1,
+    "keep_best": 0,
+    "skip_nonfinite": 0,
+    "time_steps": 1,
+    "seed": 0,
+    "optimizer.warmup": 0,
+    "optimizer.weight_decay": 0,
+    "optimizer.accumulate": 1,
+    "sampling.steps": 1,
+    "sampling.columns": 1,
+    "sampling.score": 0,
+}
+"""The least that a field of a config may be, if it is not None."""
+
 
 def check(config: Config) -> None:
     """Refuse a config that cannot run, before anything is loaded or compiled.
@@ -63,112 +85,105 @@ def check(config: Config) -> None:
     for name in config.writers:
         writers.check(name)
     check_workers(config.data.workers)
-    o, s = config.optimizer, config.sampling
-    for holds, what in (
-        (config.steps >= 1, f"steps={config.steps}: must be at least 1"),
-        (config.log_every >= 1, f"log_every={config.log_every}: must be at least 1"),
-        (config.sample_every >= 1, f"sample_every={config.sample_every}: must be at least 1"),
-        (config.keep >= 1, f"keep={config.keep}: must be at least 1"),
+    values = fields(config)
+    for name, least in AT_LEAST.items():
+        if values[name] is not None and not values[name] >= least:
+            raise ValueError(f"{name}={values[name]}: must be at least {least}")
+    for rules in (_of_intervals, _of_objective, _of_optimizer, _of_sampling):
+        for holds, what in rules(config):
+            if not holds:
+                raise ValueError(what)
+
+
+def _of_intervals(c):
+    """What must hold of a config, and what to say where it does not."""
+    return (
         (
-            config.keep_every is None or config.keep_every >= 1,
-            f"keep_every={config.keep_every}: must be at least 1",
+            c.eval_every % c.log_every == c.save_every % c.log_every == 0,
+            f"eval_every={c.eval_every} and save_every={c.save_every}: must be "
+            f"multiples of log_every={c.log_every}, so that a resumed run logs the same",
         ),
         (
-            config.keep_best == 0
-            or (config.keep_best > 0 and config.save_every % max(config.eval_every, 1) == 0),
-            f"keep_best={config.keep_best}: must be at least 0, and to find the best "
-            f"save_every={config.save_every} a multiple of eval_every={config.eval_every}",
+            c.keep_best == 0 or c.save_every % c.eval_every == 0,
+            f"keep_best={c.keep_best}: to find the best, save_every={c.save_every} must be a "
+            f"multiple of eval_every={c.eval_every}",
         ),
         (
-            config.skip_nonfinite >= 0,
-            f"skip_nonfinite={config.skip_nonfinite}: must be at least 0",
+            not any(n % c.steps_per_call for n in (c.steps, c.log_every, c.sample_every)),
+            f"steps_per_call={c.steps_per_call}: must be at least 1, and divide steps={c.steps}, "
+            f"log_every={c.log_every} and sample_every={c.sample_every}",
+        ),
+    )
+
+
+def _of_objective(c):
+    table = c.schedule_options.get("steps", 1000)
+    return (
+        (
+            c.time_steps is not None
+            or not (c.loss_aware_times or c.time_input or c.bound_weight is not None),
+            f"loss_aware_times={c.loss_aware_times}, time_input={c.time_input}, "
+            f"bound_weight={c.bound_weight}: need discrete time, time_steps=T",
         ),
         (
-            min(config.eval_every, config.save_every) >= 1
-            and config.eval_every % max(config.log_every, 1) == 0
-            and config.save_every % max(config.log_every, 1) == 0,
-            f"eval_every={config.eval_every} and save_every={config.save_every}: must be "
-            f"multiples of log_every={config.log_every}, so that a resumed run logs the same",
+            c.time_steps in (None, table) or not c.schedule.endswith("_betas"),
+            f"time_steps={c.time_steps}: the table of {c.schedule} has {table} steps",
         ),
         (
-            config.steps_per_call >= 1
-            and config.steps % config.steps_per_call == 0
-            and config.log_every % config.steps_per_call == 0
-            and config.sample_every % config.steps_per_call == 0,
-            f"steps_per_call={config.steps_per_call}: must be at least 1, and divide steps="
-            f"{config.steps}, log_every={config.log_every} and sample_every={config.sample_every}",
+            c.bound_weight is None or (c.bound_weight >= 0 and c.time_steps != 1),
+            f"bound_weight={c.bound_weight}: must be at least 0, and time_steps at least 2",
         ),
         (
-            config.time_steps is None or config.time_steps >= 1,
-            f"time_steps={config.time_steps}: must be at least 1, or None",
+            c.bound_weight is None or not c.unit_output,
+            f"bound_weight={c.bound_weight}: with unit_output=True no variance can be learned",
         ),
-        (
-            config.time_steps is not None
-            or not (
-                config.loss_aware_times or config.time_input or config.bound_weight is not None
-            ),
-            f"loss_aware_times={config.loss_aware_times}, time_input={config.time_input}, "
-            f"bound_weight={config.bound_weight}: need discrete time, time_steps=T",
-        ),
-        (
-            config.bound_weight is None or (config.bound_weight >= 0 and config.time_steps != 1),
-            f"bound_weight={config.bound_weight}: must be at least 0, and time_steps at least 2",
-        ),
-        (
-            config.bound_weight is None or not config.unit_output,
-            f"bound_weight={config.bound_weight}: with unit_output=True no variance can be learned",
-        ),
-        (
-            config.bound_weight is not None or s.options.get("variance") != "learned",
-            "sampling.options variance=learned: the run must learn one, by its bound_weight",
-        ),
-        (0 <= config.ema < 1, f"ema={config.ema}: must be in [0, 1)"),
-        (0 <= config.label_drop < 1, f"label_drop={config.label_drop}: must be in [0, 1)"),
+        (math.isfinite(c.schedule_shift), f"schedule_shift={c.schedule_shift}: must be finite"),
+        (0 <= c.label_drop < 1, f"label_drop={c.label_drop}: must be in [0, 1)"),
+    )
+
+
+def _of_optimizer(c):
+    o = c.optimizer
+    return (
         (o.learning_rate > 0, f"optimizer.learning_rate={o.learning_rate}: must be positive"),
         (o.clip is None or o.clip > 0, f"optimizer.clip={o.clip}: must be positive, or None"),
-        (o.accumulate >= 1, f"optimizer.accumulate={o.accumulate}: must be at least 1"),
         (
             o.decay_steps is None or o.decay_steps > o.warmup,
             f"optimizer.decay_steps={o.decay_steps}: must exceed warmup={o.warmup}, or be None",
         ),
-        (config.seed >= 0, f"seed={config.seed}: must be at least 0"),
-        (math.isfinite(config.schedule_shift), "schedule_shift: must be finite"),
-        (o.warmup >= 0, f"optimizer.warmup={o.warmup}: must be at least 0"),
-        (o.weight_decay >= 0, f"optimizer.weight_decay={o.weight_decay}: must be at least 0"),
         (
             0 <= o.beta_1 < 1 and 0 <= o.beta_2 < 1,
             f"optimizer.beta_1={o.beta_1}, beta_2={o.beta_2}: must be in [0, 1)",
         ),
+        (0 <= c.ema < 1, f"ema={c.ema}: must be in [0, 1)"),
+    )
+
+
+def _of_sampling(c):
+    s = c.sampling
+    return (
         (
-            config.low is not None or config.augment == s.level == 0,
-            f"augment={config.augment}, sampling.level={s.level}: need low, a small image's side",
+            c.bound_weight is not None or s.options.get("variance") != "learned",
+            "sampling.options variance=learned: the run must learn one, by its bound_weight",
         ),
         (
-            0 <= s.level <= config.augment <= 1,
-            f"sampling.level={s.level}, augment={config.augment}: need 0 <= level <= augment <= 1",
+            c.low is not None or c.augment == s.level == 0,
+            f"augment={c.augment}, sampling.level={s.level}: need low, a small image's side",
         ),
         (
-            config.low is None or s.guidance == 1,
-            f"sampling.guidance={s.guidance}: super-resolution (low={config.low}) has none, 1",
+            0 <= s.level <= c.augment <= 1,
+            f"sampling.level={s.level}, augment={c.augment}: need 0 <= level <= augment <= 1",
         ),
         (math.isfinite(s.guidance), f"sampling.guidance={s.guidance}: must be finite"),
-        (s.score >= 0, f"sampling.score={s.score}: must be at least 0"),
         (
-            config.time_steps is None
-            or not config.schedule.endswith("_betas")
-            or config.time_steps == config.schedule_options.get("steps", 1000),
-            f"time_steps={config.time_steps}: the table of {config.schedule} has "
-            f"{config.schedule_options.get('steps', 1000)} steps",
+            c.low is None or s.guidance == 1,
+            f"sampling.guidance={s.guidance}: super-resolution (low={c.low}) has none, 1",
         ),
-        (s.steps >= 1, f"sampling.steps={s.steps}: must be at least 1"),
-        (s.columns >= 1, f"sampling.columns={s.columns}: must be at least 1"),
         (
-            s.guidance == 1 or config.model.null_label,
+            s.guidance == 1 or c.model.null_label,
             f"sampling.guidance={s.guidance}: needs model.null_label=True (1 is no guidance)",
         ),
-    ):
-        if not holds:
-            raise ValueError(what)
+    )
 
 
 def load_data(config: Config) -> Dataset:
@@ -482,16 +497,13 @@ def make_bound(
     """
     schedule = make_schedule(config)
     variance = "learned" if config.bound_weight is not None else "posterior"
-    condition = make_condition(config)
+    conditioned = _make_conditioned(config, network)
 
     def bound(params, batch):
         key, _, key_cond = jax.random.split(make_streams(config).held_out, 3)
-        keys_cond = keys.fold_in(key_cond, batch["index"])
-        cond = condition(keys_cond, batch, level=config.sampling.level)
-        denoise = make_denoiser(config, functools.partial(network, params))
         return likelihood.elbo(
             keys.fold_in(key, batch["index"]),
-            functools.partial(denoise, cond=cond),
+            conditioned(params, key_cond, batch),
             schedule,
             batch["x"],
             config.time_steps,
@@ -510,18 +522,16 @@ def make_flow_bound(
 
     Its denoiser is not clipped: clipped, the flow would be of no density.
     """
-    schedule, condition = make_schedule(config), make_condition(config)
+    schedule = make_schedule(config)
+    conditioned = _make_conditioned(config, network, clip=False)
 
     def bound(params, batch):
         _, key, key_cond = jax.random.split(make_streams(config).held_out, 3)
-        keys_cond = keys.fold_in(key_cond, batch["index"])
-        cond = condition(keys_cond, batch, level=config.sampling.level)
-        denoise = make_denoiser(config, functools.partial(network, params), clip=False)
+        denoise = conditioned(params, key_cond, batch)
         key_cell, key_signs = (keys.fold_in(k, batch["index"]) for k in jax.random.split(key))
         x, log_volume = batch["x"], 0.0
         if levels is not None:
             x, log_volume = likelihood.dequantise(key_cell, x, levels)
-        denoise = functools.partial(denoise, cond=cond)
         log_p = likelihood.flow_log_likelihood(denoise, schedule, x, key_signs, steps=steps)
         return -log_p - log_volume
 
@@ -537,20 +547,29 @@ def make_generate(
     on alone, so that it is the same on any number of devices and in any batch.
     """
     schedule, ts = make_schedule(config), make_grid(config)
-    condition = make_condition(config)
+    conditioned = _make_conditioned(config, network, config.sampling.guidance)
 
     def generate(params, batch):
-        uses = jax.random.split(make_streams(config).samples, 3)
-        keys_prior, keys_walk, keys_cond = (keys.fold_in(k, batch["index"]) for k in uses)
-        cond = condition(keys_cond, batch, level=config.sampling.level)
-        denoise = make_denoiser(
-            config, functools.partial(network, params), config.sampling.guidance
-        )
-        sampler = make_sampler(config)(functools.partial(denoise, cond=cond), schedule)
+        key_prior, key_walk, key_cond = jax.random.split(make_streams(config).samples, 3)
+        keys_prior, keys_walk = (keys.fold_in(k, batch["index"]) for k in (key_prior, key_walk))
+        sampler = make_sampler(config)(conditioned(params, key_cond, batch), schedule)
         x_1 = prior_sample(keys_prior, schedule, (len(batch["index"]), *shape))
         return samplers.sample(keys_walk, sampler, x_1, ts)[0]
 
     return generate
+
+
+def _make_conditioned(config, network, guidance=1.0, clip=True):
+    """(params, key, batch) -> the denoiser, bound to what the batch is conditioned on."""
+    condition = make_condition(config)
+
+    def conditioned(params, key, batch):
+        keys_cond = keys.fold_in(key, batch["index"])
+        cond = condition(keys_cond, batch, level=config.sampling.level)
+        denoise = make_denoiser(config, functools.partial(network, params), guidance, clip)
+        return functools.partial(denoise, cond=cond)
+
+    return conditioned
 
 
 def make_cascade(

@@ -15,7 +15,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 from jaxtyping import Float
 
 from . import keys
@@ -23,7 +22,7 @@ from .denoisers import add_score
 from .process import q_sample, q_transition
 from .samplers import Sampler
 from .schedules import Schedule
-from .types import Data, Denoiser, Real, Scalar
+from .types import Data, Denoiser, Real, Scalar, known
 
 Operator = Callable[[Data], Data]
 """A linear function, data `[batch, ...]` to measurements `[batch, ...]`, of each example alone."""
@@ -89,9 +88,9 @@ def pigdm(
 ) -> Denoiser:
     r"""Guide a denoiser by a measurement: the score of p(y | x_t) ~ N(A x_0, r^2 A A^T + noise^2).
 
-    Song et al. 2023, "Pseudoinverse-guided diffusion models for inverse problems", equations 7 and
-    8. x_0 is the prediction, whose Jacobian it goes through, and r^2 what x_t leaves open of the
-    data: r^2 = sigma^2 d^2 / (alpha^2 d^2 + sigma^2) for data of standard deviation d. For data
+    Song et al. 2023, "Pseudoinverse-guided diffusion models for inverse problems". x_0 is the
+    prediction, whose Jacobian it goes through, and r^2 what x_t leaves open of the data:
+    r^2 = sigma^2 d^2 / (alpha^2 d^2 + sigma^2) for data of standard deviation d. For data
     N(m, d^2 I) the result is exact. The linear system is solved by conjugate gradients, each
     example's its own; where A A^T is a multiple of the identity that takes one iteration.
 
@@ -107,9 +106,8 @@ def pigdm(
       ValueError: if `noise_std` is negative or `sigma_data` not positive; when called, if y has not
         the shape of A x_0.
     """
-    if not isinstance(noise_std, Tracer) and not isinstance(sigma_data, Tracer):
-        if noise_std < 0 or sigma_data <= 0:
-            raise ValueError(f"{noise_std=}, {sigma_data=}: must be at least 0, and positive")
+    if known(noise_std, sigma_data) and (noise_std < 0 or sigma_data <= 0):
+        raise ValueError(f"{noise_std=}, {sigma_data=}: must be at least 0, and positive")
 
     def guided(x_t, t, cond=None):
         _check(operator, x_t, y)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import tyro
 
-from .parallel import CRASHED
+from .parallel import CRASHED, cores
 from .preemption import PROGRESS, RESUME
 from .telemetry import ALLOCATOR, TUNABLES
 
@@ -98,8 +98,7 @@ def _start(processes, options, command, signs):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    share = max(1, (cores or 1) // options.processes)
+    share = max(1, cores() // options.processes)
     devices = options.devices or 2 ** (share.bit_length() - 1)  # a power of 2, as batches are
     chosen = {} if options.devices else {k: v for k, v in os.environ.items() if k == DEVICES}
     for i, sign in enumerate(signs):

@@ -84,8 +84,8 @@ def bound_loss(
 ) -> Float[Array, " batch"]:
     """The discrete bound itself: T times one of its terms, in nats per dimension.
 
-    Its expectation over t is the bound without its prior term (Nichol & Dhariwal 2021, equation 4;
-    their L_vlb). It is noisy: see `LossHistory` for times that make it less so.
+    Its expectation over t is the bound without its prior term (the L_vlb of Nichol & Dhariwal
+    2021). It is noisy: see `LossHistory` for times that make it less so.
 
     Args:
       key: one key, or one per example `[batch]`.

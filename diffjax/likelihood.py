@@ -129,7 +129,7 @@ def reconstruction_term(
     of each value; its variance, and the lesser of the two a learned one lies between, is that of
     the posterior one step later, because at t = 1/T that is zero (Ho et al. 2020, section 3.3;
     Nichol & Dhariwal 2021, in their code). In continuous time t = 0, and p(value) is proportional
-    to q(x_t | value), which asks nothing of the network (Kingma et al. 2021, equation 10).
+    to q(x_t | value), which asks nothing of the network (Kingma et al. 2021, equation 8).
 
     Args:
       denoise: a `Denoiser`; unused in continuous time.

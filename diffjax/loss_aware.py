@@ -2,7 +2,7 @@
 
 The loss of the bound varies over orders of magnitude with t, and its gradient with it. A time is
 drawn in proportion to the root mean square of its last losses, and its loss divided by that, so
-that the mean stays what it was and varies less (Nichol & Dhariwal 2021, section 3.3, equation 18).
+that the mean stays what it was and varies less (Nichol & Dhariwal 2021, section 3.3).
 """
 
 from typing import NamedTuple

@@ -10,16 +10,7 @@ from . import keys
 from .process import scales_at
 from .schedules import Schedule, at_least_float32, rate_at, time_at
 from .targets import Row, encode, eps_per_out, row, unit_variance
-from .types import (
-    Array,
-    Cond,
-    Data,
-    Key,
-    Network,
-    Real,
-    Scale,
-    Time,
-)
+from .types import Array, Cond, Data, Key, Network, Real, Scale, Time
 from .weightings import Weighting
 
 

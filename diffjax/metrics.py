@@ -21,6 +21,7 @@ from PIL.Image import Image
 from rich.console import Console
 from rich.live import Live
 
+from .files import write_text
 from .telemetry import Meter
 from .types import Array, Real
 from .writers import WRITERS, Writer
@@ -66,7 +67,7 @@ class Recorder:
         self.asked = writers if self.first else ()
         self.writers: dict[str, Writer] = {}
         if self.first:
-            _replace(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def __enter__(self) -> "Recorder":
         self.meter.__enter__()
@@ -172,7 +173,7 @@ class Recorder:
     def keep(self, step: int, window: list[dict[str, Any]]) -> None:
         """Keep the metrics of the steps since the last log point, for a run stopped between two."""
         text = json.dumps({"step": step, "window": _numbers(window)})
-        self.aside(_replace, self.path.with_name(WINDOW), text + "\n")
+        self.aside(write_text, self.path.with_name(WINDOW), text + "\n")
 
     def _tell(self, what):
         for name, writer in list(self.writers.items()):
@@ -270,25 +271,15 @@ def kept(workdir: Path, step: int) -> list[dict[str, Any]]:
         return []  # there is none, or its writing was cut off
 
 
-def _replace(path, text):
-    """Write a file whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def _fetched(window):
     """A row for each step, from the devices or as they were kept; a call may have taken several."""
-    calls = jax.device_get(window)
-    rows = [
-        zip(*call.values(), strict=True) if np.ndim(call["loss"]) else [call.values()]
-        for call in calls
-    ]
-    return [
-        dict(zip(call, row, strict=True))
-        for call, each in zip(calls, rows, strict=True)
-        for row in each
-    ]
+    rows = []
+    for call in jax.device_get(window):
+        if np.ndim(call["loss"]) == 0:
+            rows.append(call)
+        else:
+            rows += [{name: x[i] for name, x in call.items()} for i in range(len(call["loss"]))]
+    return rows
 
 
 def _numbers(window):

@@ -18,13 +18,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Float
 
 from . import keys, ode
 from .process import scales_at
 from .schedules import Schedule
-from .types import Array, Cond, Data, Key, Prediction, Real, Time
+from .types import Array, Cond, Data, Key, Prediction, Real, Time, known
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -110,7 +109,7 @@ def gaussian_mixture(
             f"weights {weights.shape}, means {means.shape}, covariances {covs.shape}: need [k], "
             "[k, d] and [k, d, d], [k, d] or [k]"
         )
-    if not isinstance(weights, Tracer) and not (weights > 0).all():
+    if known(weights) and not (weights > 0).all():
         raise ValueError(f"{weights=}: must be positive")
     log_weights = jnp.log(weights) - jnp.log(weights.sum())
     pairs = [_principal(cov, means.shape[1]) for cov in covs]
@@ -225,14 +224,14 @@ def _principal(cov, d):
         raise ValueError(f"a covariance of shape {cov.shape} for {d} dimensions: need [d, d]")
     if cov.ndim < 2:
         variances, axes = jnp.broadcast_to(cov, (d,)), jnp.eye(d)
-    elif isinstance(cov, Tracer):
+    elif not known(cov):
         variances, axes = jnp.linalg.eigh(cov)
     else:
         if not np.allclose(cov, cov.T, rtol=1e-5, atol=1e-7):
             raise ValueError(f"covariance {cov} is not symmetric")
         # In float64: the small variances of an ill-conditioned matrix matter at the data end.
         variances, axes = map(jnp.asarray, np.linalg.eigh(np.asarray(cov, np.float64)))
-    if not isinstance(variances, Tracer) and variances.min() < -1e-6 * jnp.abs(variances).max():
+    if known(variances) and variances.min() < -1e-6 * jnp.abs(variances).max():
         raise ValueError(f"covariance {cov} is not positive semi-definite")
     return jnp.maximum(variances, 0), axes
 

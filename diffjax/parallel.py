@@ -30,6 +30,9 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diff
 """Where programs that were compiled are kept; it may be deleted at any time."""
 CRASHED = 70
 """Exit status after an error that is nobody's input: EX_SOFTWARE."""
+PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds"
+"""The flag of XLA for how long a CPU device waits for the others before it ends the process: 40 s,
+which on a busy machine a core may well be kept from its work."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +82,9 @@ def setup(distributed: Distributed, batch_size: int, accumulate: int = 1) -> Non
 
     XLA runs one program on one core's worth of threads better than on many: two cores as two
     devices train 1.4 times faster than as one. Takes the largest number of cores that divides
-    the batch, and does nothing where the user has chosen (by `JAX_NUM_CPU_DEVICES`, or by
-    `--xla_force_host_platform_device_count` in `XLA_FLAGS`) or JAX has started already.
+    the batch, lets them wait ten minutes for each other (`PATIENCE`), and does nothing where the
+    user has chosen (by `JAX_NUM_CPU_DEVICES`, or by `--xla_force_host_platform_device_count` in
+    `XLA_FLAGS`) or JAX has started already.
 
     Raises:
       ValueError: if `distributed` is given in part, or makes no sense.
@@ -90,6 +94,12 @@ def setup(distributed: Distributed, batch_size: int, accumulate: int = 1) -> Non
         jax.config.update("jax_compilation_cache_dir", str(CACHE))
         if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    if not _join(distributed):
+        _make_cores_devices(batch_size, accumulate)
+
+
+def _join(distributed):
+    """Find the other processes; returns whether there are any."""
     given = dataclasses.astuple(distributed)
     if given not in [(None, None, None), (None, 1, None)] and None in given:
         raise ValueError(
@@ -105,29 +115,36 @@ def setup(distributed: Distributed, batch_size: int, accumulate: int = 1) -> Non
     )
     if distributed.coordinator is not None:
         join(distributed.coordinator, processes, process, cluster_detection_method="deactivate")
-        return
+        return True
     if processes is None and not jax.distributed.is_initialized():
         try:
             join()
-            return
+            return True
         except (ValueError, RuntimeError) as error:
             # There is no cluster; or JAX has started already, in a notebook, say. Where there is
             # one, though, a process that thinks itself alone would spoil the others' run.
             alone = "coordinator_address should be defined", "before any JAX calls"
             if CLUSTER & set(os.environ) or not any(why in str(error) for why in alone):
                 raise
-    chosen = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if chosen or "JAX_NUM_CPU_DEVICES" in os.environ:
-        return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    fits = [n for n in range(1, (cores or 1) + 1) if batch_size % (n * accumulate) == 0]
-    # On a busy machine a core may keep the others waiting for longer than the 40 s after which XLA
-    # ends the process.
+    return False
+
+
+def _make_cores_devices(batch_size, accumulate):
     flags = os.environ.get("XLA_FLAGS", "")
+    if "host_platform_device_count" in flags or "JAX_NUM_CPU_DEVICES" in os.environ:
+        return
     if PATIENCE not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {PATIENCE}=600".strip()
+    fits = [n for n in range(1, cores() + 1) if batch_size % (n * accumulate) == 0]
     with contextlib.suppress(RuntimeError):  # JAX has started
         jax.config.update("jax_num_cpu_devices", max(fits, default=1))
+
+
+def cores() -> int:
+    """How many CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @contextlib.contextmanager
@@ -297,8 +314,6 @@ def in_batches(
     return np.concatenate(parts)[:n]
 
 
-PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds"
-
 RUNNERS: dict[str, Callable[[int], Runner]] = {"pmap": pmap, "sharded": sharded}
 
 SMALL = 2**12
@@ -319,4 +334,4 @@ def _compile_once(f, **shardings):
 
 
 def _devices():
-    return jax.devices()
+    return jax.devices()  # by this name, so that the tests can run on fewer

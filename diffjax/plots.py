@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from .data import to_bytes
 from .metrics import LOG_SNR_EDGES
 
 if TYPE_CHECKING:
@@ -51,8 +52,7 @@ def image_grid(x: np.ndarray, columns: int, height: int = 56) -> Image.Image:
     n, h, w, c = x.shape
     scale = max(1, height // h)
     rows = -(-n // columns)
-    pixels = np.clip(np.round((np.asarray(x, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
-    pixels = pixels.repeat(scale, 1).repeat(scale, 2)
+    pixels = to_bytes(np.asarray(x, np.float32)).repeat(scale, 1).repeat(scale, 2)
     grid = np.full((rows * columns, h * scale + 2, w * scale + 2, c), 255, np.uint8)
     grid[:n, 1:-1, 1:-1] = pixels
     grid = grid.reshape(rows, columns, *grid.shape[1:]).swapaxes(1, 2)

@@ -22,7 +22,6 @@ log-SNR, and log-SNR within 4e-6 for a given t (its own spacing at 20 is 1.9e-6)
 
 import math
 from collections.abc import Callable
-from numbers import Real as Number
 from typing import NamedTuple
 
 import jax
@@ -31,7 +30,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Float
 
-from .types import Array, Real, Scalar, Time
+from .types import Array, Real, Scalar, Time, known
 
 Scales = Callable[[Array], tuple[Array, Array]]
 
@@ -100,14 +99,14 @@ def _cosine(log_snr_min, log_snr_max, t):
 def linear(beta_min: Scalar = 0.1, beta_max: Scalar = 20.0, log_snr_max: Scalar = 20.0) -> Schedule:
     """The VP-SDE with beta(t) linear in t: alpha_t^2 = exp(-B(t)), B' = beta.
 
-    Song et al. 2021, "Score-based generative modeling through SDEs", equations 32 and 33. The
+    Song et al. 2021, "Score-based generative modeling through SDEs", equation 33. The
     log-SNR at t = 1 follows from the betas: -10.05 by default.
 
     Raises:
       ValueError: if a beta is negative or both are zero, or they forget so little that the log-SNR
         at t = 1 is not below `log_snr_max`.
     """
-    if isinstance(beta_min, Number) and isinstance(beta_max, Number):
+    if known(beta_min, beta_max):
         if min(beta_min, beta_max) < 0 or beta_min + beta_max == 0:
             raise ValueError(f"beta_min={beta_min}, beta_max={beta_max}: must be >= 0, not both 0")
         total = (beta_min + beta_max) / 2
@@ -136,8 +135,8 @@ def sigmoid(
     """The sigmoid schedule: alpha_t^2 falls as a piece of the logistic curve from start to end.
 
     With u = (start + t (end - start)) / tau, alpha_t^2 is sigmoid(-u) rescaled to run from 1 to 0
-    (Jabri et al. 2022, "Scalable adaptive computation for iterative generation", Algorithm 5;
-    Chen 2023), and t is rescaled to finite ends.
+    (Jabri et al. 2022, "Scalable adaptive computation for iterative generation"; Chen 2023), and t
+    is rescaled to finite ends.
 
     Args:
       start: where on the logistic curve t = 0 lies.
@@ -150,9 +149,8 @@ def sigmoid(
     Raises:
       ValueError: if `start >= end`, `tau <= 0` or `log_snr_min >= log_snr_max`.
     """
-    if isinstance(start, Number) and isinstance(end, Number) and isinstance(tau, Number):
-        if start >= end or tau <= 0:
-            raise ValueError(f"{start=}, {end=}, {tau=}: need start < end and tau > 0")
+    if known(start, end, tau) and (start >= end or tau <= 0):
+        raise ValueError(f"{start=}, {end=}, {tau=}: need start < end and tau > 0")
     _require_decreasing(log_snr_min, log_snr_max)
     params = start, end, tau, log_snr_min, log_snr_max
     return Schedule(Partial(_sigmoid, *params), Partial(scales))
@@ -180,14 +178,13 @@ def log_uniform(
 ) -> Schedule:
     """sigma / alpha geometric in t, from `sigma_min` at t = 0 to `sigma_max` at t = 1.
 
-    Song et al. 2021, equation 31 (VE-SDE); the defaults are those of Karras et al. 2022 (EDM).
+    The VE-SDE of Song et al. 2021; the defaults are those of Karras et al. 2022 (EDM).
 
     Raises:
       ValueError: unless `0 < sigma_min < sigma_max`.
     """
-    if isinstance(sigma_min, Number) and isinstance(sigma_max, Number):
-        if not 0 < sigma_min < sigma_max:
-            raise ValueError(f"{sigma_min=}, {sigma_max=}: need 0 < sigma_min < sigma_max")
+    if known(sigma_min, sigma_max) and not 0 < sigma_min < sigma_max:
+        raise ValueError(f"{sigma_min=}, {sigma_max=}: need 0 < sigma_min < sigma_max")
     return Schedule(Partial(_log_uniform, sigma_min, sigma_max), Partial(scales))
 
 
@@ -289,7 +286,7 @@ def shift(schedule: Schedule, by: Scalar) -> Schedule:
 
     For images `r` times larger than those a schedule was tuned on, `by = -2 log(r)` keeps the
     signal-to-noise ratio of the downsampled image (Hoogeboom et al. 2023, "simple diffusion",
-    equation 4).
+    equation 5).
     """
     return Schedule(Partial(_shift, schedule.log_snr, by), schedule.scales)
 
@@ -463,7 +460,6 @@ def _require_steps(steps):
 
 
 def _require_decreasing(log_snr_min, log_snr_max):
-    # Traced parameters (a vmapped or learned schedule) have no value to look at.
-    if isinstance(log_snr_min, Number) and isinstance(log_snr_max, Number):
-        if not log_snr_min < log_snr_max:
-            raise ValueError(f"{log_snr_min=} must be below {log_snr_max=}")
+    # Those of a vmapped or learned schedule are not known.
+    if known(log_snr_min, log_snr_max) and not log_snr_min < log_snr_max:
+        raise ValueError(f"{log_snr_min=} must be below {log_snr_max=}")

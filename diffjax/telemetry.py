@@ -148,20 +148,21 @@ def traced(folder: Path, steps: range) -> Iterator[Callable[[int, Any], None]]:
     Yields:
       A function of the steps taken and of what to wait for before the trace begins or ends.
     """
+    tracing = False
 
     def at(taken, outputs):
-        begin = taken in steps and not tracing
-        if begin or (tracing == [True] and taken >= steps.stop):
-            jax.block_until_ready(outputs)
-            tracing.append(begin)
-            if begin:
-                jax.profiler.start_trace(folder, create_perfetto_trace=True)
-            else:
-                jax.profiler.stop_trace()
+        nonlocal tracing
+        if tracing == (taken in steps):
+            return
+        jax.block_until_ready(outputs)
+        if tracing:
+            jax.profiler.stop_trace()
+        else:
+            jax.profiler.start_trace(folder, create_perfetto_trace=True)
+        tracing = not tracing
 
-    tracing: list[bool] = []  # it is, and then it no longer is
     try:
         yield at
     finally:
-        if tracing == [True]:
+        if tracing:
             jax.profiler.stop_trace()

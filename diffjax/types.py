@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Float
 
 Array = jax.Array
@@ -63,6 +64,11 @@ class Denoiser(Protocol):
     """A network with its meaning: noisy data and time to the `Prediction` of x_0 and eps."""
 
     def __call__(self, x_t: Data, t: Time, cond: Cond = None) -> Prediction | LearnedPrediction: ...
+
+
+def known(*values: Any) -> bool:
+    """Whether all of them have a value to check: none is traced, as under `jit` or `vmap`."""
+    return not any(isinstance(value, Tracer) for value in values)
 
 
 def select(chosen: Any, a: Any, b: Any) -> Any:

@@ -44,7 +44,7 @@ def truncated_snr(log_snr: Array, rate: Array) -> Array:
 def p2(log_snr: Array, rate: Array, *, k: float = 1.0, gamma: float = 1.0) -> Array:
     """1 / (k + snr)^gamma: less weight where only imperceptible noise is left.
 
-    Choi et al. 2022, "Perception prioritized training of diffusion models", equation 8.
+    Choi et al. 2022, "Perception prioritized training of diffusion models".
     """
     return (k + jnp.exp(log_snr)) ** -gamma
 

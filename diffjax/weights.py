@@ -1,13 +1,11 @@
 """A trained network as one file: its parameters and its config, in the safetensors format.
 
 The arrays' names are the parameters' paths, as in `down_0_0/conv_0/kernel`; the metadata holds the
-config as JSON, and a SHA-256 of the arrays. Nothing in such a file is ever executed, any program
-that knows safetensors can read it, and it is written whole or not at all.
+config as JSON, and the SHA-256 of the parameters. Nothing in such a file is ever executed, any
+program that knows safetensors can read it, and it is written whole or not at all.
 """
 
 import dataclasses
-import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from . import config as config_lib
 from .config import Config
 from .experiment import check, example_shape, make_params
+from .files import replacing
+from .provenance import digest
 
 CONFIG, SEAL = "diffjax.config", "diffjax.sha256"
 
@@ -41,15 +41,12 @@ def save(path: Path | str, params: Any, config: Config) -> None:
     flat = flatten_dict(params, sep="/")
     arrays = {name: np.ascontiguousarray(value) for name, value in flat.items()}
     _refuse_others(path, arrays, config)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    metadata = {CONFIG: config_lib.to_json(config), SEAL: digest(params)}
     try:
-        metadata = {CONFIG: config_lib.to_json(config), SEAL: _seal(arrays)}
-        safetensors.numpy.save_file(arrays, temporary, metadata)
-        temporary.replace(path)
+        with replacing(path) as new:
+            safetensors.numpy.save_file(arrays, new, metadata)
     except safetensors.SafetensorError as error:  # such as that of a full disk
         raise OSError(f"{path} could not be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read(path: Path | str) -> tuple[Any, Config]:
@@ -77,9 +74,10 @@ def read(path: Path | str) -> tuple[Any, Config]:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} has no config of this diffjax: {error!r}") from error
     _refuse_others(path, arrays, config)
-    if _seal(arrays) != metadata.get(SEAL):
+    params = unflatten_dict(arrays, sep="/")
+    if digest(params) != metadata.get(SEAL):
         raise ValueError(f"{path} is damaged: its arrays have changed")
-    return jax.tree.map(jnp.asarray, unflatten_dict(arrays, sep="/")), config
+    return jax.tree.map(jnp.asarray, params), config
 
 
 def expected(config: Config) -> dict[str, Any]:
@@ -89,20 +87,11 @@ def expected(config: Config) -> dict[str, Any]:
     return tree
 
 
-def _seal(arrays):
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(arrays[name].tobytes())
-    return digest.hexdigest()
-
-
 def _refuse_others(path, arrays, config):
     says = lambda found: {name: f"{x.dtype}{list(x.shape)}" for name, x in found.items()}
     has, needs = says(arrays), says(expected(config))
-    different = [
-        name for name in sorted(has.keys() | needs.keys()) if has.get(name) != needs.get(name)
-    ]
-    lines = [f"{n}: it has {has.get(n)}, the config makes {needs.get(n)}" for n in different[:5]]
-    if different:
-        more = f"\n  and {len(different) - 5} more" if len(different) > 5 else ""
-        raise ValueError(f"{path} is of another network:\n  " + "\n  ".join(lines) + more)
+    lines = list(config_lib.unlike(has, needs, "it has {}, the config makes {}").values())
+    if len(lines) > 5:
+        lines[5:] = [f"and {len(lines) - 5} more"]
+    if lines:
+        raise ValueError(f"{path} is of another network:\n  " + "\n  ".join(lines))

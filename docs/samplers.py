@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import diffjax
-from diffjax import oracles
+from diffjax import oracles, plots
 
 SCHEDULES = {
     "cosine": diffjax.cosine(),
@@ -79,23 +79,18 @@ def spread_errors(make, schedule, grids, n=100_000):
     return [abs(float(walk(ts).std()) / STD - 1) for ts in grids]
 
 
-def order(errors, steps):
-    """The slope of log error against log steps."""
-    return -np.polyfit(np.log(steps), np.log(errors), 1)[0]
-
-
 def orders():
     """Rows of sampler, evaluations a step, kind and order, on uniform log-SNR."""
     schedule = diffjax.cosine(-7.0, 7.0)
     for name, (make, evaluations) in DETERMINISTIC.items():
         steps = (80, 160, 320)
         errors = flow_errors(make, schedule, [diffjax.log_snr_times(schedule, n) for n in steps])
-        yield [name, str(evaluations), "strong", f"{order(errors, steps):.2f}"]
+        yield [name, str(evaluations), "strong", f"{plots.order(steps, errors):.2f}"]
     for name, (make, evaluations) in STOCHASTIC.items():
         steps = (12, 24, 48)
         grids = [diffjax.log_snr_times(schedule, n) for n in steps]
         errors = spread_errors(make, schedule, grids, 400_000)
-        found = f"{order(errors, steps):.1f}" if min(errors) > 4e-3 else "below the noise"
+        found = f"{plots.order(steps, errors):.1f}" if min(errors) > 4e-3 else "below the noise"
         yield [name, str(evaluations), "weak", found]
 
 

@@ -22,12 +22,11 @@ import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from .. import keys
 from ..process import scales_at
 from ..schedules import Schedule
-from ..types import Array, Data, Denoiser, Scalar, expand, select
+from ..types import Array, Data, Denoiser, Scalar, expand, known, select
 from .walk import Sampler, State, in_use
 
 
@@ -91,7 +90,7 @@ def dpm_solver_pp_2m_sde(denoise: Denoiser, schedule: Schedule, *, eta: Scalar =
 def unipc(denoise: Denoiser, schedule: Schedule, *, order: int = 2) -> Sampler:
     """UniPC: the multistep prediction, corrected as soon as the next evaluation is known.
 
-    Zhao et al. 2023, Algorithms 7 and 8, with x_0 prediction and B_2(h) = e^h - 1. The evaluation
+    Zhao et al. 2023, the multistep one with x_0 prediction and B_2(h) = e^h - 1. The evaluation
     at the predicted point first redoes the step that led there, with one node more, and then makes
     the next one: still one evaluation a step. The last step is not corrected. Deterministic; wants
     uniform log-SNR.
@@ -162,7 +161,7 @@ def lms(denoise: Denoiser, schedule: Schedule, *, order: int = 4) -> Sampler:
 
 
 def _dpm_solver_pp(denoise, schedule, order, eta: Scalar = 0.0):
-    if not isinstance(eta, Tracer) and eta < 0:
+    if known(eta) and eta < 0:
         raise ValueError(f"{eta=}: must be at least 0")
 
     def step(key, state, t, s):

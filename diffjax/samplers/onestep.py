@@ -3,12 +3,11 @@
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from .. import keys, ode
 from ..process import check_variance, decoder, scales_at
 from ..schedules import Schedule, time_at
-from ..types import Denoiser, Scalar, expand
+from ..types import Denoiser, Scalar, expand, known
 from .walk import Sampler, State, in_use, init
 
 
@@ -57,7 +56,7 @@ def ddim(denoise: Denoiser, schedule: Schedule, *, eta: Scalar = 0.0) -> Sampler
     Raises:
       ValueError: unless `0 <= eta <= 1`.
     """
-    if not isinstance(eta, Tracer) and not 0 <= eta <= 1:
+    if known(eta) and not 0 <= eta <= 1:
         raise ValueError(f"{eta=}: must be in [0, 1]")
 
     def step(key, state, t, s):
@@ -159,11 +158,10 @@ def edm(
         below 1.
     """
     values = s_churn, s_min, s_max, s_noise
-    if not any(isinstance(value, Tracer) for value in values):
-        if min(values) < 0 or s_max < s_min:
-            raise ValueError(
-                f"{s_churn=}, {s_min=}, {s_max=}, {s_noise=}: need 0 <= s_min <= s_max"
-            )
+    if known(*values) and (min(values) < 0 or s_max < s_min):
+        raise ValueError(
+            f"{s_churn=}, {s_min=}, {s_max=}, {s_noise=}: must be at least 0, and s_min <= s_max"
+        )
     if steps is not None and steps < 1:
         raise ValueError(f"{steps=}: must be at least 1")
 
@@ -221,7 +219,7 @@ def predictor_corrector(
     Raises:
       ValueError: if `corrections` is below 1, or `snr` is not positive.
     """
-    if corrections < 1 or (not isinstance(snr, Tracer) and snr <= 0):
+    if corrections < 1 or (known(snr) and snr <= 0):
         raise ValueError(f"{corrections=}, {snr=}: need at least 1 correction, and snr > 0")
     walk = predictor(denoise, schedule)
 

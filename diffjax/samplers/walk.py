@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Float
 
 from .. import keys
-from ..types import Array, Data, Key, Real, Time
+from ..types import Array, Data, Key, Real, Time, known
 
 
 class State(NamedTuple):
@@ -75,7 +74,7 @@ def sample(
     >>> x_0.mean(0).round(1)
     Array([3., 4.], dtype=float32)
     """
-    if not isinstance(ts, Tracer):
+    if known(ts):
         check_times(np.asarray(ts), sampler.stochastic)
     example_keys = keys.per_example(key, x_1.shape[0])
     ts = jnp.asarray(ts)
@@ -113,4 +112,4 @@ def init(x_1: Data) -> State:
 
 def in_use(option: Any) -> bool:
     """Whether an option is on: not zero, or traced and so of no value to look at."""
-    return isinstance(option, Tracer) or option != 0
+    return not known(option) or option != 0
