@@ -31,6 +31,7 @@ from diffjax import (
     evaluation,
     experiment,
     features,
+    files,
     likelihood,
     parallel,
     provenance,
@@ -63,7 +64,7 @@ class Arguments:
     drawing: tyro.conf.OmitArgPrefixes[Drawing] = Drawing()  # noqa: RUF009, it is frozen
     """Which samples to draw, by which walk; n=0: measure none."""
     result: Path | None = None
-    """Where the numbers go, a JSON file; None: DIR/evaluation.json."""
+    """Where the numbers go, a file .json; None: DIR/evaluation.json."""
     compare: tuple[Path, ...] = ()
     """Runs that were evaluated, or their JSON files: nothing is evaluated, they are compared."""
     picture: Path = Path("comparison.png")
@@ -134,6 +135,10 @@ def check(args: Arguments) -> None:
         (
             args.reference in ("train", "test"),
             f"unknown reference {args.reference!r}: one of train, test",
+        ),
+        (
+            args.result is None or (args.result.suffix == ".json" and args.result.parent.is_dir()),
+            f"result={args.result}: must be a file .json in a folder that is there",
         ),
         (
             args.samples is None or args.drawing == Drawing(),
@@ -209,7 +214,7 @@ def main(args: Arguments) -> None:
             print(*comparison.lines(flatten(found)), sep="\n")
             home = args.workdir if args.workdir.is_dir() else args.workdir.parent
             text = json.dumps(found, indent=1) + "\n"
-            (args.result or home / comparison.RESULT).write_text(text)
+            files.write_text(args.result or home / comparison.RESULT, text)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,9 @@ def read(runs: Iterable[Path]) -> dict[str, Result]:
     for run in runs:
         path = run if run.suffix == ".json" else run / RESULT
         if not path.is_file():
-            raise FileNotFoundError(f"no {path}: python evaluate.py writes it")
+            raise FileNotFoundError(
+                f"no {path}: python evaluate.py --workdir={path.parent} writes it"
+            )
         try:
             results[str(run)] = flatten(json.loads(path.read_text()))
         except ValueError as error:

@@ -253,10 +253,10 @@ def curves(record: dict[str, Any]) -> Figure:
     """The training loss of each target, of all seeds."""
     figure, axes = plots.panels(1, len(PICTURES), width=4.5)
     for ax, name in zip(axes, PICTURES, strict=True):
-        for (variant, runs), colour in zip(record[name]["runs"].items(), plots.COLOURS):
+        for i, (variant, runs) in enumerate(record[name]["runs"].items()):
             for seed, run in runs.items():
                 label = variant if seed == "0" else None
-                ax.plot(*zip(*run["curve"], strict=True), color=colour, linewidth=1, label=label)
+                ax.plot(*zip(*run["curve"], strict=True), plots.COLOURS[i], lw=1, label=label)
         ax.set(title=name, xlabel="step", ylabel="loss", yscale="log")
         ax.legend(fontsize=8, frameon=False)
     return figure

@@ -163,7 +163,8 @@ def result(workdir, **changes):
 
 def test_runs_are_compared_and_the_best_are_marked(tmp_path):
     a = result(tmp_path / "a")
-    b = result(tmp_path / "b", frechet=0.4, recall=0.5, flow_bits_per_dim=1.9)
+    result(tmp_path / "c", frechet=0.4, recall=0.5, flow_bits_per_dim=1.9)
+    b = (tmp_path / "c" / comparison.RESULT).rename(tmp_path / "b.json")
     results = comparison.read([a, b])
     columns = {column.header: list(column.cells) for column in comparison.table(results).columns}
     assert columns == {

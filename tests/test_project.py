@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -183,7 +184,7 @@ def test_the_page_of_results_says_what_is_on_record(monkeypatch):
 
 
 def test_one_more_run_lies_in_the_band_of_those_on_record(monkeypatch):
-    """Of normal numbers, but once in a thousand: four variants with three runs each, 5,000 times."""
+    """But once in a thousand, if the numbers are normal."""
     monkeypatch.syspath_prepend(ROOT / "docs")
     results = importlib.import_module("results")
     rng, outside = np.random.default_rng(0), 0

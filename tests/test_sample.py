@@ -233,6 +233,10 @@ def test_refusals_of_evaluate(finished, drawn):
         ({"flow_steps": 0}, "flow_steps=0: must be at least 1"),
         ({"held_out": 1}, "held_out=1: must be at least 2, or 0"),
         ({"drawing": Drawing(n=19)}, "n=19: must be at least 20, or 0"),
+        (
+            {"result": Path("no/where.json")},
+            "result=no/where.json: must be a file .json in a folder",
+        ),
         ({"reference": "all"}, "unknown reference 'all': one of train, test"),
         ({"features": "fid"}, "unknown features 'fid': one of pca24, fashion_classifier, or"),
         ({"samples": drawn[0], "drawing": FEW}, "they are drawn already; give no n"),
