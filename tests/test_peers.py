@@ -128,11 +128,11 @@ OPENAI = {
 }
 
 
-def of_openai(theirs, **changes):
+def of_openai(theirs, low=None):
     """Our config of a narrow network of theirs, 16 x 16, by way of a published one's."""
     resblock = theirs.get("resblock_updown", False)
     make = openai.guided if resblock else openai.improved
-    config = make(32, theirs["model_channels"], 2, betas="cosine_betas")
+    config = make(32, theirs["model_channels"], 2, betas="cosine_betas", low=low)
     model = dataclasses.replace(
         config.model,
         mults=(1, 2, 2),
@@ -141,7 +141,6 @@ def of_openai(theirs, **changes):
         head_width=theirs.get("num_head_channels"),
         scale_shift=theirs.get("use_scale_shift_norm", False),
         labels=theirs.get("num_classes", 0),
-        **changes,
     )
     data = dataclasses.replace(config.data, size=16, shape=(16, 16, 3))
     return dataclasses.replace(config, model=model, data=data)
@@ -179,7 +178,7 @@ def test_an_upsampler_of_guided_diffusion(tmp_path):
     options |= dict(attention_resolutions=(2, 4), channel_mult=(1, 2, 2))
     net = shaken(SuperResModel(**options, **adm))
     torch.save(net.state_dict(), tmp_path / "net.pt")
-    loaded = openai.load(tmp_path / "net.pt", openai.OpenAI(of_openai(adm, image_cond=True)))
+    loaded = openai.load(tmp_path / "net.pt", openai.OpenAI(of_openai(adm, low=8)))
     x, label = inputs((16, 16, 3))
     small, _ = inputs((8, 8, 3))
     i = np.array([0, 500, 999])

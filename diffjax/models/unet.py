@@ -61,8 +61,10 @@ class UNetConfig:
     null_label: bool = False
     """Add one class that means "no label", index `labels`, for classifier-free guidance."""
     image_cond: bool = False
-    """Concatenate `cond["image"]`, enlarged to the height and width of x_t, to the input, and embed
-    `cond["image_log_snr"]` `[batch]`, how noisy it is, beside x_t's."""
+    """Concatenate `cond["image"]`, enlarged to the height and width of x_t, to the input."""
+    image_level: bool = True
+    """And embed `cond["image_log_snr"]` `[batch]`, how noisy it is, beside x_t's; OpenAI's
+    upsamplers do not."""
     remat: bool = False
     """Recompute blocks in the backward pass: less memory, more time."""
     bfloat16: bool = False
@@ -131,7 +133,7 @@ class UNet(nn.Module):
 
         embed = lambda level: level_embedding(c.level_scale * level, c.width, c.level_period)
         emb = embed(log_snr)
-        if c.image_cond:
+        if c.image_cond and c.image_level:
             emb = jnp.concatenate([emb, embed(cond["image_log_snr"])], axis=-1)
         emb = emb.astype(dtype)
         emb = nn.Dense(4 * c.width, kernel_init=Init, dtype=dtype, name="embed_0")(emb)
