@@ -12,7 +12,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from diffjax import config as config_lib, experiment, published
+from diffjax import config as config_lib, experiment, published, weights
 from diffjax.denoisers import time_input
 from diffjax.published import torchfile
 
@@ -206,6 +206,12 @@ def test_what_is_no_published_network_is_refused(torch, tmp_path):
     (tmp_path / "edm.pkl").write_bytes(pickle.dumps({"ema": os}.keys().__class__.__name__))
     with pytest.raises(ValueError, match="need EDMPrecond of DhariwalUNet"):
         published.load(tmp_path / "edm.pkl")
+
+
+def test_an_upsampler_of_openai_sees_the_image_but_not_its_noise():
+    arrays = weights.expected(published.openai.PUBLISHED["upsample_cond_500K"].config)
+    assert arrays["conv_in/kernel"].shape == (3, 3, 6, 192)
+    assert arrays["embed_0/kernel"].shape == (192, 768)
 
 
 def shapes_of_edm(**more):
