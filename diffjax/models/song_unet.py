@@ -45,11 +45,11 @@ class SongUNetConfig:
     fourier: bool = False
     """Embed the noise level by random frequencies, `width` of them (NCSN++)."""
     residual_input: bool = False
-    """Add the image, halved by a convolution, to the activations of each level (NCSN++)."""
+    """Add the image, halved by convolutions, to the activations of each smaller level (NCSN++)."""
     level_scale: float = -1 / 8
-    """What the network sees is level_scale log_snr + level_shift: log(sigma / alpha) / 4, EDM's."""
+    """The network embeds level_scale log_snr + level_shift; log(sigma / alpha) / 4 is EDM's."""
     level_shift: float = 0.0
-    """See `level_scale`."""
+    """What is added then."""
     out_channels: int | None = None
     """Channels of the output; None: as many as x_t has."""
     labels: int = 0
@@ -63,7 +63,7 @@ class SongUNetConfig:
         if self.null_label and not self.labels:
             raise ValueError("null_label=True needs labels: there is nothing to leave out")
         if self.width % 32:
-            raise ValueError(f"width={self.width}: must be a multiple of 32, to be normalised")
+            raise ValueError(f"width={self.width}: must be a multiple of 32, for the norms' groups")
         if len(self.taps) % 2 or self.taps != self.taps[::-1] or sum(self.taps) <= 0:
             raise ValueError(f"taps={self.taps}: need an even number, symmetric, of positive sum")
         if not 0 <= self.dropout < 1:
@@ -107,15 +107,15 @@ class SongUNet(nn.Module):
         dense = functools.partial(nn.Dense, kernel_init=Init)
         block = functools.partial(Block, c)
 
-        level = c.level_scale * log_snr + c.level_shift
+        noise = c.level_scale * log_snr + c.level_shift
         if c.fourier:
-            # Drawn once, and never trained (Tancik et al. 2020).
-            draw = self.param("frequencies", nn.initializers.normal(16.0), (c.width,))
-            angles = level[:, None] * (2 * jnp.pi * jax.lax.stop_gradient(draw))[None]
+            # Drawn once: no gradient moves them (Tancik et al. 2020).
+            drawn = self.param("frequencies", nn.initializers.normal(16.0), (c.width,))
+            angles = noise[:, None] * (2 * jnp.pi * jax.lax.stop_gradient(drawn))[None]
             emb = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
         else:
             # The last of the frequencies is 1/10000 itself.
-            emb = level_embedding(level, c.width, 10000 ** (c.width / (c.width - 2)))
+            emb = level_embedding(noise, c.width, 10000 ** (c.width / (c.width - 2)))
         emb = emb.astype(x_t.dtype)
         if c.labels:
             one_hot = nn.one_hot(cond["label"], c.labels, dtype=x_t.dtype)  # zeros for no label
