@@ -87,8 +87,8 @@ class SongUNet(nn.Module):
     """The network. Dropout is on exactly when `apply` is given a "dropout" key.
 
     Call with x_t `[batch, height, width, channels]`, log_snr `[batch]`, and a dict `cond` with
-    `label` `[batch]` integers, if the config has labels. Returns `[batch, height, width,
-    out_channels]`.
+    `label` `[batch]` integers, if the config has labels. Returns
+    `[batch, height, width, out_channels]`.
 
     >>> model = SongUNet(SongUNetConfig(width=32, mults=(1, 1), blocks=1, attention=(4,)))
     >>> inputs = jnp.zeros((1, 8, 8, 3)), jnp.zeros(1), None
