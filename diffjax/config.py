@@ -22,7 +22,7 @@ import tyro
 from . import samplers, schedules, targets, weightings
 from .data import DATASETS
 from .data.images import UNREADABLE
-from .models import MLPConfig, UNetConfig
+from .models import MODELS, MLPConfig, SongUNetConfig, UNetConfig
 from .parallel import RUNNERS, Distributed
 from .writers import WRITERS
 
@@ -238,7 +238,7 @@ class Config:
     it needs model.image_cond. None: it is given none."""
     augment: float = 0.0
     """Noise on the small image in training: it is diffused to a time between 0 and this one."""
-    model: UNetConfig | MLPConfig = UNetConfig()  # noqa: RUF009, it is frozen
+    model: UNetConfig | SongUNetConfig | MLPConfig = UNetConfig()  # noqa: RUF009, it is frozen
     optimizer: Optimizer = Optimizer()
     ema: float = 0.999
     """Decay of the moving average of parameters."""
@@ -410,7 +410,7 @@ def from_json(text: str) -> Config:
       ValueError: if a field is unknown, as when another version wrote it.
     """
     tree = json.loads(text)
-    kinds = {c.__name__: c for c in (UNetConfig, MLPConfig)}
+    kinds = {c.__name__: c for c in MODELS}
     model = tree.pop("model")
     return dataclasses.replace(
         _from_dict(Config, tree), model=_from_dict(kinds[model.pop("kind")], model)

@@ -40,7 +40,7 @@ from .data import (
 )
 from .denoisers import classifier_free, clip_x_0, denoiser, time_input, unit_input, unit_output
 from .learned_variance import hybrid_loss
-from .models import MODELS, UNetConfig, apply
+from .models import MODELS, MLPConfig, UNetConfig, apply
 from .parallel import RUNNERS
 from .process import prior_sample
 from .super_resolution import enlarge, psnr, shrink, small_image
@@ -416,7 +416,8 @@ def make_denoiser(
     denoise = denoiser(network, schedule, config.target, learned_variance=learned)
     if guidance != 1:
         denoise = classifier_free(denoise, guidance, {"label": np.int32(config.model.labels)})
-    return clip_x_0(denoise, schedule) if clip and isinstance(config.model, UNetConfig) else denoise
+    images = not isinstance(config.model, MLPConfig)
+    return clip_x_0(denoise, schedule) if clip and images else denoise
 
 
 def make_condition(config: Config) -> Callable[..., Any]:

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -6,7 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffjax.models import MLP, MLPConfig, UNet, UNetConfig, apply
+from diffjax.models import (
+    MLP,
+    MLPConfig,
+    SongUNet,
+    SongUNetConfig,
+    UNet,
+    UNetConfig,
+    apply,
+    song_unet,
+)
 from diffjax.models.unet import (
     DoubleConv,
     attention,
@@ -253,6 +263,91 @@ def test_level_embedding_tells_levels_apart():
     gaps = np.linalg.norm(emb[:, None] - emb[None], axis=-1)
     np.fill_diagonal(gaps, np.inf)
     assert gaps.min() > 0.2
+
+
+NCSNPP = SongUNetConfig(taps=(1.0, 3.0, 3.0, 1.0), fourier=True, residual_input=True, labels=10)
+TINY_SONG = dataclasses.replace(
+    NCSNPP, width=32, mults=(1, 2), blocks=1, attention=(4,), labels=3, null_label=True, dropout=0.5
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    # Those of the originals, in PyTorch; the frequencies are no parameters there.
+    [(SongUNetConfig(labels=10), 55_734_147), (NCSNPP, 56_398_339 + 128)],
+    ids=["ddpm++", "ncsn++"],
+)
+def test_they_are_edms_networks_for_cifar_10(config, parameters):
+    x, one = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32), jnp.zeros(1)
+    cond = {"label": jnp.zeros(1, jnp.int32)}
+    params = jax.eval_shape(SongUNet(config).init, jax.random.key(0), x, one, cond)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameters
+
+
+def test_every_input_of_ncsnpp_matters_and_its_frequencies_stay():
+    x, log_snr = inputs((8, 8, 1))
+    label, keys = jnp.array([0, 1]), jax.random.split(jax.random.key(3), 2)
+    module = SongUNet(TINY_SONG)
+    like = jax.eval_shape(module.init, jax.random.key(1), x, log_snr, {"label": label})["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda p: 0.1 * rng.standard_normal(p.shape, np.float32), like)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def f(drawn, x, log_snr, label, keys):
+        out = apply(
+            module, params | {"frequencies": drawn}, x, log_snr, {"label": label}, dropout=keys
+        )
+        return jnp.sum(out**2), out
+
+    (_, base), gradient = f(params["frequencies"], x, log_snr, label, keys)
+    assert not gradient.any()
+    assert base.shape == x.shape and base.dtype == x.dtype
+    for changed in (
+        (x + 0.1, log_snr, label, keys),
+        (x, log_snr + 1, label, keys),
+        (x, log_snr, jnp.array([3, 3]), keys),
+        (x, log_snr, label, keys[::-1]),
+    ):
+        out = f(params["frequencies"], *changed)[0][1]
+        assert (jnp.abs(out - base).max(axis=(1, 2, 3)) > 1e-4).all()
+
+
+def test_resampling_is_interpolation_inside_and_sees_zeros_outside():
+    """By (1, 1) that of ADM; by (1, 3, 3, 1) linear, and antialiased on the way down."""
+    x, _ = inputs((8, 6, 3))
+    np.testing.assert_allclose(song_unet.halve(x, (1, 1)), halve(x), atol=1e-6)
+    np.testing.assert_allclose(song_unet.double(x, (1, 1)), double(x), atol=1e-6)
+    taps, surrounded = (1, 3, 3, 1), jnp.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    for f, shape, edge in ((song_unet.halve, (6, 5), 1), (song_unet.double, (24, 20), 4)):
+        linear = jax.image.resize(surrounded, (2, *shape, 3), "linear")
+        expected = linear[:, edge:-edge, edge:-edge]
+        np.testing.assert_allclose(f(x, taps), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 48}, "width=48: must be a multiple of 32"),
+        ({"blocks": 0}, "at least 1"),
+        ({"labels": 0}, "null_label=True needs labels"),
+        ({"taps": (1.0, 2.0, 1.0)}, r"taps=\(1\.0, 2\.0, 1\.0\)"),
+        ({"taps": (1.0, 2.0)}, "symmetric"),
+        ({"dropout": 1.0}, r"dropout=1\.0"),
+    ],
+)
+def test_a_song_unet_that_cannot_be_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY_SONG, **change)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((7, 8, 3), "divisible by 2"), ((2,), "examples of"), ((16, 16, 3), r"heights are \[16, 8\]")],
+)
+def test_an_image_that_a_song_unet_cannot_take_is_refused(shape, message):
+    with pytest.raises(ValueError, match=message):
+        TINY_SONG.check_input(shape)
 
 
 def test_mlp_takes_labels_and_drops_out():

@@ -25,8 +25,8 @@ with warnings.catch_warnings():
     import torch
     from azula.plugins.adm._src.unet import SuperResModel, UNetModel
     from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
-    from physicsnemo.diffusion.preconditioners import EDMPrecond
-    from physicsnemo.models.diffusion_unets import DhariwalUNet
+    from physicsnemo.diffusion.preconditioners import EDMPrecond, VEPrecond, VPPrecond
+    from physicsnemo.models.diffusion_unets import DhariwalUNet, SongUNet
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
 
@@ -128,11 +128,11 @@ OPENAI = {
 }
 
 
-def of_openai(theirs, **changes):
+def of_openai(theirs, low=None):
     """Our config of a narrow network of theirs, 16 x 16, by way of a published one's."""
     resblock = theirs.get("resblock_updown", False)
     make = openai.guided if resblock else openai.improved
-    config = make(32, theirs["model_channels"], 2, betas="cosine_betas")
+    config = make(32, theirs["model_channels"], 2, betas="cosine_betas", low=low)
     model = dataclasses.replace(
         config.model,
         mults=(1, 2, 2),
@@ -141,7 +141,6 @@ def of_openai(theirs, **changes):
         head_width=theirs.get("num_head_channels"),
         scale_shift=theirs.get("use_scale_shift_norm", False),
         labels=theirs.get("num_classes", 0),
-        **changes,
     )
     data = dataclasses.replace(config.data, size=16, shape=(16, 16, 3))
     return dataclasses.replace(config, model=model, data=data)
@@ -179,7 +178,7 @@ def test_an_upsampler_of_guided_diffusion(tmp_path):
     options |= dict(attention_resolutions=(2, 4), channel_mult=(1, 2, 2))
     net = shaken(SuperResModel(**options, **adm))
     torch.save(net.state_dict(), tmp_path / "net.pt")
-    loaded = openai.load(tmp_path / "net.pt", openai.OpenAI(of_openai(adm, image_cond=True)))
+    loaded = openai.load(tmp_path / "net.pt", openai.OpenAI(of_openai(adm, low=8)))
     x, label = inputs((16, 16, 3))
     small, _ = inputs((8, 8, 3))
     i = np.array([0, 500, 999])
@@ -212,8 +211,11 @@ def edm_pickle(net, path, monkeypatch):
             if attention := modules.pop("attn", None):  # theirs is part of its block
                 layers = dict(attention.named_children())
                 modules |= {"norm2": layers["norm"], "qkv": layers["qkv"], "proj": layers["proj"]}
-            buffers = {k: v for k, v in thing._buffers.items() if k == "resample_filter"}
+            # Sinusoids have none with theirs.
+            kept = {"resample_filter"} | ({"freqs"} if name == "FourierEmbedding" else set())
+            buffers = {k: v for k, v in thing._buffers.items() if k in kept}
             state = dict(_parameters=thing._parameters, _buffers=buffers, _modules=modules)
+            state |= {k: v for k, v in vars(thing).items() if isinstance(v, int | float)}
             state |= {"skip_scale": np.sqrt(0.5)}  # a number of NumPy, as theirs is
             meta = dict(type="class", version=6, module_src="1 / 0", class_name=name, state=state)
             return _reconstruct_persistent_obj, (meta,)
@@ -222,34 +224,55 @@ def edm_pickle(net, path, monkeypatch):
         Pickler(file).dump({"ema": net, "loss_fn": None, "augment_pipe": None})
 
 
-def test_edms_adm(tmp_path, monkeypatch):
-    net = shaken(
-        EDMPrecond(
-            img_resolution=16,
-            img_channels=3,
-            label_dim=7,
-            model_type="DhariwalUNet",
-            augment_dim=9,
-            model_channels=128,
-            channel_mult=[1, 2],
-            num_blocks=1,
-            attn_resolutions=[8],
-            dropout=0.0,
-        )
-    )
+DDPMPP = dict(
+    model_type="SongUNet",
+    embedding_type="positional",
+    encoder_type="standard",
+    channel_mult_noise=1,
+    resample_filter=[1, 1],
+)
+NCSNPP = dict(
+    model_type="SongUNet",
+    embedding_type="fourier",
+    encoder_type="residual",
+    channel_mult_noise=2,
+    resample_filter=[1, 3, 3, 1],
+)
+"""The two as EDM's training script has them."""
+CIFAR = dict(img_resolution=32, label_dim=10, channel_mult=[2, 2, 2], attn_resolutions=[16])
+"""With these, of their full size."""
+SMALL = dict(img_resolution=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[8])
+ADM_OF_EDM = SMALL | dict(model_type="DhariwalUNet", model_channels=128, label_dim=7)
+NARROW = SMALL | dict(model_channels=32, channel_mult=[1, 3, 2], num_blocks=2, label_dim=7)
+EDMS = {
+    "adm": (EDMPrecond, ADM_OF_EDM),
+    "ddpm++": (EDMPrecond, DDPMPP | CIFAR),
+    "ncsn++": (EDMPrecond, NCSNPP | CIFAR),
+    "vp": (VPPrecond, DDPMPP | NARROW),
+    "ve": (VEPrecond, NCSNPP | NARROW),
+    "no labels": (EDMPrecond, DDPMPP | NARROW | {"label_dim": 0, "augment_dim": 0}),
+}
+
+
+@pytest.mark.parametrize("name", EDMS)
+def test_edm(name, tmp_path, monkeypatch):
+    make, options = EDMS[name]
+    options = dict(img_channels=3, augment_dim=9, dropout=0.0) | options
+    net = shaken(make(**options))
     # In evaluation its normalisations divide by n - 1, which EDM's do not: 5e-4 here.
     net.train()
     edm_pickle(net, tmp_path / "edm.pkl", monkeypatch)
     params, config = published.load(tmp_path / "edm.pkl")
-    x, label = inputs((16, 16, 3))
-    one_hot = torch.eye(7)[label]
+    size = options["img_resolution"]
+    x, label = inputs((size, size, 3))
     t = np.array([0.02, 0.5, 0.98], np.float32)
-    sigma = np.asarray(experiment.make_schedule(config)(t)[1])
-    x = x * np.hypot(0.5, sigma)[:, None, None, None]
+    alpha, sigma = (np.asarray(scale) for scale in experiment.make_schedule(config)(t))
+    x = x * np.hypot(0.5, sigma / alpha)[:, None, None, None]  # theirs have alpha = 1
     network = functools.partial(experiment.make_network(config), params)
     denoise = experiment.make_denoiser(config, network, clip=False)
-    x_0 = jax.jit(denoise)(x, t, {"label": label}).x_0
-    peers = net(theirs(x), torch.from_numpy(sigma), class_labels=one_hot)
+    x_0 = jax.jit(denoise)(x * alpha[:, None, None, None], t, {"label": label}).x_0
+    given = {"class_labels": torch.eye(options["label_dim"])[label]} if config.model.labels else {}
+    peers = net(theirs(x), torch.from_numpy(sigma / alpha), **given)
     for ours, each in zip(x_0, peers, strict=True):  # whose sizes span those of sigma
         assert difference(ours[None], each[None]) < 1e-4
 
@@ -284,15 +307,31 @@ def test_the_published_networks_of_openai_have_as_many_parameters(name):
     assert count(config) == parameters(net)
 
 
-def test_the_network_of_edm_for_imagenet_has_as_many_parameters():
-    net = lambda: DhariwalUNet(img_resolution=64, in_channels=3, out_channels=3, label_dim=1000)
+def config_of_edms(net, **options):
+    """What we read off the names and shapes of a network of theirs, and its parameters."""
+    make = lambda: net(in_channels=3, out_channels=3, **options)
     with torch.device("meta"):
-        state = net().state_dict()
-    state = {name.replace(".attn", ""): np.empty(x.shape, "V1") for name, x in state.items()}
-    state["map_label.weight"] = state["map_label.weight"].T
-    config = published.edm.make_config(None, state)
+        state = make().state_dict()
+    state = {name.replace(".attn", ""): np.ones(x.shape, "f2") for name, x in state.items()}
+    if options.get("embedding_type") == "positional":
+        del state["map_noise.freqs"]  # EDM's does not keep them
+    return published.edm.make_config(None, state, "EDMPrecond", net.__name__), parameters(make)
+
+
+def test_the_network_of_edm_for_imagenet_has_as_many_parameters():
+    config, expected = config_of_edms(DhariwalUNet, img_resolution=64, label_dim=1000)
     assert config.model.mults == (1, 2, 3, 4) and config.model.attention == (32, 16, 8)
-    assert count(config) == parameters(net)
+    assert count(config) == expected
+
+
+@pytest.mark.parametrize("options", [DDPMPP, NCSNPP], ids=["ddpm++", "ncsn++"])
+def test_the_networks_of_edm_for_faces_have_as_many_parameters(options):
+    """FFHQ and AFHQ, 64 x 64, without labels."""
+    options = {k: v for k, v in options.items() if k != "model_type"}
+    config, expected = config_of_edms(SongUNet, img_resolution=64, **options)
+    assert config.model.mults == (1, 2, 2, 2) and config.model.attention == (16,)
+    # Random frequencies are no parameters of theirs, but a buffer.
+    assert count(config) == expected + config.model.fourier * config.model.width
 
 
 def celeba(size=256):

@@ -12,7 +12,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from diffjax import published
+from diffjax import config as config_lib, experiment, published, weights
+from diffjax.denoisers import time_input
 from diffjax.published import torchfile
 
 
@@ -204,6 +205,86 @@ def test_what_is_no_published_network_is_refused(torch, tmp_path):
         published.load(tmp_path / "cifar10_uncond_50M_500K.pt")
     (tmp_path / "edm.pkl").write_bytes(pickle.dumps({"ema": os}.keys().__class__.__name__))
     with pytest.raises(ValueError, match="need EDMPrecond of DhariwalUNet"):
+        published.load(tmp_path / "edm.pkl")
+
+
+def test_an_upsampler_of_openai_sees_the_image_but_not_its_noise():
+    arrays = weights.expected(published.openai.PUBLISHED["upsample_cond_500K"].config)
+    assert arrays["conv_in/kernel"].shape == (3, 3, 6, 192)
+    assert arrays["embed_0/kernel"].shape == (192, 768)
+
+
+def shapes_of_edm(**more):
+    """Some of the arrays of EDM's DDPM++ for CIFAR-10, which say the rest; and more."""
+    sizes = [(size, i) for size in (32, 16, 8) for i in range(4)]
+    blocks = {f"enc.{size}x{size}_block{i}.conv1.weight": (256, 256, 3, 3) for size, i in sizes}
+    attention = {f"enc.16x16_block{i}.qkv.weight": (768, 256, 1, 1) for i in range(4)}
+    shapes = {"enc.32x32_conv.weight": (128, 3, 3, 3)} | blocks | attention | more
+    return {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("outer", published.edm.PRECONDITIONINGS)
+@pytest.mark.parametrize("ncsnpp", [False, True], ids=["ddpm++", "ncsn++"])
+def test_edms_arrays_say_what_the_network_is(outer, ncsnpp):
+    state = shapes_of_edm()
+    if ncsnpp:
+        state = shapes_of_edm(**{"map_noise.freqs": (128,), "map_label.weight": (256, 10)})
+        state["enc.16x16_aux_residual.weight"] = np.zeros((256, 3, 3, 3))
+        taps = np.outer([1, 3, 3, 1], [1, 3, 3, 1]) / 64
+        state["enc.16x16_down.conv0.resample_filter"] = taps[None, None].astype(np.float32)
+    config = published.edm.make_config(None, state, outer, "SongUNet")
+    c = config.model
+    assert (c.width, c.mults, c.blocks, c.attention) == (128, (2, 2, 2), 4, (16,))
+    assert (c.fourier, c.residual_input, c.labels) == (ncsnpp, ncsnpp, 10 * ncsnpp)
+    assert c.taps == ((0.125, 0.375, 0.375, 0.125) if ncsnpp else (1.0, 1.0))
+    experiment.check(config)
+    assert config_lib.from_json(config_lib.to_json(config)) == config
+
+
+C_NOISE = {
+    "EDMPrecond": lambda s: np.log(s) / 4,
+    "VPPrecond": lambda s: 999 * (np.sqrt(0.1**2 + 2 * 19.9 * np.log1p(s**2)) - 0.1) / 19.9,
+    "VEPrecond": lambda s: np.log(s / 2),
+}
+"""Karras et al. 2022, table 1; for VP with their equation for t of sigma."""
+
+
+@pytest.mark.parametrize("outer", C_NOISE)
+def test_edms_networks_see_c_noise(outer):
+    config = published.edm.make_config(None, shapes_of_edm(), outer, "SongUNet")
+    schedule = experiment.make_schedule(config)
+    log_snr = schedule.log_snr(np.array([0.1, 0.5, 0.9, 1.0], np.float32))
+    sees = lambda x_t, level, cond: config.model.level_scale * level + config.model.level_shift
+    sees = time_input(sees, schedule, config.time_steps) if config.time_input else sees
+    expected = C_NOISE[outer](np.exp(-np.asarray(log_snr, float) / 2))
+    np.testing.assert_allclose(sees(None, log_snr, None), expected, rtol=1e-6, atol=1e-5)
+
+
+class Module:
+    """A module as EDM's pickles have it: a call with its class and its state."""
+
+    def __init__(self, name, **state):
+        self.meta = {"type": "class", "class_name": name, "state": state}
+
+    def __reduce__(self):
+        return types.SimpleNamespace, (self.meta,)
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "message"),
+    [
+        (Module("VPPrecond"), "DhariwalUNet", "VPPrecond of DhariwalUNet, need EDMPrecond of"),
+        (Module("iDDPMPrecond"), "SongUNet", "iDDPMPrecond of SongUNet, need"),
+        (Module("VPPrecond", beta_d=20.0), "SongUNet", r"beta_d=20\.0, need 19\.9"),
+        (Module("EDMPrecond", sigma_data=1.0), "SongUNet", r"sigma_data=1\.0, need 0\.5"),
+        (Module("EDMPrecond"), "SongUNet", "need a SongUNet, or a DhariwalUNet of at least 128"),
+    ],
+    ids=lambda x: x.meta["class_name"] if isinstance(x, Module) else None,
+)
+def test_a_network_of_edm_that_ours_cannot_be_is_refused(tmp_path, outer, inner, message):
+    outer.meta["state"]["_modules"] = {"model": Module(inner)}
+    (tmp_path / "edm.pkl").write_bytes(pickle.dumps({"ema": outer}))
+    with pytest.raises(ValueError, match=message):
         published.load(tmp_path / "edm.pkl")
 
 

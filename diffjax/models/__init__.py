@@ -12,11 +12,21 @@ import jax.numpy as jnp
 
 from ..types import Array, Cond, Key
 from .mlp import MLP, MLPConfig
+from .song_unet import SongUNet, SongUNetConfig
 from .unet import UNet, UNetConfig
 
-MODELS = {UNetConfig: UNet, MLPConfig: MLP}
+MODELS = {UNetConfig: UNet, SongUNetConfig: SongUNet, MLPConfig: MLP}
 
-__all__ = ["MLP", "MODELS", "MLPConfig", "UNet", "UNetConfig", "apply"]
+__all__ = [
+    "MLP",
+    "MODELS",
+    "MLPConfig",
+    "SongUNet",
+    "SongUNetConfig",
+    "UNet",
+    "UNetConfig",
+    "apply",
+]
 
 
 def apply(

@@ -61,8 +61,10 @@ class UNetConfig:
     null_label: bool = False
     """Add one class that means "no label", index `labels`, for classifier-free guidance."""
     image_cond: bool = False
-    """Concatenate `cond["image"]`, enlarged to the height and width of x_t, to the input, and embed
-    `cond["image_log_snr"]` `[batch]`, how noisy it is, beside x_t's."""
+    """Concatenate `cond["image"]`, enlarged to the height and width of x_t, to the input."""
+    image_level: bool = True
+    """And embed `cond["image_log_snr"]` `[batch]`, how noisy it is, beside x_t's; OpenAI's
+    upsamplers do not."""
     remat: bool = False
     """Recompute blocks in the backward pass: less memory, more time."""
     bfloat16: bool = False
@@ -88,6 +90,10 @@ class UNetConfig:
                 )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: must be in [0, 1)")
+
+    def heads_of(self, channels: int) -> int:
+        """The heads of an attention over so many channels."""
+        return channels // self.head_width if self.head_width else self.heads
 
     def check_input(self, shape: tuple[int, ...]) -> None:
         """Raise a ValueError unless an example of this shape fits: an image that halves evenly."""
@@ -127,7 +133,7 @@ class UNet(nn.Module):
 
         embed = lambda level: level_embedding(c.level_scale * level, c.width, c.level_period)
         emb = embed(log_snr)
-        if c.image_cond:
+        if c.image_cond and c.image_level:
             emb = jnp.concatenate([emb, embed(cond["image_log_snr"])], axis=-1)
         emb = emb.astype(dtype)
         emb = nn.Dense(4 * c.width, kernel_init=Init, dtype=dtype, name="embed_0")(emb)
@@ -218,23 +224,26 @@ class Block(nn.Module):
         attend = self.attend
         if attend is None:
             attend = self.resize is None and h.shape[1] in c.attention
-        return Attention(c, self.dtype, name="attention")(h) if attend else h
+        if not attend:
+            return h
+        heads = c.heads_of(self.channels)
+        return Attention(heads, c.groups, c.epsilon, self.dtype, name="attention")(h)
 
 
 class Attention(nn.Module):
     """Self-attention over the pixels, added to its input. Softmax in float32."""
 
-    config: UNetConfig
-    dtype: jnp.dtype
+    heads: int
+    groups: int
+    epsilon: float
+    dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        c = self.config
         batch, height, width, channels = x.shape
-        heads = channels // c.head_width if c.head_width else c.heads
-        h = nn.GroupNorm(c.groups, epsilon=c.epsilon, dtype=self.dtype, name="norm")(x)
+        h = nn.GroupNorm(self.groups, epsilon=self.epsilon, dtype=self.dtype, name="norm")(x)
         qkv = nn.Dense(3 * channels, kernel_init=Init, dtype=self.dtype, name="qkv")(h)
-        qkv = qkv.reshape(batch, height * width, 3, heads, channels // heads)
+        qkv = qkv.reshape(batch, height * width, 3, self.heads, channels // self.heads)
         h = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
         h = nn.Dense(channels, kernel_init=Zero, dtype=self.dtype, name="out")(h.reshape(x.shape))
         return x + h

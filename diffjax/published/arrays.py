@@ -1,7 +1,7 @@
 """From others' state dicts to our parameters: one walk over our arrays, and a table of names.
 
-All these U-Nets are DDPM's; they differ in what they call their layers, in the order of the rows
-that make queries, keys and values, and in whether the sinusoids' sines or cosines come first.
+All these U-Nets are DDPM's or its kin; they differ in what they call their layers, in the order of
+the rows that make queries, keys and values, and in whether sines or cosines come first.
 """
 
 from pathlib import Path
@@ -53,8 +53,8 @@ def convert(where: Path, state: dict[str, Any], config: Config, names: Names) ->
             wrong.append(f"{theirs} is missing, or not of {like.size:,} numbers")
             continue
         if layer == "qkv":
-            c, channels = unet(config), like.shape[-1] // 3
-            heads = channels // c.head_width if c.head_width else c.heads
+            c, channels = config.model, like.shape[-1] // 3
+            heads = c.heads_of(channels) if isinstance(c, UNetConfig) else 1
             value = _queries_first(value, heads, names.order)
         if leaf == "kernel":
             # Convolutions have (out, in, height, width); those that are but matrices may too.
@@ -74,7 +74,7 @@ def convert(where: Path, state: dict[str, Any], config: Config, names: Names) ->
 
 
 def unet(config: Config) -> UNetConfig:
-    """The config's network, which here is always a U-Net."""
+    """The config's network, where it is our U-Net."""
     assert isinstance(config.model, UNetConfig)
     return config.model
 

@@ -1,18 +1,20 @@
-"""EDM's networks (Karras et al. 2022), from their pickles: ADM's as they train it, `DhariwalUNet`.
+"""EDM's networks (Karras et al. 2022), from their pickles.
 
-A pickle holds the network as objects, with the source of their classes, which is not run: the
-arrays are taken out, and the architecture is read off their names and shapes.
+`SongUNet` is DDPM++ and NCSN++; `DhariwalUNet` is ADM's as they train it. A pickle holds the
+network as objects, with the source of their classes, which is not run: the arrays are taken out,
+and the architecture is read off their names and shapes.
 """
 
+import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..config import Config, Data, Sampling, UNetConfig
+from ..config import Config, Data, Sampling, SongUNetConfig, UNetConfig
 from . import torchfile
-from .arrays import Names, convert, unet
+from .arrays import Names, convert
 
 LAYERS = {
     "norm_0": "norm0",
@@ -27,6 +29,50 @@ LAYERS = {
 }
 
 
+class Preconditioning(NamedTuple):
+    """What stands around a network of theirs, in our words.
+
+    Attributes:
+      numbers: those it must have.
+      level: what theirs sees of the noise level, c_noise: so many times what ours sees, plus this.
+      config: fields of our config.
+    """
+
+    numbers: dict[str, float]
+    level: tuple[float, float]
+    config: dict[str, Any]
+
+
+PRECONDITIONINGS = {
+    # c_noise = log(sigma / alpha) / 4.
+    "EDMPrecond": Preconditioning(
+        {"sigma_data": 0.5},
+        (-1 / 8, 0.0),
+        dict(target="F", unit_input=True, schedule="log_uniform", weighting="edm"),
+    ),
+    # c_noise = 999 t, where ours sees 1000 t - 1.
+    "VPPrecond": Preconditioning(
+        {"beta_min": 0.1, "beta_d": 19.9, "M": 1000},
+        (0.999, 0.999),
+        dict(target="eps", schedule="linear", time_steps=1000, time_input=True),
+    ),
+    # c_noise = log(sigma / 2), and the output is sigma times the score.
+    "VEPrecond": Preconditioning(
+        {},
+        (-1 / 2, -math.log(2)),
+        dict(
+            target="score",
+            unit_output=True,
+            schedule="log_uniform",
+            schedule_options={"sigma_min": 0.02, "sigma_max": 100.0},
+        ),
+    ),
+}
+"""By the names of their classes (Karras et al. 2022, table 1)."""
+NETWORKS = {"DhariwalUNet": ("EDMPrecond",), "SongUNet": tuple(PRECONDITIONINGS)}
+"""And what may stand around each network."""
+
+
 def load(path: Path) -> tuple[Any, Config]:
     """The parameters (the moving average) and the config of a pickle.
 
@@ -36,70 +82,94 @@ def load(path: Path) -> tuple[Any, Config]:
     """
     found = torchfile.read(path)
     net = found.get("ema") if isinstance(found, dict) else None
-    kind, state = _class(net), _arrays(net)
-    if kind != "EDMPrecond" or _class(_modules(net).get("model")) != "DhariwalUNet":
-        inner = _class(_modules(net).get("model"))
-        raise ValueError(f"{path} holds {kind} of {inner}, need EDMPrecond of DhariwalUNet")
-    state = {name.removeprefix("model."): value for name, value in state.items()}
-    ours = {name: value for name, value in state.items() if not _UNUSED.search(name)}
-    if "map_label.weight" in ours:
-        ours["map_label.weight"] = ours["map_label.weight"].T  # of one-hot vectors
-    config = make_config(path, ours)
-    size = config.data.size or 0
-    return convert(path, ours, config, Names(modules(unet(config), size), LAYERS, "hck")), config
+    outer, inner = _class(net), _class(_modules(net).get("model"))
+    if outer not in NETWORKS.get(inner, ()):
+        known = ", ".join(f"{o} of {i}" for i, outers in NETWORKS.items() for o in outers)
+        raise ValueError(f"{path} holds {outer} of {inner}, need {known}")
+    for name, value in PRECONDITIONINGS[outer].numbers.items():
+        has = _state(net).get(name, value)
+        if has != value:
+            raise ValueError(f"{path}: {outer} with {name}={has}, need {value}")
+    state = {name.removeprefix("model."): value for name, value in _arrays(net).items()}
+    config = make_config(path, state, outer, inner)
+    names = Names(modules(config), LAYERS, "hck", cos_first=inner == "DhariwalUNet")
+    return convert(path, renamed(state, inner), config, names), config
 
 
-# They augment images while training, and say so by another input, which is 0 afterwards.
-_UNUSED = re.compile(r"^map_augment\.|resample_filter$")
+def make_config(path: Path, state: dict[str, np.ndarray], outer: str, inner: str) -> Config:
+    """What the names and shapes of the arrays of a network say, as our config.
 
-
-def make_config(path: Path, state: dict[str, np.ndarray]) -> Config:
-    """What the names and shapes of the arrays of a `DhariwalUNet` say, as our config."""
+    Args:
+      path: the file, for messages.
+      state: the arrays.
+      outer: the class of its preconditioning.
+      inner: its class.
+    """
     blocks = [re.fullmatch(r"enc\.(\d+)x\d+_block(\d+)\.conv1\.weight", name) for name in state]
     shapes = {(int(m[1]), int(m[2])): state[m[0]].shape for m in blocks if m}
     sizes = sorted({size for size, _ in shapes}, reverse=True)
     first = state.get(f"enc.{sizes[0]}x{sizes[0]}_conv.weight") if sizes else None
-    if first is None or len(first) < 128:
-        # Narrower networks have fewer groups in some normalisations than in others.
-        raise ValueError(f"{path}: need a DhariwalUNet of at least 128 channels")
-    width, channels = first.shape[:2]
-    labels = state.get("map_label.weight", ())
-    model = UNetConfig(
+    if first is None or (inner == "DhariwalUNet" and len(first) < 128):
+        # Narrower ones of ADM have fewer groups in some normalisations than in others.
+        raise ValueError(f"{path}: need a SongUNet, or a DhariwalUNet of at least 128 channels")
+    size, (width, channels) = sizes[0], first.shape[:2]
+    around = PRECONDITIONINGS[outer]
+    read: dict[str, Any] = dict(
         width=width,
         mults=tuple(shapes[size, 0][0] // width for size in sizes),
-        blocks=sum(size == sizes[0] for size, _ in shapes),
+        blocks=sum(s == size for s, _ in shapes),
         attention=tuple(s for s in sizes if f"enc.{s}x{s}_block0.qkv.weight" in state),
-        head_width=64,
-        epsilon=1e-5,
-        scale_shift=True,
-        resblock_updown=True,
-        level_scale=-1 / 8,  # their c_noise is log(sigma / alpha) / 4
+        level_scale=around.level[0],
         out_channels=channels,
-        labels=len(labels),
+        labels=state["map_label.weight"].shape[1] if "map_label.weight" in state else 0,
     )
-    size = sizes[0]
+    if inner == "SongUNet":
+        filters = [value for name, value in state.items() if name.endswith("resample_filter")]
+        model = SongUNetConfig(
+            taps=tuple(filters[0].sum((0, 1, 2)).tolist()) if filters else (1.0, 1.0),
+            fourier="map_noise.freqs" in state,
+            residual_input=any("_aux_residual." in name for name in state),
+            level_shift=around.level[1],
+            **read,
+        )
+    else:
+        model = UNetConfig(
+            head_width=64, epsilon=1e-5, scale_shift=True, resblock_updown=True, **read
+        )
     return Config(
         data=Data("folder", size=size, shape=(size, size, channels)),
-        target="F",
-        unit_input=True,
-        schedule="log_uniform",
-        weighting="edm",
         model=model,
         sampling=Sampling("edm", times="karras", steps=40),
+        **around.config,
     )
 
 
-def modules(c: UNetConfig, size: int) -> dict[str, str]:
+def renamed(state: dict[str, np.ndarray], inner: str) -> dict[str, np.ndarray]:
+    """The arrays that we have a place for, as if all were some layer's weights."""
+    # They augment images while training, and say so by another input, which is 0 afterwards and
+    # whose layer has no bias.
+    unused = re.compile(r"^map_augment\.|resample_filter$")
+    state = {name: value for name, value in state.items() if not unused.search(name)}
+    if "map_noise.freqs" in state:
+        state["map_noise.weight"] = state.pop("map_noise.freqs")
+    if inner == "DhariwalUNet" and "map_label.weight" in state:
+        state["map_label.weight"] = state["map_label.weight"].T  # ours is a table of rows
+    return state
+
+
+def modules(config: Config) -> dict[str, str]:
     """Our modules' names to theirs, which are told apart by the size of the image."""
-    last = len(c.mults) - 1
+    c: Any = config.model
+    song, last, size = isinstance(c, SongUNetConfig), len(c.mults) - 1, config.data.size or 0
     at = [f"{size // 2**level}x{size // 2**level}" for level in range(last + 1)]
     names = {
+        "": "map_noise",  # the frequencies are no module's
         "embed_0": "map_layer0",
         "embed_1": "map_layer1",
         "label": "map_label",
         "conv_in": f"enc.{at[0]}_conv",
-        "norm_out": "out_norm",
-        "conv_out": "out_conv",
+        "norm_out": f"dec.{at[0]}_aux_norm" if song else "out_norm",
+        "conv_out": f"dec.{at[0]}_aux_conv" if song else "out_conv",
         "middle_0": f"dec.{at[last]}_in0",
         "middle_1": f"dec.{at[last]}_in1",
     }
@@ -109,6 +179,7 @@ def modules(c: UNetConfig, size: int) -> dict[str, str]:
             names[f"up_{level}_{i}"] = f"dec.{at[level]}_block{i}"
         if level:
             names[f"down_{level - 1}_half"] = f"enc.{at[level]}_down"
+            names[f"down_{level - 1}_image"] = f"enc.{at[level]}_aux_residual"
             names[f"up_{level}_double"] = f"dec.{at[level - 1]}_up"
     # Their attention is part of its block.
     return names | {f"{ours}/attention": theirs for ours, theirs in names.items()}
@@ -123,8 +194,8 @@ def _state(net):
     return state if isinstance(state, dict) else {}
 
 
-def _class(net):
-    """The name of a module's class."""
+def _class(net) -> Any:
+    """The name of a module's class, if it is one."""
     meta = net.args[0] if isinstance(net, torchfile.Record) and net.args else {}
     return meta.get("class_name") if isinstance(meta, dict) else type(net).__name__
 

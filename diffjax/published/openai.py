@@ -53,6 +53,7 @@ def improved(
     steps: int = 4000,
     betas: str = "cosine_betas",
     rescale: bool = True,
+    low: int | None = None,
     **model: Any,
 ) -> Config:
     """The config of a network by improved-diffusion's flags.
@@ -64,6 +65,7 @@ def improved(
       steps: their diffusion_steps.
       betas: their noise_schedule, "cosine_betas" or "linear_betas".
       rescale: their rescale_timesteps: whether the network sees times of 0 to 1000.
+      low: their small_size, of an upsampler.
       model: what else of `UNetConfig` is not their default.
     """
     options: dict[str, Any] = {"steps": steps}
@@ -77,6 +79,7 @@ def improved(
         time_steps=steps,
         time_input=True,
         bound_weight=0.001,
+        low=low,
         model=UNetConfig(
             width=width,
             mults=MULTS[size],
@@ -85,6 +88,8 @@ def improved(
             epsilon=1e-5,
             pad_both=True,
             level_scale=1000 / steps if rescale else 1.0,
+            image_cond=low is not None,
+            image_level=False,
             **defaults | model,
         ),
         sampling=Sampling("ancestral", {"variance": "learned"}, steps=steps),
@@ -118,7 +123,7 @@ PUBLISHED: Mapping[str, OpenAI] = {
     "imagenet64_uncond_vlb_100M_1500K": _IMAGENET_64,
     "imagenet64_cond_270M_250K": OpenAI(improved(64, 192, 3, rescale=False, labels=1000)),
     "upsample_cond_500K": OpenAI(
-        improved(*(256, 192, 2), betas="linear_betas", rescale=False, labels=1000, image_cond=True)
+        improved(*(256, 192, 2), betas="linear_betas", rescale=False, labels=1000, low=64)
     ),
     "lsun_uncond_100M_1200K_bs128": _BEDROOM,
     "lsun_uncond_100M_2400K_bs64": _BEDROOM,
@@ -128,12 +133,8 @@ PUBLISHED: Mapping[str, OpenAI] = {
     "128x128_diffusion": OpenAI(guided(128, 256, 2, labels=1000, heads=4, head_width=None)),
     "256x256_diffusion": OpenAI(guided(256, 256, 2, labels=1000)),
     "256x256_diffusion_uncond": OpenAI(guided(256, 256, 2)),
-    "64_256_upsampler": OpenAI(
-        guided(256, 192, 2, labels=1000, heads=4, head_width=None, image_cond=True)
-    ),
-    "128_512_upsampler": OpenAI(
-        guided(512, 192, 2, attention=(32, 16), labels=1000, image_cond=True)
-    ),
+    "64_256_upsampler": OpenAI(guided(256, 192, 2, labels=1000, heads=4, head_width=None, low=64)),
+    "128_512_upsampler": OpenAI(guided(512, 192, 2, attention=(32, 16), labels=1000, low=128)),
     "lsun_bedroom": _LSUN,
     "lsun_cat": _LSUN,
     "lsun_horse": _LSUN,

@@ -1,0 +1,229 @@
+"""The networks of Song et al. 2021 and of EDM: DDPM++ and NCSN++.
+
+They are DDPM's U-Net with residual blocks that change the resolution themselves, and with every sum
+of two branches divided by sqrt(2), so that it does not grow with the depth. NCSN++ is DDPM++ that
+resamples by a smoother filter, sees the noise level through random Fourier features, and is shown
+the image again at every level on the way down ("residual" progressive input).
+
+Song et al. 2021, "Score-based generative modeling through stochastic differential equations",
+appendix H; the variants here are those that Karras et al. 2022 (EDM) train and publish.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ..types import Array, Cond
+from .unet import Attention, Init, Zero, level_embedding
+
+ROOT = math.sqrt(0.5)  # of a sum of two branches, so that it is no larger than they are
+EPSILON = 1e-6  # added to the variance in each group normalisation
+
+
+@dataclasses.dataclass(frozen=True)
+class SongUNetConfig:
+    """Every choice the network leaves open. The defaults are EDM's DDPM++ for CIFAR-10."""
+
+    width: int = 128
+    """Channels of the first level."""
+    mults: tuple[int, ...] = (2, 2, 2)
+    """Channels of each level, in units of `width`; each level halves the image."""
+    blocks: int = 4
+    """Residual blocks per level on the way down; one more on the way up."""
+    attention: tuple[int, ...] = (16,)
+    """Heights of the image at which blocks attend, all on the way down and the last on the way up;
+    so does the first of the two in the middle. One head."""
+    dropout: float = 0.1
+    """Probability of dropping an activation inside a block."""
+    taps: tuple[float, ...] = (1.0, 1.0)
+    """Filter by which images are halved and doubled, up to a factor; (1, 3, 3, 1) in NCSN++."""
+    fourier: bool = False
+    """Embed the noise level by random frequencies, `width` of them (NCSN++)."""
+    residual_input: bool = False
+    """Add the image, halved by convolutions, to the activations of each smaller level (NCSN++)."""
+    level_scale: float = -1 / 8
+    """The network embeds level_scale log_snr + level_shift; log(sigma / alpha) / 4 is EDM's."""
+    level_shift: float = 0.0
+    """What is added then."""
+    out_channels: int | None = None
+    """Channels of the output; None: as many as x_t has."""
+    labels: int = 0
+    """Number of classes that `cond["label"]` takes; 0: no label."""
+    null_label: bool = False
+    """Let the index `labels` mean "no label", for classifier-free guidance; it has no weights."""
+
+    def __post_init__(self) -> None:
+        if not self.mults or min(self.width, self.blocks, *self.mults) < 1 or self.labels < 0:
+            raise ValueError(f"sizes and counts must be at least 1, mults not empty: {self}")
+        if self.null_label and not self.labels:
+            raise ValueError("null_label=True needs labels: there is nothing to leave out")
+        if self.width % 32:
+            raise ValueError(f"width={self.width}: must be a multiple of 32, for the norms' groups")
+        if len(self.taps) % 2 or self.taps != self.taps[::-1] or sum(self.taps) <= 0:
+            raise ValueError(f"taps={self.taps}: need an even number, symmetric, of positive sum")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: must be in [0, 1)")
+
+    def check_input(self, shape: tuple[int, ...]) -> None:
+        """Raise a ValueError unless an example of this shape fits: an image that halves evenly."""
+        halvings = 2 ** (len(self.mults) - 1)
+        if len(shape) != 3 or shape[0] % halvings or shape[1] % halvings:
+            raise ValueError(
+                f"examples of shape {shape}: a network of {len(self.mults)} levels needs [height, "
+                f"width, channels] with height and width divisible by {halvings}; give `mults` "
+                "fewer levels, or crop or pad the images"
+            )
+        heights = [shape[0] // 2**level for level in range(len(self.mults))]
+        if not set(self.attention) <= set(heights):
+            raise ValueError(f"attention={self.attention}: the heights are {heights}")
+
+
+class SongUNet(nn.Module):
+    """The network. Dropout is on exactly when `apply` is given a "dropout" key.
+
+    Call with x_t `[batch, height, width, channels]`, log_snr `[batch]`, and a dict `cond` with
+    `label` `[batch]` integers, if the config has labels. Returns
+    `[batch, height, width, out_channels]`.
+
+    >>> model = SongUNet(SongUNetConfig(width=32, mults=(1, 1), blocks=1, attention=(4,)))
+    >>> inputs = jnp.zeros((1, 8, 8, 3)), jnp.zeros(1), None
+    >>> out, params = jax.eval_shape(model.init_with_output, jax.random.key(0), *inputs)
+    >>> out.shape
+    (1, 8, 8, 3)
+    """
+
+    config: SongUNetConfig
+
+    @nn.compact
+    def __call__(self, x_t: Array, log_snr: Array, cond: Cond) -> Array:
+        c = self.config
+        c.check_input(x_t.shape[1:])
+        conv = functools.partial(nn.Conv, kernel_size=(3, 3), kernel_init=Init)
+        dense = functools.partial(nn.Dense, kernel_init=Init)
+        block = functools.partial(Block, c)
+
+        noise = c.level_scale * log_snr + c.level_shift
+        if c.fourier:
+            # Drawn once: no gradient moves them (Tancik et al. 2020).
+            drawn = self.param("frequencies", nn.initializers.normal(16.0), (c.width,))
+            angles = noise[:, None] * (2 * jnp.pi * jax.lax.stop_gradient(drawn))[None]
+            emb = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+        else:
+            # The last of the frequencies is 1/10000 itself.
+            emb = level_embedding(noise, c.width, 10000 ** (c.width / (c.width - 2)))
+        emb = emb.astype(x_t.dtype)
+        if c.labels:
+            one_hot = nn.one_hot(cond["label"], c.labels, dtype=x_t.dtype)  # zeros for no label
+            emb += dense(emb.shape[-1], name="label")(math.sqrt(c.labels) * one_hot)
+        emb = nn.silu(dense(4 * c.width, name="embed_0")(emb))
+        emb = nn.silu(dense(4 * c.width, name="embed_1")(emb))
+
+        h = conv(c.width, name="conv_in")(x_t)
+        skips, image = [h], x_t
+        for level, mult in enumerate(c.mults):
+            if level != 0:
+                h = block(h.shape[-1], resize=halve, name=f"down_{level - 1}_half")(h, emb)
+                if c.residual_input:
+                    image = conv(h.shape[-1], name=f"down_{level - 1}_image")(pad(image, c.taps))
+                    h = image = (h + every_other(image, c.taps)) * ROOT
+                skips.append(h)
+            for i in range(c.blocks):
+                attend = h.shape[1] in c.attention
+                h = block(c.width * mult, attend=attend, name=f"down_{level}_{i}")(h, emb)
+                skips.append(h)
+
+        h = block(h.shape[-1], attend=True, name="middle_0")(h, emb)
+        h = block(h.shape[-1], name="middle_1")(h, emb)
+
+        for level, mult in reversed(list(enumerate(c.mults))):
+            for i in range(c.blocks + 1):
+                attend = i == c.blocks and h.shape[1] in c.attention
+                h = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = block(c.width * mult, attend=attend, name=f"up_{level}_{i}")(h, emb)
+            if level != 0:
+                h = block(h.shape[-1], resize=double, name=f"up_{level}_double")(h, emb)
+
+        norm = nn.GroupNorm(groups(h.shape[-1]), epsilon=EPSILON, name="norm_out")
+        h = nn.silu(norm(h))
+        channels = c.out_channels or x_t.shape[-1]
+        return conv(channels, kernel_init=Zero, name="conv_out")(h).astype(x_t.dtype)
+
+
+class Block(nn.Module):
+    """Two convolutions with the noise level between them, and a shortcut; then attention.
+
+    `resize`, `halve` or `double`, acts on both branches.
+    """
+
+    config: SongUNetConfig
+    channels: int
+    resize: Callable[[Array, Sequence[float]], Array] | None = None
+    attend: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, emb: Array) -> Array:
+        c = self.config
+        dense = functools.partial(nn.Dense, self.channels, kernel_init=Init)
+        conv = functools.partial(nn.Conv, self.channels, (3, 3))
+        norm = functools.partial(nn.GroupNorm, epsilon=EPSILON)
+
+        project = self.resize is not None or x.shape[-1] != self.channels
+        h = nn.silu(norm(groups(x.shape[-1]), name="norm_0")(x))
+        if self.resize is not None:
+            h, x = self.resize(h, c.taps), self.resize(x, c.taps)
+        h = conv(kernel_init=Init, name="conv_0")(h)
+        h += dense(name="level")(emb)[:, None, None]
+        h = nn.silu(norm(groups(self.channels), name="norm_1")(h))
+        h = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))(h)
+        h = conv(kernel_init=Zero, name="conv_1")(h)
+        h = (h + (dense(name="shortcut")(x) if project else x)) * ROOT
+        if not self.attend:
+            return h
+        return Attention(1, groups(self.channels), EPSILON, name="attention")(h) * ROOT
+
+
+def groups(channels: int) -> int:
+    """Groups of a normalisation: 32, or fewer, so that each has four channels."""
+    return min(32, channels // 4)
+
+
+def halve(x: Array, taps: Sequence[float]) -> Array:
+    """Every other pixel of the filtered image: `[b, h, w, c]` -> `[b, h/2, w/2, c]`.
+
+    Zeros lie around it. With taps (1, 1) it is the mean of each 2x2 square.
+    """
+    return every_other(pad(x, taps), taps)
+
+
+def double(x: Array, taps: Sequence[float]) -> Array:
+    """Zeros between the pixels, filtered; with taps (1, 1) each pixel as a 2x2 square.
+
+    `[b, h, w, c]` -> `[b, 2 h, 2 w, c]`: four times the transpose of `halve`.
+    """
+    b, h, w, c = x.shape
+    large = jax.ShapeDtypeStruct((b, 2 * h, 2 * w, c), x.dtype)
+    return 4 * jax.linear_transpose(functools.partial(halve, taps=taps), large)(x)[0]
+
+
+def pad(x: Array, taps: Sequence[float]) -> Array:
+    """Zeros around an image, as many as the taps reach beyond the two pixels in their middle."""
+    margin = len(taps) // 2 - 1
+    return jnp.pad(x, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
+
+
+def every_other(x: Array, taps: Sequence[float]) -> Array:
+    """Filter along both axes, where all taps lie inside, and keep every other pixel."""
+    # Sums of slices: XLA's depthwise convolution takes seven times as long on a CPU.
+    for axis in (1, 2):
+        end = x.shape[axis] - len(taps) + 1
+        parts = (
+            tap / sum(taps) * jax.lax.slice_in_dim(x, k, k + end, 2, axis)
+            for k, tap in enumerate(taps)
+        )
+        x = functools.reduce(jnp.add, parts)
+    return x
