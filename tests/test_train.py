@@ -77,7 +77,7 @@ def test_every_config_runs_its_smoke_variant(name, tmp_path, capsys):
         draw_folder(tmp_path)
         argv.append(f"--config.data.path={tmp_path}")
     if name != "digits":  # whose programs other tests run as well
-        argv.append("--config.batch-size=4")
+        argv.append("--config.batch-size=8")
     run(tmp_path / "run", *argv, "--config.steps=20")
     out = capsys.readouterr().out
     assert "step 20/20" in out and "img_per_s" in out
