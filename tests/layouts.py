@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 import train
 from diffjax import config as config_lib, data, experiment, keys, parallel
-from diffjax.training import train_step
+from diffjax.training import init_state, train_step
 
 BATCH = 16
 CONFIG = dataclasses.replace(
@@ -110,7 +110,10 @@ def draws(runner, accumulate=1):
     remembers = times._replace(
         init=lambda: jnp.zeros((BATCH, 5), jnp.uint32), remember=lambda extra, seen: seen
     )
-    init, step = make_step(looks, remembers, accumulate)
+    tx, nothing = experiment.make_optimizer(CONFIG.optimizer), jnp.zeros(())
+    key = experiment.make_streams(CONFIG).train
+    init = lambda: init_state(key, nothing, tx, remembers.init())
+    step = make_step(looks, remembers, accumulate)[1]
     state, _ = runner.step(step)(runner.init(init), batch_of(runner, 3))
     return whole(state.extra)
 

@@ -198,15 +198,16 @@ def test_what_methods_carry_along_comes_back_as_what_it_was(tmp_path):
 
 @pytest.mark.parametrize(("kind", "fsdp"), [("pmap", 1), ("sharded", 1), ("sharded", 8)])
 def test_any_layout_reads_what_any_other_wrote(tmp_path, kind, fsdp):
-    wrote = parallel.RUNNERS[kind](fsdp).init(lambda: state_at(20))
+    state = state_at(20)
+    wrote = parallel.RUNNERS[kind](fsdp).init(lambda: state)
     with checkpoint.open_run(tmp_path, CONFIG) as checkpoints:
         checkpoints.save(20, wrote)
     for other, share in (("pmap", 1), ("sharded", 2)):
         like = parallel.RUNNERS[other](share).init(lambda: state_at(0))
         got = restored(tmp_path, like)
-        equal(got, state_at(20))
+        equal(got, state)
         jax.tree.map(lambda a, b: a.sharding == b.sharding or pytest.fail("moved"), got, like)
-    equal(checkpoint.read(tmp_path / "checkpoints" / "20"), state_at(20))
+    equal(checkpoint.read(tmp_path / "checkpoints" / "20"), state)
 
 
 def test_the_newest_every_kth_and_the_best_are_kept(tmp_path):
@@ -217,43 +218,42 @@ def test_the_newest_every_kth_and_the_best_are_kept(tmp_path):
     assert kept == [40, 80, 120, 140]
 
 
-@pytest.mark.parametrize("limit", [0, 4000])
-def test_a_full_disk_is_reported_and_training_goes_on(tmp_path, limit):
-    """Files are limited to so many bytes while two checkpoints are written; a third is written."""
+def test_a_full_disk_is_reported_and_training_goes_on(tmp_path):
+    """Files are limited to so many bytes while two checkpoints are written; a third is written.
+
+    In a process of its own, whose last run ends before that.
+    """
     code = f"""
 import resource, sys
 sys.path[:0] = [{str(ROOT / "tests")!r}]
 from pathlib import Path
 from test_checkpoint import CONFIG, checkpoint, state_at
-with checkpoint.open_run(Path({str(tmp_path)!r}), CONFIG) as checkpoints:
-    checkpoints.save(20, state_at(20))
-    checkpoints.wait()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, limits[1]))
-    for step in (40, 60):
-        checkpoints.save(step, state_at(step))
+limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+for name, limit in (("none", 0), ("some", 4000), ("end", 0)):
+    with checkpoint.open_run(Path({str(tmp_path)!r}) / name, CONFIG) as checkpoints:
+        checkpoints.save(20, state_at(20))
         checkpoints.wait()
-        print("newest", checkpoints.newest())
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    if len(sys.argv) < 2:
-        checkpoints.save(80, state_at(80))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        for step in (40, 60):
+            checkpoints.save(step, state_at(step))
+            checkpoints.wait()
+            print(name, "newest", checkpoints.newest())
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        if name != "end":
+            checkpoints.save(80, state_at(80))
 """
-    run = lambda *args: subprocess.run(
-        [sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=ROOT
-    )
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
-    done = run()
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("could not be written") == 2
-    assert done.stdout.count("newest 20\n") == 2
-    equal(restored(tmp_path), state_at(80))
-    # Nothing is left lying about.
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["20", "80"]
-    shutil.rmtree(tmp_path / "checkpoints" / "80")
-    done = run("end there")
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.count("could not be written") == 6
+    for name, last in (("none", 80), ("some", 80), ("end", 20)):
+        assert done.stdout.count(f"{name} newest 20\n") == 2
+        equal(restored(tmp_path / name), state_at(last))
+        # Nothing is left lying about.
+        kept = {path.name for path in (tmp_path / name / "checkpoints").iterdir()}
+        assert kept == {"20", str(last)}
     assert "UnwrittenError: checkpoint 60 could not be written" in done.stderr
     assert "Event loop is closed" not in done.stderr and "absl" not in done.stderr
-    equal(restored(tmp_path), state_at(20))
 
 
 def test_inspect_says_what_a_run_holds(two, tmp_path):

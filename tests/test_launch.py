@@ -26,13 +26,11 @@ sign.touch()
 """
 
 
-def start(tmp_path, body, *options, processes=2):
+def start(tmp_path, body, *options):
+    """The launcher as a process, to be sent signals."""
     (tmp_path / "script.py").write_text(SCRIPT + body)
     return subprocess.Popen(
-        [
-            *(sys.executable, "-m", "diffjax.launch", f"--processes={processes}", *options),
-            *("--", "script.py"),
-        ],
+        [sys.executable, "-m", "diffjax.launch", "--processes=2", *options, "--", "script.py"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -46,17 +44,36 @@ def finish(process):
     return process.returncode, out
 
 
+@pytest.fixture
+def launched(tmp_path, monkeypatch, capfd):
+    """(body of a script, options) -> what the launcher ends with and says, in this process."""
+
+    def run(body, *options):
+        (tmp_path / "script.py").write_text(SCRIPT + body)
+        monkeypatch.chdir(tmp_path)
+        taken = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        handlers = [signal.getsignal(number) for number in taken]
+        try:
+            status = launch.main(["--processes=2", *options, "--", "script.py"])
+        finally:
+            for number, handler in zip(taken, handlers, strict=True):
+                signal.signal(number, handler)
+        return status, "".join(capfd.readouterr())
+
+    return run
+
+
 def attempts(tmp_path):
     return len((tmp_path / "runs0").read_text())
 
 
-def test_all_well(tmp_path):
+def test_all_well(launched):
     # One write each: the lines of two processes on one pipe must not mix.
     body = "os.write(1, f'{me} {n} {os.environ[\"JAX_NUM_CPU_DEVICES\"]}\\n'.encode())"
-    status, out = finish(start(tmp_path, body, "--devices=3"))
+    status, out = launched(body, "--devices=3")
     assert status == 0 and sorted(out.split("\n")) == ["", "0 2 3", "1 2 3"]
     # This test's own choice, of conftest.py.
-    status, out = finish(start(tmp_path, body))
+    status, out = launched(body)
     assert status == 0 and sorted(out.split("\n")) == ["", "0 2 8", "1 2 8"]
 
 
@@ -67,13 +84,13 @@ def test_all_well(tmp_path):
         ("sys.exit(70)", "process 1 of 2 ended with status 70"),
     ],
 )
-def test_when_one_dies_the_others_end_at_once_and_all_start_again(tmp_path, death, why):
+def test_when_one_dies_the_others_end_at_once_and_all_start_again(launched, tmp_path, death, why):
     body = f"""
 if attempt == 0 and me == 1: {death}
 if attempt == 0: time.sleep(60)
 """
     began = time.monotonic()
-    status, out = finish(start(tmp_path, body))
+    status, out = launched(body)
     assert status == 0
     assert f"launch: {why}" in out and "launch: restart 1 of 3" in out
     assert time.monotonic() - began < 30  # the one that slept was not waited for
@@ -81,24 +98,24 @@ if attempt == 0: time.sleep(60)
     assert len(set(ports)) == 2  # a port for each attempt
 
 
-def test_one_that_hangs_is_noticed(tmp_path):
+def test_one_that_hangs_is_noticed(launched):
     body = """
 for _ in range(600 if attempt == 0 else 3):
     if me == 0 or attempt: sign.touch()
     time.sleep(0.1)
 """
-    status, out = finish(start(tmp_path, body, "--patience=2"))
+    status, out = launched(body, "--patience=2")
     assert status == 0 and "process 1 of 2 made no step for 2 s" in out
 
 
-def test_it_gives_up_after_so_many_restarts(tmp_path):
-    status, out = finish(start(tmp_path, "sys.exit(70)", "--restarts=2"))
+def test_it_gives_up_after_so_many_restarts(launched, tmp_path):
+    status, out = launched("sys.exit(70)", "--restarts=2")
     assert status == 70 and attempts(tmp_path) == 3 and "launch: giving up" in out
 
 
 @pytest.mark.parametrize("status", launch.REFUSED)
-def test_what_is_refused_is_not_tried_again(tmp_path, status):
-    got, _ = finish(start(tmp_path, f"sys.exit({status})"))
+def test_what_is_refused_is_not_tried_again(launched, tmp_path, status):
+    got, _ = launched(f"sys.exit({status})")
     assert got == status and attempts(tmp_path) == 1
 
 
@@ -149,15 +166,15 @@ def test_who_is_stopped_before_it_can_save_can_be_resumed(tmp_path):
     assert status == 75 and "ended by SIGTERM" in out
 
 
-def test_a_status_says_which_signal_it_was(tmp_path):
+def test_a_status_says_which_signal_it_was(launched):
     body = "os.kill(os.getpid(), signal.SIGKILL)"
-    status, _ = finish(start(tmp_path, body, "--restarts=0"))
+    status, _ = launched(body, "--restarts=0")
     assert status == 128 + 9
 
 
-def test_processes_that_were_stopped_by_others_start_again(tmp_path):
+def test_processes_that_were_stopped_by_others_start_again(launched):
     body = "if attempt == 0: sys.exit(75)"
-    status, out = finish(start(tmp_path, body))
+    status, out = launched(body)
     assert status == 0 and "restart 1 of 3" in out
 
 

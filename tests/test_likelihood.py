@@ -27,6 +27,12 @@ def gaussian(schedule):
     return oracles.gaussian(schedule, [MEAN], STD**2)
 
 
+def compiled_elbo(denoise, schedule, **options):
+    """(key, x_0) -> `elbo` in one program: many small ones would take longer to compile."""
+    elbo = lambda key, x_0, **more: likelihood.elbo(key, denoise, schedule, x_0, **options, **more)
+    return jax.jit(elbo, static_argnames=("samples", "at_once"))
+
+
 def with_fraction(denoise, fraction):
     """A denoiser that has learned a variance: `fraction` is a function of t."""
 
@@ -230,13 +236,10 @@ def test_the_estimate_is_unbiased_and_its_error_honest(steps):
     schedule = diffjax.from_betas(diffjax.linear_betas(1000)) if steps else diffjax.cosine()
     denoise, n = gaussian(schedule), 2000
     x_0 = jnp.full((n, 1), 0.1)
-    estimate = likelihood.elbo(
-        jax.random.key(0), denoise, schedule, x_0, steps, levels=None, samples=16
-    )
+    elbo = compiled_elbo(denoise, schedule, steps=steps, levels=None)
+    estimate = elbo(jax.random.key(0), x_0, samples=16)
     if steps:
-        exact = likelihood.elbo(
-            jax.random.key(1), denoise, schedule, x_0[:200], steps, levels=None, samples=None
-        )
+        exact = elbo(jax.random.key(1), x_0[:200], samples=None)
         target, error = exact.nats.mean(), exact.nats.std() / math.sqrt(200)
         np.testing.assert_allclose(exact.standard_error.mean(), exact.nats.std(), rtol=0.3)
     else:
@@ -254,9 +257,8 @@ def test_the_standard_error_is_of_the_noise_and_not_of_the_curve(samples):
     schedule = diffjax.from_betas(diffjax.linear_betas(50))
     denoise = oracles.gaussian(schedule, jnp.zeros(300), STD**2)
     x_0 = jnp.broadcast_to(denoise.sample(jax.random.key(3), 1), (400, 300))
-    found = likelihood.elbo(
-        jax.random.key(0), denoise, schedule, x_0, 50, levels=None, samples=samples
-    )
+    elbo = compiled_elbo(denoise, schedule, steps=50, levels=None)
+    found = elbo(jax.random.key(0), x_0, samples=samples)
     said = jnp.sqrt(jnp.mean(found.standard_error**2))
     assert 0.85 < said / found.nats.std() < 1.6
 
@@ -274,7 +276,7 @@ def test_the_bound_on_a_model_that_is_wrong_is_above_that_of_the_right_one():
     x_0 = oracles.gaussian(schedule, [MEAN], STD**2).sample(jax.random.key(0), 500)
     wrong = oracles.gaussian(schedule, [0.0], 1.5)
     nats = [
-        likelihood.elbo(jax.random.key(1), d, schedule, x_0, levels=None).nats.mean()
+        compiled_elbo(d, schedule, levels=None)(jax.random.key(1), x_0).nats.mean()
         for d in (gaussian(schedule), wrong)
     ]
     # By the KL of the two, because each is tight for its own model.
@@ -285,8 +287,8 @@ def test_the_bound_on_a_model_that_is_wrong_is_above_that_of_the_right_one():
 def test_an_examples_bound_does_not_depend_on_its_batch_mates():
     schedule = diffjax.cosine()
     x_0 = jnp.linspace(-1, 1, 6)[:, None]
-    whole = likelihood.elbo(jax.random.key(0), gaussian(schedule), schedule, x_0)
-    part = likelihood.elbo(jax.random.key(0), gaussian(schedule), schedule, x_0[:2])
+    elbo = compiled_elbo(gaussian(schedule), schedule)
+    whole, part = elbo(jax.random.key(0), x_0), elbo(jax.random.key(0), x_0[:2])
     for a, b in zip(whole, part, strict=True):
         np.testing.assert_allclose(a[:2], b, rtol=1e-5)
 
@@ -313,7 +315,7 @@ def test_flow_likelihood_to_nine_digits_with_adaptive_steps(x64):
     schedule = diffjax.cosine()
     oracle = oracles.gaussian(schedule, [0.3, -0.2], COV)
     x = oracle.sample(jax.random.key(0), 4)
-    got = likelihood.flow_log_likelihood(oracle, schedule, x, tolerance=1e-11)
+    got = jax.jit(lambda x: likelihood.flow_log_likelihood(oracle, schedule, x, tolerance=1e-11))(x)
     np.testing.assert_allclose(got, pulled_back(schedule, oracle, x), atol=1e-9)
 
 
@@ -324,7 +326,7 @@ def test_flow_likelihood_of_a_mixture_is_its_density(x64):
         schedule, [0.3, 0.7], [[-1.0, 0.5], [0.8, -0.3]], np.stack([COV, 0.1 * np.eye(2)])
     )
     x = oracle.sample(jax.random.key(0), 6)
-    got = likelihood.flow_log_likelihood(oracle, schedule, x, steps=200)
+    got = jax.jit(lambda x: likelihood.flow_log_likelihood(oracle, schedule, x, steps=200))(x)
     np.testing.assert_allclose(got, oracle.log_density(x, 0.0), atol=1e-4)
 
 
@@ -333,8 +335,8 @@ def test_hutchinsons_estimate_is_unbiased():
     schedule = diffjax.cosine()
     oracle = oracles.gaussian(schedule, [0.3, -0.2], COV)
     x = jnp.broadcast_to(jnp.array([[0.5, 0.1]]), (2000, 2))
-    exact = likelihood.flow_log_likelihood(oracle, schedule, x[:1], steps=50)[0]
-    got = likelihood.flow_log_likelihood(oracle, schedule, x, jax.random.key(0), steps=50)
+    flow = jax.jit(lambda *a: likelihood.flow_log_likelihood(oracle, schedule, *a, steps=50))
+    exact, got = flow(x[:1])[0], flow(x, jax.random.key(0))
     assert got.std() > 0.1
     np.testing.assert_allclose(got.mean(), exact, atol=4 * got.std() / math.sqrt(2000))
 
@@ -390,9 +392,8 @@ def test_what_has_no_meaning_is_refused(call, message):
 def test_looks_at_once_say_the_same():
     schedule = diffjax.cosine()
     x_0 = jax.random.normal(jax.random.key(0), (3, 1))
-    bound = functools.partial(
-        diffjax.elbo, jax.random.key(1), gaussian(schedule), schedule, x_0, 10, levels=None
-    )
+    elbo = compiled_elbo(gaussian(schedule), schedule, steps=10, levels=None)
+    bound = functools.partial(elbo, jax.random.key(1), x_0)
     for samples in (32, None):
         one, several = (bound(samples=samples, at_once=n) for n in (1, 5))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), one, several)

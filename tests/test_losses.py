@@ -221,13 +221,14 @@ def test_the_hybrid_loss_learns_the_mean_by_one_part_and_the_variance_by_the_oth
             **kw,
         ).mean()
     )
-    whole = jax.grad(mean(diffjax.hybrid_loss, bound_weight=0.01), (0, 1))(1.0, 0.3)
-    bound = jax.grad(mean(diffjax.bound_loss), (0, 1))(1.0, 0.3)
+    whole = jax.jit(jax.grad(mean(diffjax.hybrid_loss, bound_weight=0.01), (0, 1)))(1.0, 0.3)
+    bound = jax.jit(jax.grad(mean(diffjax.bound_loss), (0, 1)))(1.0, 0.3)
     simple = jax.grad(
         lambda scale: diffjax.diffusion_loss(
             key, lambda x, l, c: scale * jnp.sin(x), schedule, "eps", x_0, t=t, steps=steps
         ).mean()
-    )(1.0)
+    )
+    simple = jax.jit(simple)(1.0)
     np.testing.assert_allclose(whole[0], simple, rtol=1e-9)
     np.testing.assert_allclose(whole[1], 0.01 * bound[1], rtol=1e-9)
     assert abs(bound[0]) > 0 and abs(bound[1]) > 0
@@ -238,23 +239,16 @@ def test_the_mean_of_the_bound_loss_over_all_steps_is_the_bound(x64, variance):
     schedule, steps = diffjax.from_betas(diffjax.linear_betas(10, 1e-3, 0.3)), 10
     network = learned if variance == "learned" else lambda x, l, c: jnp.sin(x)
     x_0 = jnp.broadcast_to(jnp.array([[-1.0, -0.2, 0.6, 1.0]]), (5000, 4))
-    each = [
-        diffjax.bound_loss(
-            jax.random.key(i),
-            network,
-            schedule,
-            "eps",
-            x_0,
-            t=i / steps,
-            steps=steps,
-            variance=variance,
-        )
-        for i in range(1, steps + 1)
-    ]
-    denoise = diffjax.denoiser(network, schedule, "eps", learned_variance=variance == "learned")
-    exact = likelihood.elbo(
-        jax.random.key(0), denoise, schedule, x_0, steps, variance=variance, samples=None
+    options = dict(steps=steps, variance=variance)
+    loss = jax.jit(
+        lambda key, t: diffjax.bound_loss(key, network, schedule, "eps", x_0, t=t, **options)
     )
+    each = [loss(jax.random.key(i), i / steps) for i in range(1, steps + 1)]
+    denoise = diffjax.denoiser(network, schedule, "eps", learned_variance=variance == "learned")
+    elbo = lambda x_0: likelihood.elbo(
+        jax.random.key(0), denoise, schedule, x_0, samples=None, **options
+    )
+    exact = jax.jit(elbo)(x_0)
     nats = 4 * np.mean(each)
     np.testing.assert_allclose(nats, (exact.reconstruction + exact.denoising).mean(), rtol=0.02)
 
@@ -282,7 +276,7 @@ def test_the_best_learned_variance_is_the_true_one(x64):
     loss = lambda fraction: diffjax.bound_loss(
         jax.random.key(0), network(fraction), schedule, "eps", x_0, t=t, steps=steps
     ).mean()
-    slope = jax.grad(loss)
+    slope = jax.jit(jax.grad(loss))
     assert slope(best - 0.1) < 0 < slope(best + 0.1)
     assert abs(slope(best)) < 0.1 * slope(best + 0.1)
 
@@ -291,19 +285,16 @@ def test_gradients_of_the_bound_are_finite_at_both_ends_of_the_values_and_of_the
     schedule, steps = diffjax.from_betas(diffjax.linear_betas(1000)), 1000
     x_0 = jnp.tile(jnp.array([-1.0, -0.5, 0.0, 1.0]), (4, 1))
     t = jnp.array([1, 2, 500, 1000]) / steps
-    for dress in (1.0, 30.0):  # a network that is far off, too
-        slope = jax.grad(
-            lambda p, dress=dress: diffjax.bound_loss(
-                jax.random.key(0),
-                lambda x, l, c: dress * learned(x, l, c, p, p),
-                schedule,
-                "eps",
-                x_0,
-                t=t,
-                steps=steps,
-            ).sum()
-        )(0.3)
-        assert jnp.isfinite(slope)
+
+    @jax.jit
+    @jax.grad
+    def slope(p, dress):
+        network = lambda x, l, c: dress * learned(x, l, c, p, p)
+        key = jax.random.key(0)
+        return diffjax.bound_loss(key, network, schedule, "eps", x_0, t=t, steps=steps).sum()
+
+    assert jnp.isfinite(slope(0.3, 1.0))
+    assert jnp.isfinite(slope(0.3, 30.0))  # a network that is far off, too
 
 
 def test_losses_are_remembered_as_in_a_queue_for_each_time():

@@ -559,13 +559,14 @@ def test_a_sample_is_the_same_in_any_batch_and_on_any_number_of_devices(make):
 def test_gradients_through_a_walk_are_finite_and_those_of_differences(x64, name):
     """Also with respect to the schedule, whose ends the samplers must not make singular."""
 
+    @jax.jit
     def end(x, low):
         schedule = diffjax.cosine(low, 6.0)
         ts = jnp.linspace(0.9, 0.1, 4)
         return walk(SAMPLERS[name], schedule, x[None, None], ts)[0, 0]
 
     at, h = (0.3, -6.0), 1e-6
-    slopes = jax.grad(end, (0, 1))(*map(jnp.asarray, at))
+    slopes = jax.jit(jax.grad(end, (0, 1)))(*map(jnp.asarray, at))
     for i, slope in enumerate(slopes):
         up, down = ([v + d * (j == i) for j, v in enumerate(at)] for d in (h, -h))
         difference = (end(*map(jnp.asarray, up)) - end(*map(jnp.asarray, down))) / (2 * h)
@@ -583,7 +584,7 @@ def test_gradients_from_the_very_ends_are_finite(name):
             make, diffjax.shift(table, by), jnp.ones((2, 1)), diffjax.uniform_times(6)
         ).sum()
 
-    assert jnp.isfinite(jax.grad(end)(0.3))
+    assert jnp.isfinite(jax.jit(jax.grad(end))(0.3))
 
 
 def test_the_gradient_by_eta_is_finite_where_it_begins():
