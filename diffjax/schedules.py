@@ -152,7 +152,8 @@ def sigmoid(
     if known(start, end, tau) and (start >= end or tau <= 0):
         raise ValueError(f"{start=}, {end=}, {tau=}: need start < end and tau > 0")
     _require_decreasing(log_snr_min, log_snr_max)
-    params = start, end, tau, log_snr_min, log_snr_max
+    # The logistic function refuses integers.
+    params = [1.0 * value for value in (start, end, tau, log_snr_min, log_snr_max)]
     return Schedule(Partial(_sigmoid, *params), Partial(scales))
 
 

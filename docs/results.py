@@ -98,7 +98,7 @@ def _schedule(name: str, *options: str) -> list[str]:
 
 DIGITS = "configs/digits.py"
 TARGETS = _one_of("config.target", "x_0", "eps", "score", "v")
-ENDS = ("log_snr_min=-8", "log_snr_max=7")
+ENDS = ("log_snr_min=-8.0", "log_snr_max=7.0")
 EVALUATIONS = (6, 10, 20, 50)
 SAMPLERS = {  # each with how often a step evaluates the denoiser
     "ancestral": 1,
@@ -123,7 +123,7 @@ STUDIES = {
     "schedule": Study(
         DIGITS,
         {
-            "linear": _schedule("linear", "log_snr_max=7"),
+            "linear": _schedule("linear", "log_snr_max=7.0"),
             "sigmoid": _schedule("sigmoid", *ENDS),
             "rectified_flow": _schedule("rectified_flow", *ENDS),
             "log_uniform": [

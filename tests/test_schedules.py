@@ -190,6 +190,22 @@ def test_refuses(make, message):
         make()
 
 
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (diffjax.cosine, {"log_snr_min": -8, "log_snr_max": 7}),
+        (diffjax.linear, {"beta_min": 1, "beta_max": 20, "log_snr_max": 7}),
+        (diffjax.sigmoid, {"start": -3, "end": 3, "tau": 1, "log_snr_min": -8, "log_snr_max": 7}),
+        (diffjax.log_uniform, {"sigma_min": 1, "sigma_max": 55}),
+        (diffjax.rectified_flow, {"log_snr_min": -8, "log_snr_max": 7}),
+    ],
+)
+def test_whole_numbers_are_numbers(make, options):
+    t = jnp.linspace(0, 1, 5)
+    floats = {name: float(value) for name, value in options.items()}
+    np.testing.assert_array_equal(make(**options).log_snr(t), make(**floats).log_snr(t))
+
+
 def test_shift_moves_log_snr_only():
     t = jnp.linspace(0, 1, 9)
     moved = diffjax.shift(diffjax.cosine(), -3.0)
