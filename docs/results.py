@@ -334,9 +334,9 @@ ran on the machine's other cores, so that times are rough.
 All are trained on one loss, and end within 8 % of one another in it, as equivalent losses should.
 What is left differs in where a network's error is amplified:
 
-- An x_0 network's squared error counts exp(log-SNR) times as one of eps. The min-SNR weight forgives
-  that at little noise, the bound does not: hence x_0's bits. Its samples are the nearest to the data
-  on both sets.
+- An x_0 network's squared error counts exp(log-SNR) times as one of eps. The min-SNR weight
+  forgives that at little noise, the bound does not: hence x_0's bits. Its samples are the nearest
+  to the data on both sets.
 - A raw score is of size 1 / sigma, which the network must make by itself. On Fashion-MNIST its loss
   between log-SNR 2 and 4 is still a quarter to a half above that of eps (seed 0), and noise stays
   on its samples. `--config.unit_output=True` makes it the eps network by another name.
@@ -372,8 +372,8 @@ EMA
 The runs of target eps, drawn with other weights: 0 is without labels, 1 just conditional.
 
 {guidance}
-Beyond 1 the samples are more typical and less varied: precision rises to a weight of 2, recall falls
-all the way. The Frechet distance is least where nothing is amplified.
+Beyond 1 the samples are more typical and less varied: precision rises to a weight of 2, recall
+falls all the way. The Frechet distance is least where nothing is amplified.
 
 ## Sampler and evaluations
 
