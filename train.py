@@ -37,6 +37,10 @@ from diffjax.config import Config, parse, plainly
 from diffjax.parallel import ALONE, Distributed
 from diffjax.training import Batch
 
+AHEAD = 16
+"""Steps that the host may ask for ahead of the devices: with 32 under way, XLA's CPU devices can
+wait for each other for ever."""
+
 
 def make_loss(
     config: Config, network: Callable, times: experiment.Times, levels: int | None
@@ -150,6 +154,8 @@ def train(
                 sys.exit(preemption.RESUME)
             state, step_metrics = step_fn(state, batch)
             window.append(step_metrics)
+            if len(window) > AHEAD:
+                jax.block_until_ready(window[-AHEAD])
 
             done = step + steps.step
             last = done == config.steps

@@ -250,7 +250,7 @@ def test_the_loop_compiles_the_step_once_and_fetches_nothing_between_log_points(
 ):
     """Whatever turns a device array into numbers on the host goes through `_value`."""
     array = type(jnp.zeros(()))
-    fetched, at_step, compiled = [], [], []
+    fetched, at_step, compiled, losses, under_way = [], [], [], [], []
     value = array._value
     counted = property(lambda self: fetched.append(None) or value.fget(self))
     monkeypatch.setattr(array, "_value", counted)
@@ -264,20 +264,25 @@ def test_the_loop_compiles_the_step_once_and_fetches_nothing_between_log_points(
 
             def guarded(state, batch):
                 at_step.append(len(fetched))
+                under_way.append(sum(not loss.is_ready() for loss in losses))
                 with jax.transfer_guard("disallow"):  # what it needs is on the devices already
-                    return g(state, batch)
+                    state, metrics = g(state, batch)
+                losses.append(metrics["loss"])
+                return state, metrics
 
             return guarded
 
         return runner._replace(step=step)
 
     monkeypatch.setitem(parallel.RUNNERS, "pmap", watched)
+    monkeypatch.setattr(train, "AHEAD", 3)
     run(tmp_path, *TINY, "--config.steps=30", "--profile=2")
     assert len(compiled) == 1
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     fetches = np.diff(at_step)  # after steps 1, 2, ... 29
     assert fetches[9] > 0 and fetches[19] > 0  # the counter works: log points
     assert not np.delete(fetches, [9, 19]).any()
+    assert 0 < max(under_way) <= 3  # the host is ahead of the devices, but not far
 
 
 def test_a_cpus_cores_become_its_devices_unless_the_user_chose(monkeypatch):
