@@ -69,7 +69,7 @@ def members(port_of):
     return [int(pid) for pid in found.stdout.split()]
 
 
-def until(condition, what, seconds=120):
+def until(condition, what, seconds=600):
     for _ in range(10 * seconds):
         if condition():
             return
