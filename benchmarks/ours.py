@@ -134,10 +134,14 @@ def main(name: str, variant: str, folder: str) -> None:
             peaks = {"product_tflop_per_s": product / 1e12, "copy_gb_per_s": copy / 1e9}
             print(json.dumps(peaks), flush=True)
             continue
+        window = []
         began = time.perf_counter()
         for i in range(count if what != "loop" else 0):
             if what == "train":
                 state, metrics = step(state, batch)
+                window.append(metrics)
+                if len(window) > train.AHEAD:
+                    jax.block_until_ready(window[-train.AHEAD])
             elif what == "sample":
                 metrics = generate(state.ema_params, asked)
             elif what == "load":

@@ -132,7 +132,7 @@ STUDIES = {
             ],
         },
     ),
-    "ema": Study(DIGITS, _one_of("config.ema", 0.0, 0.98, 0.999)),
+    "ema": Study(DIGITS, _one_of("config.ema", 0.0, 0.9, 0.98)),
     "guidance": Walks("digits", "eps", _one_of("guidance", 0.0, 1.0, 1.5, 2.0, 4.0)),
     "sampler": Walks(
         "digits",
@@ -365,7 +365,9 @@ The samples are 20 steps of DDIM, uniform in t, so that a schedule here is also 
 Its decay; 0 is none.
 
 {ema}
-EMA
+Without it the samples are four times as far away, while the bound loses a twentieth. The decay
+warms up as (1 + n) / (10 + n), which is 0.987 after 700 steps: 0.995 and all above are the same run
+here.
 
 ## Guidance
 
