@@ -254,7 +254,7 @@ def curves(record: dict[str, Any]) -> Figure:
         for i, (variant, runs) in enumerate(record[name]["runs"].items()):
             for seed, run in runs.items():
                 label = variant if seed == "0" else None
-                ax.plot(*zip(*run["curve"], strict=True), plots.COLOURS[i], lw=1, label=label)
+                ax.plot(*zip(*run["curve"], strict=True), "-", color=plots.COLOURS[i], label=label)
         ax.set(title=name, xlabel="step", ylabel="loss", yscale="log")
         ax.legend(fontsize=8, frameon=False)
     return figure
