@@ -212,14 +212,13 @@ def bands(variants: dict[str, dict[str, dict[str, Any]]], key: str) -> dict[str,
 
 def check(record: dict[str, Any]) -> bool:
     """Train the digits with each target; print each number and its band; whether all lie within."""
+    runs = {target: made("digits", target, 0, Path("runs/reproduce")) for target in TARGETS}
     within = []
-    for target in TARGETS:
-        numbers = made("digits", target, 0, Path("runs/reproduce"))
-        for key in CHECKED:
-            low, high = bands(record["digits"]["runs"], key)[target]
-            within.append(low <= numbers[key] <= high)
-            said = "within" if within[-1] else "OUTSIDE"
-            print(f"{target:6}{COLUMNS[key]:14}{numbers[key]:8.4f}  {said} {low:.4f} to {high:.4f}")
+    for (target, run), key in itertools.product(runs.items(), CHECKED):
+        low, high = bands(record["digits"]["runs"], key)[target]
+        within.append(low <= run[key] <= high)
+        said = "within" if within[-1] else "OUTSIDE"
+        print(f"{target:6}{COLUMNS[key]:14}{run[key]:8.4f}  {said} {low:.4f} to {high:.4f}")
     print(f"{sum(within)} of {len(within)} numbers lie in the recorded band")
     return all(within)
 
