@@ -140,6 +140,9 @@ def log_variance_ratio(
     """
     fraction = variance_fraction(prediction, variance)
     sigma_s, sigma_t = (scales_at(schedule, u, x_t)[1] for u in (s, t))
+    if variance == "posterior":
+        # Not 0 times the logarithms: in a scan, XLA of jax 0.12.0 has been seen to lose the 0.
+        return jnp.zeros_like(sigma_t)
     return 2 * fraction * (jnp.log(sigma_t) - jnp.log(sigma_s))
 
 
