@@ -7,14 +7,15 @@
     python evaluate.py --compare runs/a runs/b               # a table, and a picture of it
     python evaluate.py --help
 
-Prints every number and writes them all, with what they depend on, to DIR/evaluation.json, or to the
-file of --result.
+Prints every number, and writes all of them, with what they depend on, to DIR/evaluation.json, or to
+the file of --result.
 """
 
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,24 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from diffjax import (
-    checkpoint,
+from diffjax import checkpoint, data, likelihood
+from diffjax.evaluation import (
     comparison,
-    data,
-    drawing,
-    evaluation,
-    experiment,
+    distances,
     features,
-    files,
-    likelihood,
-    parallel,
+    likelihoods,
     provenance,
+    sampling,
 )
-from diffjax.config import Config, flatten, plainly, to_json
-from diffjax.drawing import Drawing
+from diffjax.evaluation.command_line import parse_with_run
+from diffjax.evaluation.sampling import Drawing
+from diffjax.experiment import Experiment, resolve
+from diffjax.experiment.command_line import error_exit
+from diffjax.experiment.config import require, to_json
+from diffjax.experiment.dataset import load_data
+from diffjax.training import runners
+from diffjax.training.distributed import Distributed, check_batch, failing_fast, setup
+from diffjax.training.files import digest, flatten, write_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,74 +49,77 @@ class Arguments:
     """What to evaluate."""
 
     workdir: Path = Path("runs/digits")
-    """A run's directory."""
+    """A run's directory, an exported file, or the name of a network that comes with diffjax."""
     held_out: int | None = None
-    """Held-out examples whose bits to count, the first so many; None: all; 0: none."""
-    looks: int = 32
-    """Times at which the bound looks at each example."""
+    """Number of held-out examples whose bits are counted, from the first; None: all; 0: none."""
+    bound_samples: int = 32
+    """Times at which the bound evaluates each example."""
     flow: bool = False
-    """Whether to follow the probability flow too: 4 x flow_steps evaluations and derivatives."""
+    """Count bits by the probability flow too: 4 x flow_steps evaluations and derivatives."""
     flow_steps: int = 50
-    """Its steps."""
+    """Steps of the probability flow."""
     features: str = "pca24"
     """The feature space of distances: pca24, fashion_classifier, or a function of yours,
     module:function, from images [n, height, width, channels] in [-1, 1] to [n, d]."""
     reference: str = "train"
-    """What samples are compared with: the data's part train, or test."""
+    """The data that samples are compared with: its part train, or test."""
     samples: Path | None = None
-    """A file of sample.py's to measure; None: draw `n` now."""
+    """A file of sample.py whose samples are measured; None: draw `n` samples."""
     drawing: tyro.conf.OmitArgPrefixes[Drawing] = Drawing()  # noqa: RUF009, it is frozen
-    """Which samples to draw, by which walk; n=0: measure none."""
+    """Which samples to draw, and how; n=0: none."""
     result: Path | None = None
-    """Where the numbers go, a file .json; None: DIR/evaluation.json."""
+    """Where the numbers are written, a file .json; None: DIR/evaluation.json."""
     compare: tuple[Path, ...] = ()
-    """Runs that were evaluated, or their JSON files: nothing is evaluated, they are compared."""
+    """Evaluated runs, or their JSON files, to compare; nothing is evaluated."""
     picture: Path = Path("comparison.png")
     """Where the comparison is drawn."""
-    distributed: parallel.Distributed = parallel.Distributed()  # noqa: RUF009, it is frozen
-    """Which of how many processes this is."""
+    distributed: Distributed = Distributed()  # noqa: RUF009, it is frozen
+    """Where this process stands among several."""
 
 
 def evaluate(args: Arguments) -> dict[str, Any]:
     """The numbers that `evaluation.json` gets, and what they depend on."""
     check(args)
-    config = checkpoint.read_config(args.workdir)
-    given = None if args.samples is None else drawing.read(args.samples)
-    drawn = drawing.configured(config, args.drawing) if args.drawing.n else config
-    # Nothing would be saved: a signal shall end it, not wait for a step to ask.
+    e = resolve(checkpoint.read_config(args.workdir))
+    config = e.config
+    given = None if args.samples is None else sampling.read(args.samples)
+    drawn = sampling.drawn_by(config, args.drawing) if args.drawing.n and not given else e
+    # Nothing would be saved, so SIGTERM may end the process at once.
     jax.config.update("jax_enable_preemption_service", False)
-    parallel.setup(args.distributed, config.batch_size)
-    parallel.check_batch(config.batch_size)
-    dataset = experiment.load_data(config)
+    setup(args.distributed, config.batch_size)
+    check_batch(config.batch_size)
+    dataset = load_data(config)
     part = dataset.train if args.reference == "train" else dataset.test
     reference = data.take(part, np.arange(len(part.x)))["x"]
     space = features.named(args.features, reference) if given or args.drawing.n else None
-    network, params, _ = checkpoint.load(args.workdir)
-    made_by = {"parameters": drawing.parameters(config, params), "program": provenance.program()}
+    _, params, _ = checkpoint.load(args.workdir)
+    runner = runners.RUNNERS[config.parallel](1)
+    made_by = {"parameters": sampling.parameters(config, params), "program": provenance.program()}
     found = made_by | {"config": json.loads(to_json(config))}
 
     if args.held_out != 0:
-        found |= count_bits(args, config, network, params, dataset.test)
+        found |= count_bits(args, e, runner, params, dataset.test)
     if space is None:
         return found
 
-    samples, settings = given or draw(drawn, args.drawing, network, params, reference.shape[1:])
+    samples, settings = given or draw(drawn, args.drawing, runner, params, reference.shape[1:])
     if settings["parameters"] != found["parameters"]:
-        raise ValueError(f"{args.samples} is of other parameters than {args.workdir}'s newest")
+        raise ValueError(
+            f"{args.samples} holds samples of other parameters than {args.workdir}'s newest"
+        )
     x = data.take(samples, np.arange(len(samples.x)))["x"]
-    distances = evaluation.distances(space.features(x), space.features(reference))
-    of = ("n", "label", "seed", "sampler", "options", "times", "steps", "guidance")
+    recorded = {k: v for k, v in settings.items() if k not in ("parameters", "config", "program")}
     return (
         found
-        | distances
+        | distances.measure(space.features(x), space.features(reference))
         | {
-            "samples": {name: settings[name] for name in (*of, "function_evaluations")},
+            "samples": recorded,
             "features": {"name": space.name, "sha256": space.sha256},
             "reference": {
                 "data": config.data.name,
                 "part": args.reference,
                 "n": len(reference),
-                "sha256": provenance.digest(part.x),
+                "sha256": digest(part.x),
             },
         }
     )
@@ -121,8 +128,8 @@ def evaluate(args: Arguments) -> dict[str, Any]:
 def check(args: Arguments) -> None:
     """Refuse what makes no sense, before anything is loaded or compiled."""
     features.check(args.features)
-    for holds, what in (
-        (args.looks >= 2, f"looks={args.looks}: must be at least 2"),
+    require(
+        (args.bound_samples >= 2, f"bound_samples={args.bound_samples}: must be at least 2"),
         (args.flow_steps >= 1, f"flow_steps={args.flow_steps}: must be at least 1"),
         (
             args.held_out is None or args.held_out == 0 or args.held_out >= 2,
@@ -140,48 +147,43 @@ def check(args: Arguments) -> None:
             args.result is None or (args.result.suffix == ".json" and args.result.parent.is_dir()),
             f"result={args.result}: must be a file .json in a folder that is there",
         ),
-        (
-            args.samples is None or args.drawing == Drawing(),
-            f"samples={args.samples}: they are drawn already; give no n, sampler or the like",
-        ),
-    ):
-        if not holds:
-            raise ValueError(what)
+    )
 
 
 def draw(
-    config: Config,
+    e: Experiment,
     wanted: Drawing,
-    network: Callable[..., Any],
+    runner: runners.Runner,
     params: Any,
     shape: tuple[int, ...],
 ) -> tuple[data.Examples, dict[str, Any]]:
-    """Samples of a shape, and their settings, as `drawing.read` has those of a file."""
-    generate, n = experiment.make_generate(config, network, shape), wanted.n
-    label = drawing.labels(config, wanted)
-    parts = drawing.draw(generate, params, label, range(n), config.batch_size)
-    samples = data.Examples(np.concatenate(list(drawing.watched(parts, "samples", n))))
-    return samples, drawing.settings(config, wanted, params)
+    """Samples of a shape, and their settings, as `sampling.read` returns those of a file."""
+    generate, label = sampling.make_generate(e, shape), sampling.labels(e.config, wanted)
+    indices, size = range(wanted.n), e.config.batch_size
+    parts = sampling.draw(runner, generate, params, label, indices, size)
+    samples = np.concatenate(list(sampling.with_progress(parts, "samples", wanted.n)))
+    return data.Examples(samples), sampling.settings(e, wanted, params)
 
 
 def count_bits(
     args: Arguments,
-    config: Config,
-    network: Callable[..., Any],
+    e: Experiment,
+    runner: runners.Runner,
     params: Any,
     test_set: data.Examples,
 ) -> dict[str, Any]:
     """Bits per dimension of held-out examples, by the bound and, if asked for, by the flow."""
+    config = e.config
     levels = data.levels(config.data.name, test_set)
     batch = data.first(test_set, args.held_out or len(test_set.x))
     n = len(batch["index"])
-    measures = {"bound": experiment.make_bound(config, network, levels, args.looks)}
+    measures = {"bound": likelihoods.variational_bound(e, levels, args.bound_samples)}
     if args.flow:
-        measures["flow"] = experiment.make_flow_bound(config, network, levels, args.flow_steps)
-    runner = parallel.RUNNERS[config.parallel](1)
+        measures["flow"] = likelihoods.flow_bound(e, levels, args.flow_steps)
     found: dict[str, Any] = {}
     for name, measure in measures.items():
-        nats = parallel.in_batches(runner, runner.map(measure), params, batch, config.batch_size)
+        mapped = runner.map(measure)
+        nats = runners.in_batches(runner, mapped, params, batch, config.batch_size)
         bits = np.asarray(likelihood.bits_per_dim(nats, batch["x"].shape[1:]), np.float64)
         found[f"{name}_bits_per_dim"] = float(bits.mean())
         found[f"{name}_standard_error"] = float(bits.std(ddof=1) / math.sqrt(n))
@@ -189,34 +191,59 @@ def count_bits(
         "held_out": {
             "n": n,
             "seed": config.seed,
-            "looks": args.looks,
+            "bound_samples": args.bound_samples,
             "flow_steps": args.flow_steps,
             "levels": levels,
             "time_steps": config.time_steps,
-            "sha256": provenance.digest(batch["x"]),
+            "sha256": digest(batch["x"]),
         }
     }
 
 
-def main(args: Arguments) -> None:
+def compare(args: Arguments) -> None:
+    """Print a table of runs that were evaluated, and draw it."""
+    results = comparison.read(args.compare)
+    Console().print(comparison.table(results))
+    comparison.figure(results).savefig(args.picture, dpi=120)
+    print(f"drawn: {args.picture}")
+
+
+def run(args: Arguments) -> None:
     """Evaluate, print and write; or compare."""
-    with plainly(ValueError, OSError, ImportError):
+    with error_exit(ValueError, OSError, ImportError):
         if args.compare:
-            if dataclasses.replace(args, compare=(), picture=Arguments.picture) != Arguments():
-                raise ValueError("compare: only reads and draws; give nothing but picture beside")
-            results = comparison.read(args.compare)
-            Console().print(comparison.table(results))
-            comparison.figure(results).savefig(args.picture, dpi=120)
-            print(f"drawn: {args.picture}")
+            compare(args)
             return
         found = evaluate(args)
         if jax.process_index() == 0:
             print(*comparison.lines(flatten(found)), sep="\n")
-            home = args.workdir if args.workdir.is_dir() else args.workdir.parent
             text = json.dumps(found, indent=1) + "\n"
-            files.write_text(args.result or home / comparison.RESULT, text)
+            write_text(args.result or checkpoint.home(args.workdir) / comparison.RESULT, text)
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command; refuses flags that would have no effect."""
+    args = parse_with_run(Arguments, argv, __doc__)
+    with error_exit():
+        check_unused(args, parse_with_run(Arguments, [f"--workdir={args.workdir}"], __doc__))
+    run(args)
+
+
+def check_unused(args: Arguments, default: Arguments) -> None:
+    """Refuse flags that have no effect beside `samples` or `compare`, given the run's defaults."""
+    plain = dataclasses.replace(args, compare=(), picture=default.picture)
+    require(
+        (
+            args.samples is None or args.drawing == default.drawing,
+            f"samples={args.samples}: they are drawn already; give no n, sampler or the like",
+        ),
+        (
+            not args.compare or (plain == default and args.workdir == Arguments.workdir),
+            "compare: only reads and draws; give no other flag than picture",
+        ),
+    )
 
 
 if __name__ == "__main__":
-    with parallel.failing_fast():
-        main(tyro.cli(Arguments, description=__doc__, config=(tyro.conf.FlagConversionOff,)))
+    with failing_fast():
+        main(sys.argv[1:])

@@ -1,18 +1,21 @@
-"""Draw samples from a trained run: a file of all of them, and a picture of the first.
+"""Draw samples from a trained network: a file of all of them, and a picture of the first.
 
     python sample.py --workdir=runs/digits
     python sample.py --workdir=runs/digits --n=1000 --label=7 --sampler=dpm_solver_pp_2m --steps=20
+    python sample.py --workdir=digits --guidance classifier_free:weight=3 within:low=-2,high=4
     python sample.py --help
 
 Writes OUT.npz, with `x` (images as uint8, vectors as float32), `index`, `label` if there are
-classes, and `settings`, JSON of all that the samples depend on; and OUT.png. The same command goes
-on where one was stopped. Sample i does not depend on how many are drawn, on how many at a time, nor
-on how many devices.
+classes, and `settings`, JSON of everything that the samples depend on; and OUT.png. The same
+command continues one that was stopped. Sample i does not depend on how many are drawn, on how many
+at a time, or on how many devices.
 """
 
 import dataclasses
 import json
 import shutil
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,15 @@ import jax
 import numpy as np
 import tyro
 
-from diffjax import checkpoint, data, drawing, experiment, parallel, plots, provenance
-from diffjax.config import flatten, plainly, unlike
-from diffjax.drawing import Drawing
-from diffjax.files import replacing, write_text
+from diffjax import checkpoint, data, plots
+from diffjax.evaluation import provenance, sampling
+from diffjax.evaluation.command_line import parse_with_run
+from diffjax.evaluation.sampling import Drawing
+from diffjax.experiment.command_line import error_exit
+from diffjax.experiment.dataset import example_shape
+from diffjax.training import runners
+from diffjax.training.distributed import Distributed, failing_fast, setup
+from diffjax.training.files import flatten, replacing, unequal, write_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,48 +39,48 @@ class Arguments:
     """What to draw, and where it goes."""
 
     workdir: Path = Path("runs/digits")
-    """A run's directory."""
+    """A run's directory, an exported file, or the name of a network that comes with diffjax."""
     drawing: tyro.conf.OmitArgPrefixes[Drawing] = Drawing()  # noqa: RUF009, it is frozen
-    """Which samples, by which walk."""
+    """Which samples, and how they are drawn."""
     shape: tuple[int, ...] | None = None
-    """Of a sample; None: that of the run's data, which then must be there."""
+    """Shape of a sample; None: that of the run's data, which must then be there."""
     out: Path | None = None
     """The file of samples; None: generated.npz in the run's directory."""
     picture: int = 100
-    """Samples in the picture, at most."""
+    """Largest number of samples in the picture."""
     batch_size: int | None = None
     """Samples drawn, and then written, at a time; None: as many as in training."""
-    distributed: parallel.Distributed = parallel.Distributed()  # noqa: RUF009, it is frozen
-    """Which of how many processes this is."""
+    distributed: Distributed = Distributed()  # noqa: RUF009, it is frozen
+    """Where this process stands among several."""
 
 
 def sample(args: Arguments) -> None:
     """Draw what is not there yet, in each process of a pod alike."""
-    with plainly():
-        # Whatever is wrong with the input is said now, before anything is loaded or compiled.
-        config = drawing.configured(checkpoint.read_config(args.workdir), args.drawing)
-        size = config.batch_size if args.batch_size is None else args.batch_size
+    with error_exit():
+        # Everything that is wrong with the input is reported before anything is loaded or compiled.
+        e = sampling.drawn_by(checkpoint.read_config(args.workdir), args.drawing)
+        size = e.config.batch_size if args.batch_size is None else args.batch_size
         if args.picture < 1 or size < 1:
             raise ValueError(f"picture={args.picture}, batch_size={size}: must be at least 1")
-        # What is drawn is on disk: a signal shall end it, not wait for a step to ask.
+        # What is drawn is on the disk, so SIGTERM may end the process at once.
         jax.config.update("jax_enable_preemption_service", False)
-        parallel.setup(args.distributed, size)
-        shape = args.shape or experiment.example_shape(config)
-        network, params, _ = checkpoint.load(args.workdir)
-        generate = experiment.make_generate(config, network, shape)
-        drawing.check_shape(config, params, shape)
+        setup(args.distributed, size)
+        shape = args.shape or example_shape(e.config)
+        _, params, _ = checkpoint.load(args.workdir)
+        sampling.check_shape(e, params, shape)
+        generate = sampling.make_generate(e, shape)
+        runner = runners.RUNNERS[e.config.parallel](1)
 
-        home = args.workdir if args.workdir.is_dir() else args.workdir.parent
-        out = args.out or home / "generated.npz"
-        settings = drawing.settings(config, args.drawing, params) | {"shape": list(shape)}
+        out = args.out or checkpoint.home(args.workdir) / "generated.npz"
+        settings = sampling.settings(e, args.drawing, params) | {"shape": list(shape)}
         parts = out.with_suffix(".parts")
         done = open_parts(parts, out, settings)
 
-    n, label = args.drawing.n, drawing.labels(config, args.drawing)
+    n, label = args.drawing.n, sampling.labels(e.config, args.drawing)
     first = jax.process_index() == 0
-    with plainly(OSError):
-        drawn = drawing.draw(generate, params, label, range(done, n), size)
-        for x in drawing.watched(drawn, f"{n:,} samples", n, done):
+    with error_exit(OSError):
+        drawn = sampling.draw(runner, generate, params, label, range(done, n), size)
+        for x in sampling.with_progress(drawn, f"{n:,} samples", n, done):
             done += len(x)
             if first:
                 with replacing(parts / f"{done:09}.npy") as new, new.open("wb") as file:
@@ -80,25 +88,26 @@ def sample(args: Arguments) -> None:
     if not first:
         return
 
-    with plainly(OSError):
+    with error_exit(OSError):
         if parts.exists():
             join(parts, out, label, settings)
-        save_picture(out, args.picture, config.model.labels if args.drawing.label is None else 0)
+        classes = e.config.model.labels if args.drawing.label is None else 0
+        save_picture(out, args.picture, classes)
     print(f"{out} and {out.with_suffix('.png').name}: {n:,} samples")
 
 
 def open_parts(parts: Path, out: Path, settings: dict[str, Any]) -> int:
-    """How many samples are there already, in `out` or in a directory of parts of it.
+    """The number of samples that are already in `out`, or in a directory of parts of it.
 
     Raises:
-      ValueError: if they are of other settings, and names what differs.
+      ValueError: if those have other settings; names what differs.
     """
     known = parts / "settings.json"
     if out.exists():
-        found, done = drawing.read(out)[1], settings["n"]
+        found, done = sampling.read(out)[1], settings["n"]
     elif known.exists():
-        found = json.loads(known.read_text())
-        # Written one after the other, each whole, and named by how many there are with it.
+        found = sampling.upgraded(json.loads(known.read_text()))
+        # The parts are written in order, each completely, and named by the samples so far.
         done = max((int(path.stem) for path in parts.glob("*.npy")), default=0)
     else:
         found, done = settings, 0
@@ -106,17 +115,17 @@ def open_parts(parts: Path, out: Path, settings: dict[str, Any]) -> int:
             parts.mkdir(parents=True, exist_ok=True)
             write_text(known, json.dumps(settings))
     found.pop("program", None)
-    lines = unlike(flatten(found), flatten(settings), "it has {!r}, asked for {!r}")
+    lines = unequal(flatten(found), flatten(settings), "it has {!r}, asked for {!r}")
     if lines:
         raise ValueError(
-            f"{out} is of other samples; choose another --out, or undo:\n  "
+            f"{out} holds samples of other settings; choose another --out, or undo:\n  "
             + "\n  ".join(lines.values())
         )
     return done
 
 
 def join(parts: Path, out: Path, label: np.ndarray | None, settings: dict[str, Any]) -> None:
-    """Make one file of the parts, which then go."""
+    """Join the parts to one file, and delete them."""
     x = np.concatenate([np.load(path) for path in sorted(parts.glob("*.npy"))])
     text = json.dumps(settings | {"program": provenance.program()})
     arrays: dict[str, Any] = {"x": x, "index": np.arange(len(x)), "settings": text}
@@ -127,8 +136,8 @@ def join(parts: Path, out: Path, label: np.ndarray | None, settings: dict[str, A
 
 
 def save_picture(out: Path, most: int, classes: int) -> None:
-    """The first samples of a file; with a row for each class, if there are several."""
-    examples, _ = drawing.read(out)
+    """Draw the first samples of a file, with a row for each class if there are several."""
+    examples, _ = sampling.read(out)
     n = min(most, len(examples.x))
     if classes > n:
         classes = 0
@@ -137,6 +146,11 @@ def save_picture(out: Path, most: int, classes: int) -> None:
     plots.samples(x, classes).save(out.with_suffix(".png"))
 
 
+def main(argv: Sequence[str]) -> None:
+    """The command."""
+    sample(parse_with_run(Arguments, argv, __doc__))
+
+
 if __name__ == "__main__":
-    with parallel.failing_fast():
-        sample(tyro.cli(Arguments, description=__doc__, config=(tyro.conf.FlagConversionOff,)))
+    with failing_fast():
+        main(sys.argv[1:])

@@ -9,7 +9,8 @@ parameter count, the schedule and the step are tested against the paper.
 
 import dataclasses
 
-from diffjax.config import Config, Data, Optimizer, Sampling, UNetConfig, smoke, variant_of
+from diffjax.experiment import Config, Data, Optimizer, Sampling, smoke, variant_of
+from diffjax.models import UNetConfig
 
 
 def get_config(variant: str = "") -> Config:

@@ -10,7 +10,8 @@ docs/images/digits_*.png.
 
 import dataclasses
 
-from diffjax.config import Config, Data, Optimizer, Sampling, UNetConfig, smoke, variant_of
+from diffjax.experiment import Config, Data, Optimizer, Sampling, smoke, variant_of
+from diffjax.models import UNetConfig
 
 
 def get_config(variant: str = "") -> Config:
@@ -38,7 +39,7 @@ def get_config(variant: str = "") -> Config:
         eval_every=700,
         save_every=700,
         sample_every=700,
-        sampling=Sampling(steps=20, guidance=1.2, score=800),
+        sampling=Sampling(steps=20, guidance=("classifier_free:weight=1.2",), eval_samples=800),
     )
     tiny = dataclasses.replace(model, width=8, mults=(1,), attention=(8,), groups=4)
     return variant_of(config, variant, smoke=lambda: smoke(config, model=tiny))

@@ -16,7 +16,8 @@ The variant `small` is the same network of images averaged to 14x14, for 700 ste
 
 import dataclasses
 
-from diffjax.config import Config, Data, Optimizer, Sampling, UNetConfig, smoke, variant_of
+from diffjax.experiment import Config, Data, Optimizer, Sampling, smoke, variant_of
+from diffjax.models import UNetConfig
 
 
 def get_config(variant: str = "") -> Config:
@@ -44,7 +45,12 @@ def get_config(variant: str = "") -> Config:
         eval_every=500,
         save_every=500,
         sample_every=1700,
-        sampling=Sampling("dpm_solver_pp_2m_sde", times="log_snr", steps=20, guidance=1.5),
+        sampling=Sampling(
+            "dpm_solver_pp_2m_sde",
+            times="log_snr",
+            steps=20,
+            guidance=("classifier_free:weight=1.5",),
+        ),
     )
     tiny = dataclasses.replace(model, width=8, mults=(1,), groups=4, attention=())
     small = dataclasses.replace(

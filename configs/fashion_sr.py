@@ -14,7 +14,8 @@ on average, but no nearer pixel by pixel. Predicting eps, after 1,200 steps: 3.2
 
 import dataclasses
 
-from diffjax.config import Config, Data, Optimizer, Sampling, UNetConfig, smoke, variant_of
+from diffjax.experiment import Config, Data, Optimizer, Sampling, smoke, variant_of
+from diffjax.models import UNetConfig
 
 
 def get_config(variant: str = "") -> Config:
@@ -31,8 +32,8 @@ def get_config(variant: str = "") -> Config:
     config = Config(
         data=Data("fashion_mnist"),
         target="v",
-        low=14,
-        augment=0.5,
+        low_resolution=14,
+        max_cond_noise=0.5,
         model=model,
         optimizer=Optimizer(learning_rate=2e-3, warmup=100),
         schedule_options={"log_snr_min": -10.0, "log_snr_max": 10.0},
@@ -44,7 +45,7 @@ def get_config(variant: str = "") -> Config:
         eval_every=500,
         save_every=500,
         sample_every=1000,
-        sampling=Sampling(steps=30, level=0.1, columns=20, score=1000),
+        sampling=Sampling(steps=30, cond_noise=0.1, columns=20, eval_samples=1000),
     )
     tiny = dataclasses.replace(model, width=8, mults=(1,), groups=4)
     return variant_of(config, variant, smoke=lambda: smoke(config, model=tiny))

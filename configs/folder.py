@@ -13,7 +13,8 @@ Predicting eps instead, 800 steps gave coloured noise.
 
 import dataclasses
 
-from diffjax.config import Config, Data, Optimizer, Sampling, UNetConfig, smoke, variant_of
+from diffjax.experiment import Config, Data, Optimizer, Sampling, smoke, variant_of
+from diffjax.models import UNetConfig
 
 
 def get_config(variant: str = "") -> Config:

@@ -7,7 +7,8 @@ Any of diffjax's toy sets does: --config.data.name=checkerboard, swiss_roll or c
 
 import dataclasses
 
-from diffjax.config import Config, Data, MLPConfig, Optimizer, Sampling, smoke, variant_of
+from diffjax.experiment import Config, Data, Optimizer, Sampling, smoke, variant_of
+from diffjax.models import MLPConfig
 
 
 def get_config(variant: str = "") -> Config:

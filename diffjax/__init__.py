@@ -2,26 +2,17 @@
 
     x_t = alpha_t x_0 + sigma_t eps,    log_snr = log(alpha^2 / sigma^2),    t = 0 data, 1 noise
 
-A `Schedule` says how fast and how normalised; the forward process has no parameters; a target
-says what a network regresses; a denoiser turns its output into (x_0, eps); a sampler walks from
-noise to data. Importing this imports jax and numpy only; networks are in `diffjax.models`, and
-training in `diffjax.training`.
+A diffusion model is made of four things: a `Schedule`, a network with a target that it regresses, a
+denoiser that turns the network's output into (x_0, eps), and a sampler that walks from noise to
+data. Everything else, guidance, losses, likelihoods and inverse problems, is a function of these.
+
+Importing this imports jax and numpy only; networks are in `diffjax.models`, the training step is in
+`diffjax.training`.
 """
 
-from . import inverse, oracles, samplers, weightings
-from .denoisers import (
-    autoguidance,
-    classifier_free,
-    classifier_guidance,
-    clip_x_0,
-    denoiser,
-    dynamic_threshold,
-    rescale,
-    time_input,
-    unit_input,
-    unit_output,
-    within,
-)
+from . import guidance, inverse, oracles, samplers, schedules, weightings
+from .denoisers import clip_x_0, denoiser, time_input, unit_input, unit_output
+from .guidance import *
 from .learned_variance import bound_loss, hybrid_loss
 from .likelihood import (
     Elbo,
@@ -36,45 +27,8 @@ from .likelihood import (
 from .loss_aware import LossHistory, loss_aware_times, loss_history, remember_losses
 from .losses import diffusion_loss, effective_weight, sample_times
 from .process import prior_sample, q_posterior, q_sample, q_transition, scales_at
-from .samplers import (
-    Sampler,
-    ancestral,
-    ddim,
-    discrete_times,
-    dpm_solver_pp_2m,
-    dpm_solver_pp_2m_sde,
-    dpm_solver_pp_3m,
-    edm,
-    euler_maruyama,
-    heun,
-    karras_times,
-    lms,
-    log_snr_times,
-    predictor_corrector,
-    sample,
-    uniform_times,
-    unipc,
-)
-from .schedules import (
-    Schedule,
-    cosine,
-    cosine_betas,
-    flow,
-    from_betas,
-    linear,
-    linear_betas,
-    log_uniform,
-    monotone,
-    monotone_params,
-    rectified_flow,
-    scaled_linear_betas,
-    shift,
-    sigmoid,
-    time_at,
-    ve,
-    vp,
-    zero_terminal_snr,
-)
+from .samplers import *
+from .schedules import *
 from .targets import TARGETS, convert, decode, encode
 from .types import Denoiser, LearnedPrediction, Network, Prediction
 
@@ -86,78 +40,42 @@ __all__ = [
     "LossHistory",
     "Network",
     "Prediction",
-    "Sampler",
-    "Schedule",
-    "ancestral",
-    "autoguidance",
     "bits_per_dim",
     "bound_loss",
-    "classifier_free",
-    "classifier_guidance",
     "clip_x_0",
     "convert",
-    "cosine",
-    "cosine_betas",
-    "ddim",
     "decode",
     "denoiser",
     "denoising_term",
     "dequantise",
     "diffusion_loss",
-    "discrete_times",
-    "dpm_solver_pp_2m",
-    "dpm_solver_pp_2m_sde",
-    "dpm_solver_pp_3m",
-    "dynamic_threshold",
-    "edm",
     "effective_weight",
     "elbo",
     "encode",
-    "euler_maruyama",
-    "flow",
     "flow_log_likelihood",
-    "from_betas",
-    "heun",
+    "guidance",
     "hybrid_loss",
     "inverse",
-    "karras_times",
-    "linear",
-    "linear_betas",
-    "lms",
-    "log_snr_times",
-    "log_uniform",
     "loss_aware_times",
     "loss_history",
-    "monotone",
-    "monotone_params",
     "oracles",
-    "predictor_corrector",
     "prior_sample",
     "prior_term",
     "q_posterior",
     "q_sample",
     "q_transition",
     "reconstruction_term",
-    "rectified_flow",
     "remember_losses",
-    "rescale",
-    "sample",
     "sample_times",
     "samplers",
-    "scaled_linear_betas",
     "scales_at",
-    "shift",
-    "sigmoid",
-    "time_at",
+    "schedules",
     "time_input",
-    "uniform_times",
-    "unipc",
     "unit_input",
     "unit_output",
-    "ve",
-    "vp",
     "weightings",
-    "within",
-    "zero_terminal_snr",
+    *guidance.__all__,
+    *samplers.__all__,
+    *schedules.__all__,
 ]
 __version__ = "0.1.0"

@@ -1,21 +1,18 @@
-"""From networks to denoisers, and from denoisers to denoisers.
+"""From networks to denoisers: `denoise(x_t, t, cond) -> Prediction(x_0, eps)`.
 
-A sampler calls `denoise(x_t, t, cond) -> Prediction(x_0, eps)` and never learns what the network
-behind it predicts. Guidance and clipping take a denoiser and return a denoiser, so they compose;
+A sampler calls a denoiser and never learns what the network behind it predicts. Clipping, and all of
+`guidance`, takes a denoiser and returns a denoiser, so they compose;
 `functools.partial(denoise, cond=...)` binds the conditioning.
 """
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 
 from .process import scales_at
 from .schedules import Schedule, time_at
 from .targets import Row, decode, row, unit_variance
 from .types import (
-    Array,
-    Cond,
     Data,
     Denoiser,
     LearnedPrediction,
@@ -25,7 +22,6 @@ from .types import (
     Time,
     expand,
     known,
-    select,
 )
 
 
@@ -147,175 +143,7 @@ def clip_x_0(
     """
     if known(low, high) and low >= high:
         raise ValueError(f"{low=} must be below {high=}")
-    return _with_x_0(denoise, schedule, lambda x_0, x_t, t, cond: jnp.clip(x_0, low, high))
-
-
-def dynamic_threshold(
-    denoise: Denoiser, schedule: Schedule, quantile: Scalar = 0.995, limit: Scalar = 1.0
-) -> Denoiser:
-    """Where an example's x_0 leaves the data's range, clip at a quantile and scale back into it.
-
-    Saharia et al. 2022, "Photorealistic text-to-image diffusion models", section 2.3: with s a
-    quantile of |x_0| over the example, but at least `limit`, x_0 becomes clip(x_0, -s, s) limit / s
-    and guided samples saturate less than with `clip_x_0`.
-
-    Args:
-      denoise: a denoiser.
-      schedule: its `Schedule`.
-      quantile: from 0 to 1, which only scales.
-      limit: the greatest absolute value of the data.
-
-    Raises:
-      ValueError: unless `0 <= quantile <= 1` and `limit > 0`.
-    """
-    if known(quantile) and not 0 <= quantile <= 1:
-        raise ValueError(f"{quantile=}: must be in [0, 1]")
-    if known(limit) and limit <= 0:
-        raise ValueError(f"{limit=}: must be positive")
-
-    def shrink(x_0, x_t, t, cond):
-        size = jnp.abs(x_0).reshape(len(x_0), -1)
-        s = expand(jnp.maximum(jnp.quantile(size, quantile, axis=1), limit), x_0)
-        return jnp.clip(x_0, -s, s) * (limit / s)
-
-    return _with_x_0(denoise, schedule, shrink)
-
-
-def rescale(
-    guided: Denoiser, denoise: Denoiser, schedule: Schedule, amount: Scalar = 0.7
-) -> Denoiser:
-    """Give each example's guided x_0 the standard deviation it has without guidance.
-
-    Lin et al. 2024, "Common diffusion noise schedules and sample steps are flawed", section 3.4,
-    on x_0: strong guidance otherwise overexposes.
-
-    Args:
-      guided: a denoiser with guidance.
-      denoise: the same without.
-      schedule: their `Schedule`.
-      amount: how far to go, from 0, not at all, to 1.
-
-    Raises:
-      ValueError: unless `0 <= amount <= 1`.
-    """
-    if known(amount) and not 0 <= amount <= 1:
-        raise ValueError(f"{amount=}: must be in [0, 1]")
-
-    def rescaled(x_0, x_t, t, cond):
-        variance = lambda x: jnp.var(x, axis=tuple(range(1, x.ndim)), keepdims=True) + 1e-12
-        factor = jnp.sqrt(variance(denoise(x_t, t, cond).x_0) / variance(x_0))
-        return x_0 * (1 + amount * (factor - 1))
-
-    return _with_x_0(guided, schedule, rescaled)
-
-
-def classifier_free(denoise: Denoiser, weight: Time, null: Cond) -> Denoiser:
-    """Classifier-free guidance: (1 - w) unconditional + w conditional, in one call.
-
-    Args:
-      denoise: a denoiser trained with and without its conditioning.
-      weight: w, `[]` or `[batch]`; 0 is unconditional, 1 conditional, above 1 exaggerates the
-        condition. (Ho & Salimans 2022, section 3.2, with their w = this one - 1.)
-      null: the conditioning that means "none", a pytree like `cond` whose leaves broadcast
-        against cond's; None if the network takes None for it, which then is called twice.
-
-    Raises:
-      ValueError: when called, if `cond` is not a pytree like `null`.
-    """
-    if null is None:
-        return autoguidance(denoise, lambda x_t, t, cond=None: denoise(x_t, t), weight)
-
-    def guided(x_t, t, cond=None):
-        if jax.tree.structure(cond) != jax.tree.structure(null):
-            raise ValueError(f"guidance needs a cond like its null {null!r}, got {cond!r}")
-        # Each example beside itself, so that one split over devices stays where it is.
-        twice = lambda a, b: jnp.stack([a, b], 1).reshape(2 * len(a), *a.shape[1:])
-        conds = jax.tree.map(lambda c, n: twice(c, jnp.broadcast_to(n, jnp.shape(c))), cond, null)
-        both = denoise(twice(x_t, x_t), t if jnp.ndim(t) == 0 else twice(t, t), conds)
-        given, without = (jax.tree.map(lambda a, i=i: a[i::2], both) for i in (0, 1))
-        return _extrapolate(without, given, expand(weight, x_t))
-
-    return guided
-
-
-def autoguidance(denoise: Denoiser, weaker: Denoiser, weight: Time) -> Denoiser:
-    """Guide a denoiser away from a weaker one: (1 - w) weaker + w denoise.
-
-    Karras et al. 2024, "Guiding a diffusion model with a bad version of itself".
-    `classifier_free` is this with the unconditional denoiser for the weaker one.
-
-    Args:
-      denoise: a denoiser.
-      weaker: a smaller or less trained one of the same task and schedule.
-      weight: w, `[]` or `[batch]`; 1 is no guidance.
-    """
-
-    def guided(x_t, t, cond=None):
-        without, given = weaker(x_t, t, cond), denoise(x_t, t, cond)
-        return _extrapolate(without, given, expand(weight, x_t))
-
-    return guided
-
-
-def _extrapolate(without, given, w):
-    mix = lambda field: (1 - w) * getattr(without, field) + w * getattr(given, field)
-    return given._replace(x_0=mix("x_0"), eps=mix("eps"))
-
-
-def classifier_guidance(
-    denoise: Denoiser,
-    schedule: Schedule,
-    log_prob: Callable[[Data, Time, Cond], Array],
-    weight: Time = 1.0,
-) -> Denoiser:
-    """Add w grad log p(y | x_t), by a classifier of noisy data, to the score.
-
-    Dhariwal & Nichol 2021, "Diffusion models beat GANs", Algorithm 2: eps - sigma w grad.
-
-    Args:
-      denoise: a denoiser.
-      schedule: its `Schedule`.
-      log_prob: (x_t, t, cond) -> log p(y | x_t) of each example, `[batch]`; what y is, it takes
-        from `cond` or knows.
-      weight: w, `[]` or `[batch]`; 1 is Bayes' rule, 0 no guidance.
-    """
-
-    def guided(x_t, t, cond=None):
-        slope = jax.grad(lambda x: log_prob(x, t, cond).sum())(x_t)
-        return add_score(denoise(x_t, t, cond), schedule, t, expand(weight, x_t) * slope)
-
-    return guided
-
-
-def within(
-    guided: Denoiser, denoise: Denoiser, schedule: Schedule, low: Scalar, high: Scalar
-) -> Denoiser:
-    """Guide at some noise levels only: `guided` where low <= log-SNR <= high, else `denoise`.
-
-    Kynkaanniemi et al. 2024, "Applying guidance in a limited interval". With one time for the whole
-    batch, as in `sample`, only the one that is needed is evaluated.
-
-    Args:
-      guided: a denoiser with guidance.
-      denoise: the same without.
-      schedule: their `Schedule`.
-      low: the least log-SNR to guide at.
-      high: the greatest.
-
-    Raises:
-      ValueError: unless `low < high`.
-    """
-    if known(low, high) and low >= high:
-        raise ValueError(f"{low=} must be below {high=}, in log-SNR")
-
-    def inside(x_t, t, cond=None):
-        log_snr = schedule.log_snr(t)
-        chosen = (low <= log_snr) & (log_snr <= high)
-        if jnp.ndim(chosen) == 0:
-            return jax.lax.cond(chosen, lambda: guided(x_t, t, cond), lambda: denoise(x_t, t, cond))
-        return select(chosen, guided(x_t, t, cond), denoise(x_t, t, cond))
-
-    return inside
+    return with_x_0(denoise, schedule, lambda x_0, x_t, t, cond: jnp.clip(x_0, low, high))
 
 
 def add_score(
@@ -335,8 +163,14 @@ def add_score(
     )
 
 
-def _with_x_0(denoise, schedule, change):
-    """Another estimate of x_0, change(x_0, x_t, t, cond); eps follows, all else stays."""
+def with_x_0(denoise: Denoiser, schedule: Schedule, change: Callable[..., Data]) -> Denoiser:
+    """A denoiser whose x_0 is changed, and whose eps follows.
+
+    Args:
+      denoise: a denoiser.
+      schedule: its `Schedule`.
+      change: (x_0, x_t, t, cond) -> the new estimate of x_0.
+    """
 
     def changed(x_t, t, cond=None):
         prediction = denoise(x_t, t, cond)

@@ -1,49 +1,6 @@
-"""Write a trained network as one file, which `checkpoint.load` takes as it takes a run.
+"""The command `python -m diffjax.export`: see `diffjax.published.export`."""
 
-    python -m diffjax.export runs/digits digits.safetensors
-    python -m diffjax.export 64x64_diffusion.pt adm.safetensors
-
-The second is one that others published; see `diffjax.published` for those it can be.
-"""
-
-import dataclasses
-from pathlib import Path
-
-import jax
-import tyro
-
-from . import checkpoint, published, weights
-from .config import plainly
-
-
-@dataclasses.dataclass(frozen=True)
-class Arguments:
-    """What to export, and where to."""
-
-    source: tyro.conf.Positional[Path]
-    """A run's directory, or a network that others published: a folder or a file of theirs."""
-    file: tyro.conf.Positional[Path]
-    """The file to write."""
-
-
-def export(source: Path, file: Path) -> str:
-    """Write the file; returns a line that says what is in it."""
-    ours = (source / checkpoint.CHECKPOINTS).exists() or source.suffix == ".safetensors"
-    params, config = checkpoint.load(source)[1:] if ours else published.load(source)
-    weights.save(file, params, config)
-    count = sum(x.size for x in jax.tree.leaves(params))
-    size = file.stat().st_size
-    return (
-        f"{file}: {config.data.name}, target {config.target}, {count:,} parameters, {size:,} bytes"
-    )
-
-
-def main() -> None:
-    """The command."""
-    args = tyro.cli(Arguments, description=__doc__)
-    with plainly():
-        print(export(args.source, args.file))
-
+from .published.export import main
 
 if __name__ == "__main__":
     main()

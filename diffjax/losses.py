@@ -13,6 +13,10 @@ from .targets import Row, encode, eps_per_out, row, unit_variance
 from .types import Array, Cond, Data, Key, Network, Real, Scale, Time
 from .weightings import Weighting
 
+LOG_SNR_EDGES = tuple(range(-12, 13))
+"""The edges of the log-SNR bins that losses are reported in. They are the same for every run, so
+that runs on different schedules can be compared."""
+
 
 def sample_times(
     key: Key, n: int, steps: int | None = None, index: Int[Real, " batch"] | None = None
@@ -97,10 +101,10 @@ def effective_weight(
       steps: T, if time is discrete; constant between the times of the grid.
 
     Returns:
-      A function of log-SNR, `[]` or `[n]`, to weights of that shape: 0 where the schedule never is.
+      A function of log-SNR, `[]` or `[n]`, to weights of that shape: 0 outside the schedule's range.
 
     >>> import diffjax
-    >>> weighs = effective_weight(diffjax.cosine(), "x_0", diffjax.weightings.elbo)
+    >>> weighs = effective_weight(diffjax.cosine(), "x_0", diffjax.weightings.elbo())
     >>> bool(jnp.allclose(weighs(jnp.array([0.0, 2.0])), jnp.exp(jnp.array([0.0, 2.0])) / 2))
     True
     """
@@ -147,7 +151,7 @@ def diffusion_loss(
       steps: T for discrete time, None for continuous.
 
     Returns:
-      Losses `[batch]`, the mean over the data axes; with `weightings.elbo`, in nats per dimension.
+      Losses `[batch]`, the mean over the data axes; with `weightings.elbo()`, in nats per dimension.
 
     Raises:
       ValueError: if the target is unknown, or the network's output has another shape than `x_0`.
@@ -178,10 +182,32 @@ def weighted_error(
     weight: Weighting | None = None,
     steps: int | None = None,
 ) -> Float[Array, " batch"]:
-    """`diffusion_loss` once the network has spoken: the weighted mean squared error of `out`."""
+    """The weighted mean squared error of a network's output: `diffusion_loss`, given the output."""
     error = (out - encode(target, x_0, eps, *scales_at(schedule, t, x_0))).astype(t.dtype)
     mse = jnp.mean(error**2, axis=range(1, error.ndim))
     return mse * loss_weight(schedule, target, t, weight, steps)
+
+
+def by_log_snr(
+    log_snr: Float[Real, " batch"], losses: Float[Real, " batch"]
+) -> Float[Array, "2 bins"]:
+    """The sum of the losses in each bin of log-SNR, and the number of examples in it.
+
+    The bins lie between neighbours of `LOG_SNR_EDGES`; the outer two include all that is beyond.
+
+    Args:
+      log_snr: of each example.
+      losses: of each example.
+
+    >>> by_log_snr(jnp.array([0.5, 0.0, -99.0]), jnp.array([1.0, 2.0, 4.0]))[:, jnp.array([0, 12])]
+    Array([[4., 3.],
+           [1., 2.]], dtype=float32)
+    """
+    inner = jnp.asarray(LOG_SNR_EDGES[1:-1], log_snr.dtype)
+    which = jnp.searchsorted(inner, log_snr, side="right")
+    here = which[:, None] == jnp.arange(len(LOG_SNR_EDGES) - 1)[None]
+    sums = jnp.where(here, losses[:, None], 0).sum(0)
+    return jnp.stack([sums, here.sum(0).astype(sums.dtype)])
 
 
 def draw(

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from .data import to_bytes
-from .metrics import LOG_SNR_EDGES
+from .losses import LOG_SNR_EDGES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

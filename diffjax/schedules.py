@@ -243,7 +243,7 @@ def monotone(
     squared loss (appendix I.2):
 
         variance = lambda p: jnp.mean(diffusion_loss(key, network, monotone(p), target, x_0,
-                                                     weight=weightings.elbo) ** 2)
+                                                     weight=weightings.elbo()) ** 2)
         gradient = jax.grad(variance)(params)
 
     Args:
@@ -464,3 +464,44 @@ def _require_decreasing(log_snr_min, log_snr_max):
     # Those of a vmapped or learned schedule are not known.
     if known(log_snr_min, log_snr_max) and not log_snr_min < log_snr_max:
         raise ValueError(f"{log_snr_min=} must be below {log_snr_max=}")
+
+
+def _linear_betas(steps: int = 1000, start=1e-4, end=0.02, log_snr_max=24.0):
+    return from_betas(linear_betas(steps, start, end), log_snr_max)
+
+
+def _scaled_linear_betas(steps: int = 1000, start=0.00085, end=0.012, log_snr_max=24.0):
+    return from_betas(scaled_linear_betas(steps, start, end), log_snr_max)
+
+
+def _cosine_betas(steps: int = 1000, max_beta=0.999, log_snr_max=24.0):
+    return from_betas(cosine_betas(steps, max_beta), log_snr_max)
+
+
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
+    "cosine": cosine,
+    "linear": linear,
+    "sigmoid": sigmoid,
+    "log_uniform": log_uniform,
+    "rectified_flow": rectified_flow,
+    "linear_betas": _linear_betas,
+    "scaled_linear_betas": _scaled_linear_betas,
+    "cosine_betas": _cosine_betas,
+}
+"""Every schedule by name, as configs and the command line choose it. One with an option `steps` is
+a table of so many steps of discrete time."""
+
+__all__ = [
+    "SCHEDULES",
+    "Schedule",
+    "flow",
+    "from_betas",
+    "monotone",
+    "monotone_params",
+    "shift",
+    "time_at",
+    "ve",
+    "vp",
+    "zero_terminal_snr",
+    *SCHEDULES,
+]

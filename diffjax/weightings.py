@@ -2,11 +2,12 @@ r"""Loss weightings: functions of (log_snr, rate) that multiply the mean squared
 
 `rate` is -d log_snr / dt in continuous time, or T expm1(log_snr_s - log_snr_t) for a step of the
 grid i/T (`schedules.rate_at`). In every other target's space the same weight is
-weight (alpha / det)^2, which `diffusion_loss` takes care of; so a weighting means the same
-objective whichever target is trained. `losses.effective_weight` says what it amounts to.
+weight (alpha / det)^2, and `diffusion_loss` applies that factor; so a weighting means the same
+objective whichever target is trained. `losses.effective_weight` shows the resulting objective.
 
-`min_snr` and `sigmoid` make a weighting from their parameter; the others are weightings, whose
-options `functools.partial` binds.
+Every function here takes a weighting's parameters and returns the weighting:
+
+    diffusion_loss(key, network, schedule, target, x_0, weight=weightings.min_snr(gamma=5.0))
 """
 
 import math
@@ -20,55 +21,64 @@ from .types import Array
 Weighting = Callable[[Array, Array], Array]
 
 
-def constant(log_snr: Array, rate: Array) -> Array:
+def unit() -> None:
+    """No weighting of the eps error: 1 / (a^2 + b^2) on the target's own error.
+
+    Every target a x_0 + b eps then has variance one if the data has: the factor is 1 for x_0, eps
+    and v, and Song's sigma^2 for the score.
+    """
+
+
+def constant() -> Weighting:
     """1: the L_simple of DDPM (Ho et al. 2020, equation 14)."""
-    return jnp.ones_like(log_snr)
+    return lambda log_snr, rate: jnp.ones_like(log_snr)
 
 
-def elbo(log_snr: Array, rate: Array) -> Array:
+def elbo() -> Weighting:
     """rate / 2: the denoising-matching terms of the bound, in nats per dimension.
 
     Kingma et al. 2021, equations 14 (discrete time) and 17 (continuous time).
+
+    >>> weight = elbo()
+    >>> weight(jnp.zeros(2), jnp.array([3.0, 4.0]))
+    Array([1.5, 2. ], dtype=float32)
     """
-    return rate / 2
+    return lambda log_snr, rate: rate / 2
 
 
-def truncated_snr(log_snr: Array, rate: Array) -> Array:
-    """max(snr, 1) / snr: x_0's error weighted by its SNR, but by 1 at the least.
+def truncated_snr() -> Weighting:
+    """max(snr, 1) / snr: the x_0 error is weighted by its SNR, but by at least 1.
 
     Salimans & Ho 2022, "Progressive distillation", section 4.
     """
-    return jnp.maximum(jnp.exp(-log_snr), 1)
+    return lambda log_snr, rate: jnp.maximum(jnp.exp(-log_snr), 1)
 
 
-def p2(log_snr: Array, rate: Array, *, k: float = 1.0, gamma: float = 1.0) -> Array:
+def p2(k: float = 1.0, gamma: float = 1.0) -> Weighting:
     """1 / (k + snr)^gamma: less weight where only imperceptible noise is left.
 
     Choi et al. 2022, "Perception prioritized training of diffusion models".
     """
-    return (k + jnp.exp(log_snr)) ** -gamma
+    return lambda log_snr, rate: (k + jnp.exp(log_snr)) ** -gamma
 
 
-def edm(
-    log_snr: Array,
-    rate: Array,
-    *,
-    p_mean: float = -1.2,
-    p_std: float = 1.2,
-    sigma_data: float = 0.5,
-) -> Array:
+def edm(p_mean: float = -1.2, p_std: float = 1.2, sigma_data: float = 0.5) -> Weighting:
     """EDM's loss: its weight, times the density of its noise levels over that of uniform t.
 
     Karras et al. 2022, section 5 and table 1: log(sigma/alpha) ~ N(p_mean, p_std^2), and target F
     of that `sigma_data` at weight 1.
     """
-    z = (-log_snr / 2 - p_mean) / p_std
-    density = jnp.exp(-(z**2) / 2) / (2 * p_std * math.sqrt(2 * math.pi))  # of log_snr
-    return rate * density * (jnp.exp(-log_snr) + sigma_data**2) / sigma_data**2
+
+    def weight(log_snr, rate):
+        z = (-log_snr / 2 - p_mean) / p_std
+        density = jnp.exp(-(z**2) / 2) / (2 * p_std * math.sqrt(2 * math.pi))  # of log_snr
+        return rate * density * (jnp.exp(-log_snr) + sigma_data**2) / sigma_data**2
+
+    return weight
 
 
 def min_snr(gamma: float = 5.0) -> Weighting:
-    """min(snr, gamma) / snr: x_0's error weighted by its SNR, up to gamma.
+    """min(snr, gamma) / snr: the x_0 error is weighted by its SNR, but by at most gamma.
 
     Hang et al. 2023, "Efficient diffusion training via Min-SNR weighting strategy", section 3.4.
 
@@ -87,3 +97,16 @@ def sigmoid(bias: float = 0.0) -> Weighting:
     augmentation"; Hoogeboom et al. 2024, "Simpler diffusion", section 3.1.
     """
     return lambda log_snr, rate: rate / 2 * jax.nn.sigmoid(bias - log_snr)
+
+
+WEIGHTINGS: dict[str, Callable[..., Weighting | None]] = {
+    "unit": unit,
+    "constant": constant,
+    "elbo": elbo,
+    "truncated_snr": truncated_snr,
+    "p2": p2,
+    "edm": edm,
+    "min_snr": min_snr,
+    "sigmoid": sigmoid,
+}
+"""Every weighting by name, as configs and the command line choose it."""

@@ -422,10 +422,10 @@ def compare(results):
 
 with jax.enable_x64(True):
     print("float64")
-    double = compute(jnp.float64, diffjax.weightings.elbo)
+    double = compute(jnp.float64, diffjax.weightings.elbo())
     compare(double)
 print("float32, with other draws of the noise")
-single = compute(jnp.float32, diffjax.weightings.elbo)
+single = compute(jnp.float32, diffjax.weightings.elbo())
 compare(single)
 
 # %% [markdown]
@@ -456,7 +456,7 @@ log_snr = jnp.linspace(-9.9, 9.9, 300)
 figure, (ax,) = plots.panels(1, 1, 5.5, 3.2)
 styles = (("x_0", X_0, "-", 5), ("eps", EPS, "--", 3), ("score", SCORE, ":", 1.8))
 for target, colour, dash, width in styles:
-    bound = diffjax.effective_weight(schedule, target, diffjax.weightings.elbo)
+    bound = diffjax.effective_weight(schedule, target, diffjax.weightings.elbo())
     unit = diffjax.effective_weight(schedule, target)
     ax.semilogy(log_snr, bound(log_snr), color=colour, linewidth=width, label=f"{target}, bound")
     ax.semilogy(log_snr, unit(log_snr), dash, color=colour, label=f"{target}, unit variance")

@@ -28,9 +28,9 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 
 import diffjax
-from diffjax import data as datasets, inverse, plots
+from diffjax import data, inverse, plots
 from diffjax.checkpoint import load
-from diffjax.experiment import make_schedule
+from diffjax.experiment.resolve import make_schedule
 
 matplotlib.rcParams.update({"axes.titlesize": 9.5, "legend.fontsize": 8, "legend.frameon": False})
 X_0, EPS, SCORE, POSTERIOR = plots.COLOURS[:4]  # one colour each, in all of these notebooks
@@ -267,7 +267,7 @@ figure
 # Now half of a digit is hidden, and the network is not told which digit it is:
 
 # %%
-truth = jnp.asarray(datasets.first(datasets.load("digits").test, 5)["x"])
+truth = jnp.asarray(data.first(data.load("digits").test, 5)["x"])
 mask = jnp.ones((8, 8, 1)).at[4:].set(0.0)  # the lower half is hidden
 every = lambda x: jnp.repeat(x, 8, axis=0)  # eight answers to each question
 hide = inverse.inpainting(mask)

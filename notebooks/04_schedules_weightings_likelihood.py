@@ -29,7 +29,7 @@ import numpy as np
 import diffjax
 from diffjax import data, plots, weightings
 from diffjax.checkpoint import load
-from diffjax.experiment import make_schedule
+from diffjax.experiment.resolve import make_schedule
 
 matplotlib.rcParams.update({"axes.titlesize": 9.5, "legend.fontsize": 8, "legend.frameon": False})
 X_0, EPS, SCORE, POSTERIOR = plots.COLOURS[:4]  # one colour each, in all of these notebooks
@@ -85,22 +85,22 @@ weight_of = diffjax.effective_weight
 figure, (left, right) = plots.panels(1, 2, 4.8, 3.4)
 plots.weight_curves(
     {
-        "bound, cosine": weight_of(cosine, "eps", weightings.elbo),
-        "bound, linear": weight_of(linear, "x_0", weightings.elbo),
-        "L_simple, cosine": weight_of(cosine, "eps", weightings.constant),
-        "L_simple, linear": weight_of(linear, "eps", weightings.constant),
+        "bound, cosine": weight_of(cosine, "eps", weightings.elbo()),
+        "bound, linear": weight_of(linear, "x_0", weightings.elbo()),
+        "L_simple, cosine": weight_of(cosine, "eps", weightings.constant()),
+        "L_simple, linear": weight_of(linear, "eps", weightings.constant()),
         "x_0 as it is, cosine": weight_of(cosine, "x_0"),
     },
     low=-9.9, high=9.9, ax=left,
 )  # fmt: skip
 plots.weight_curves(
     {
-        "bound": weight_of(cosine, "eps", weightings.elbo),
+        "bound": weight_of(cosine, "eps", weightings.elbo()),
         "min-SNR 5": weight_of(cosine, "eps", weightings.min_snr(5.0)),
-        "P2": weight_of(cosine, "eps", weightings.p2),
+        "P2": weight_of(cosine, "eps", weightings.p2()),
         "sigmoid": weight_of(cosine, "eps", weightings.sigmoid(0.0)),
-        "EDM": weight_of(cosine, "F", weightings.edm),
-        "truncated SNR": weight_of(cosine, "v", weightings.truncated_snr),
+        "EDM": weight_of(cosine, "F", weightings.edm()),
+        "truncated SNR": weight_of(cosine, "v", weightings.truncated_snr()),
     },
     low=-9.9, high=9.9, ax=right,
 )  # fmt: skip

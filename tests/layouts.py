@@ -13,16 +13,18 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 import train
-from diffjax import config as config_lib, data, experiment, keys, parallel
+from diffjax import data, keys, models
+from diffjax.experiment import command_line, config as config_lib, resolve
+from diffjax.training import distributed, runners
 from diffjax.training import init_state, train_step
 
 BATCH = 16
 CONFIG = dataclasses.replace(
-    config_lib.from_file("configs/digits.py:smoke"),
+    command_line.from_file("configs/digits.py:smoke"),
     batch_size=BATCH,
     data=config_lib.Data("digits", flip=True),
     label_drop=0.5,
-    model=config_lib.UNetConfig(
+    model=models.UNetConfig(
         width=8,
         mults=(1,),
         blocks=1,
@@ -34,10 +36,10 @@ CONFIG = dataclasses.replace(
     ),
 )
 LAYOUTS = {
-    "pmap": lambda: parallel.pmap(),
-    "sharded": lambda: parallel.sharded(),
-    "fsdp": lambda: parallel.sharded(0),
-    "two axes": lambda: parallel.sharded(2),
+    "pmap": lambda: runners.pmap(),
+    "sharded": lambda: runners.sharded(),
+    "fsdp": lambda: runners.sharded(0),
+    "two axes": lambda: runners.sharded(2),
 }
 
 
@@ -50,8 +52,8 @@ def batch_of(runner, step):
 
 def make_step(loss_fn, times, accumulate=1):
     """The initial state of `CONFIG`, and a training step."""
-    tx = experiment.make_optimizer(CONFIG.optimizer)
-    init = experiment.make_initial_state(CONFIG, (8, 8, 1), tx, times)
+    tx = resolve.make_optimizer(CONFIG.optimizer)
+    init = resolve.make_initial_state(CONFIG, (8, 8, 1), tx, times)
     step = functools.partial(
         train_step,
         loss_fn=loss_fn,
@@ -66,7 +68,7 @@ def make_step(loss_fn, times, accumulate=1):
 
 def training(accumulate=1):
     """The initial state and the step of train.py."""
-    network, times = experiment.make_network(CONFIG), experiment.make_times(CONFIG)
+    network, times = resolve.make_network(CONFIG), resolve.make_times(CONFIG)
     return make_step(train.make_loss(CONFIG, network, times, None), times, accumulate)
 
 
@@ -98,10 +100,10 @@ def draws(runner, accumulate=1):
         digests.append(jnp.stack([bits(d) for d in (x, noise, t, cond["label"], dropped)], 1))
         return jnp.zeros(len(x))
 
-    make_objective, experiment.make_objective = experiment.make_objective, lambda *_: look
-    times = experiment.make_times(CONFIG)
+    make_objective, resolve.make_objective = resolve.make_objective, lambda *_: look
+    times = resolve.make_times(CONFIG)
     loss_fn = train.make_loss(CONFIG, network, times, None)
-    experiment.make_objective = make_objective
+    resolve.make_objective = make_objective
 
     def looks(key, params, batch, extra):
         losses, _ = loss_fn(key, params, batch)
@@ -110,8 +112,8 @@ def draws(runner, accumulate=1):
     remembers = times._replace(
         init=lambda: jnp.zeros((BATCH, 5), jnp.uint32), remember=lambda extra, seen: seen
     )
-    tx, nothing = experiment.make_optimizer(CONFIG.optimizer), jnp.zeros(())
-    key = experiment.make_streams(CONFIG).train
+    tx, nothing = resolve.make_optimizer(CONFIG.optimizer), jnp.zeros(())
+    key = resolve.make_streams(CONFIG).train
     init = lambda: init_state(key, nothing, tx, remembers.init())
     step = make_step(looks, remembers, accumulate)[1]
     state, _ = runner.step(step)(runner.init(init), batch_of(runner, 3))
@@ -133,12 +135,12 @@ def parameters(runner, steps=20, accumulate=1):
 
 def images(runner):
     """Sixteen samples of the network as it is made."""
-    network = experiment.make_network(CONFIG)
-    init, _ = make_step(None, experiment.make_times(CONFIG))
-    generate = runner.map(experiment.make_generate(CONFIG, network, (8, 8, 1)))
+    network = resolve.make_network(CONFIG)
+    init, _ = make_step(None, resolve.make_times(CONFIG))
+    generate = runner.map(resolve.make_generate(CONFIG, network, (8, 8, 1)))
     index = np.arange(BATCH, dtype=np.int32)
     batch = {"index": index, "label": index % 10}
-    return parallel.in_batches(runner, generate, runner.init(init).params, batch, BATCH)
+    return runners.in_batches(runner, generate, runner.init(init).params, batch, BATCH)
 
 
 def assert_close(got, expected, where):
@@ -155,8 +157,8 @@ def main(out, *words):
     """Write what each layout gives in this process of many; the first one writes."""
     which = dict(word.removeprefix("--distributed.").split("=") for word in words)
     count, process = int(which["processes"]), int(which["process"])
-    parallel.setup(parallel.Distributed(which["coordinator"], count, process), BATCH)
-    parallel.SMALL = 64
+    distributed.setup(distributed.Distributed(which["coordinator"], count, process), BATCH)
+    runners.SMALL = 64
     found = {}
     for name, make in LAYOUTS.items():
         runner = make()

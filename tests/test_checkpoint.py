@@ -17,11 +17,13 @@ import pytest
 from rich.console import Console
 
 import diffjax
-from diffjax import checkpoint, config as config_lib, inspect, parallel
+from diffjax import checkpoint
+from diffjax.experiment import command_line, inspect, run_directory
+from diffjax.training import checkpoints, runners
 from diffjax.training import init_state
 
 ROOT = Path(__file__).parents[1]
-CONFIG = dataclasses.replace(config_lib.from_file("configs/digits.py:smoke"), keep=2)
+CONFIG = dataclasses.replace(command_line.from_file("configs/digits.py:smoke"), keep=2)
 
 
 def state_at(step):
@@ -37,13 +39,13 @@ def state_at(step):
 
 
 def save(workdir, *steps, config=CONFIG, losses=()):
-    with checkpoint.open_run(workdir, config) as checkpoints:
+    with run_directory.open_run(workdir, config) as checkpoints:
         for step, loss in zip(steps, losses or [1.0] * len(steps), strict=True):
             checkpoints.save(step, state_at(step), loss)
 
 
 def restored(workdir, like=None, config=CONFIG):
-    with checkpoint.open_run(workdir, config) as checkpoints:
+    with run_directory.open_run(workdir, config) as checkpoints:
         return checkpoints.restore(state_at(0) if like is None else like)
 
 
@@ -79,16 +81,16 @@ def test_damage_to_any_file_is_found_and_the_older_checkpoint_used(two, tmp_path
     newest = two / "checkpoints" / "40"
     files = [f.relative_to(newest) for f in newest.rglob("*") if f.stat().st_size and f.is_file()]
     # Orbax writes the time into this one when it commits; nothing that is restored depends on it.
-    files.remove(Path(checkpoint.METADATA))
+    files.remove(Path(checkpoints.METADATA))
     assert len(files) > 10
     for i, name in enumerate(files):
-        if name.name == checkpoint.COMMITTED:
+        if name.name == checkpoints.COMMITTED:
             continue  # it says nothing that the seal does not
         copy = shutil.copytree(two, tmp_path / str(i))
         DAMAGE[kind](copy / "checkpoints" / "40" / name)
-        damage = checkpoint.damage_of(copy / "checkpoints" / "40")
+        damage = checkpoints.damage_of(copy / "checkpoints" / "40")
         assert damage is not None, name
-        if name.name not in (checkpoint.SEAL,):
+        if name.name not in (checkpoints.SEAL,):
             assert str(name) in damage
         if i % 5 == 0:
             equal(restored(copy), state_at(20))
@@ -103,7 +105,7 @@ def test_damage_to_any_file_is_found_and_the_older_checkpoint_used(two, tmp_path
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage_to_orbaxs_own_notes_harms_nothing(two, tmp_path, kind):
     copy = shutil.copytree(two, tmp_path / "run")
-    DAMAGE[kind](copy / "checkpoints" / "40" / checkpoint.METADATA)
+    DAMAGE[kind](copy / "checkpoints" / "40" / checkpoints.METADATA)
     equal(restored(copy), state_at(40))
 
 
@@ -128,18 +130,18 @@ def test_reading_passes_over_a_damaged_checkpoint_with_a_warning(two, tmp_path):
 def test_orbax_itself_returns_wrong_numbers_for_a_flipped_bit(two, tmp_path):
     """Why there are seals; when this fails, Orbax has learned to see it."""
     copy = shutil.copytree(two, tmp_path / "run") / "checkpoints" / "40"
-    equal(checkpoint.read(copy), state_at(40))
+    equal(checkpoints.read(copy), state_at(40))
     for file in (copy / "default" / "ocdbt.process_0" / "d").iterdir():
         if file.stat().st_size > 8000:
             flip(file)
     with pytest.raises(AssertionError, match="Arrays are not equal"):
-        equal(checkpoint.read(copy), state_at(40))
+        equal(checkpoints.read(copy), state_at(40))
 
 
 def test_a_kill_between_the_seal_and_the_commit_loses_nothing(two, tmp_path):
     copy = shutil.copytree(two, tmp_path / "run")
-    (copy / "checkpoints" / "40" / checkpoint.COMMITTED).unlink()
-    assert checkpoint.damage_of(copy / "checkpoints" / "40") is None
+    (copy / "checkpoints" / "40" / checkpoints.COMMITTED).unlink()
+    assert checkpoints.damage_of(copy / "checkpoints" / "40") is None
     equal(restored(copy), state_at(40))
 
 
@@ -148,8 +150,8 @@ def test_empty_foreign_and_unfinished_folders_are_ignored(two, tmp_path):
     (copy / "checkpoints" / "99").mkdir()
     (copy / "checkpoints" / "98" / "default").mkdir(parents=True)
     cut_off = shutil.copytree(copy / "checkpoints" / "40", copy / "checkpoints" / "60")
-    (cut_off / checkpoint.SEAL).unlink()
-    (cut_off / checkpoint.COMMITTED).unlink()
+    (cut_off / checkpoints.SEAL).unlink()
+    (cut_off / checkpoints.COMMITTED).unlink()
     equal(restored(copy), state_at(40))
     save(copy, 60)
     equal(restored(copy), state_at(60))
@@ -186,7 +188,7 @@ def test_what_methods_carry_along_comes_back_as_what_it_was(tmp_path):
     state = init_state(jax.random.key(0), params, tx, history)
     _, opt_state = tx.update(params, state.opt_state)
     state = state.replace(opt_state=opt_state)
-    with checkpoint.open_run(tmp_path, CONFIG) as checkpoints:
+    with run_directory.open_run(tmp_path, CONFIG) as checkpoints:
         checkpoints.save(20, state)
     got = restored(tmp_path, init_state(jax.random.key(1), params, tx, diffjax.loss_history(5)))
     equal(got, state)
@@ -199,22 +201,22 @@ def test_what_methods_carry_along_comes_back_as_what_it_was(tmp_path):
 @pytest.mark.parametrize(("kind", "fsdp"), [("pmap", 1), ("sharded", 1), ("sharded", 8)])
 def test_any_layout_reads_what_any_other_wrote(tmp_path, kind, fsdp):
     state = state_at(20)
-    wrote = parallel.RUNNERS[kind](fsdp).init(lambda: state)
-    with checkpoint.open_run(tmp_path, CONFIG) as checkpoints:
+    wrote = runners.RUNNERS[kind](fsdp).init(lambda: state)
+    with run_directory.open_run(tmp_path, CONFIG) as checkpoints:
         checkpoints.save(20, wrote)
     for other, share in (("pmap", 1), ("sharded", 2)):
-        like = parallel.RUNNERS[other](share).init(lambda: state_at(0))
+        like = runners.RUNNERS[other](share).init(lambda: state_at(0))
         got = restored(tmp_path, like)
         equal(got, state)
         jax.tree.map(lambda a, b: a.sharding == b.sharding or pytest.fail("moved"), got, like)
-    equal(checkpoint.read(tmp_path / "checkpoints" / "20"), state)
+    equal(checkpoints.read(tmp_path / "checkpoints" / "20"), state)
 
 
 def test_the_newest_every_kth_and_the_best_are_kept(tmp_path):
     losses = [5.0, 1.0, float("nan"), 3.0, 2.0, 6.0, 7.0]
     config = dataclasses.replace(CONFIG, keep=2, keep_every=80, keep_best=1)
     save(tmp_path, *range(20, 160, 20), config=config, losses=losses)
-    kept = [int(path.name) for path in checkpoint.found(tmp_path)]
+    kept = [int(path.name) for path in run_directory.list_checkpoints(tmp_path)]
     assert kept == [40, 80, 120, 140]
 
 
@@ -230,7 +232,7 @@ from pathlib import Path
 from test_checkpoint import CONFIG, checkpoint, state_at
 limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 for name, limit in (("none", 0), ("some", 4000), ("end", 0)):
-    with checkpoint.open_run(Path({str(tmp_path)!r}) / name, CONFIG) as checkpoints:
+    with run_directory.open_run(Path({str(tmp_path)!r}) / name, CONFIG) as checkpoints:
         checkpoints.save(20, state_at(20))
         checkpoints.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))

@@ -7,7 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from diffjax import classifier, comparison, data, evaluation, features, provenance
+from diffjax import data
+from diffjax.evaluation import classifier, comparison, distances, features
+from diffjax.training import files
 
 
 def normal(seed, n, mean=0.0, std=1.0, d=1):
@@ -28,8 +30,8 @@ def test_the_frechet_distance_of_gaussians_that_do_not_commute():
         np.trace(cov_a @ cov_b) + 2 * math.sqrt(np.linalg.det(cov_a) * np.linalg.det(cov_b))
     )
     exact = 5 + np.trace(cov_a) + np.trace(cov_b) - 2 * cross
-    np.testing.assert_allclose(evaluation.frechet_distance(a, b), exact, rtol=1e-9)
-    assert abs(evaluation.frechet_distance(a, a)) < 1e-9
+    np.testing.assert_allclose(distances.frechet_distance(a, b), exact, rtol=1e-9)
+    assert abs(distances.frechet_distance(a, a)) < 1e-9
 
 
 def test_the_kernel_distance_is_unbiased_and_its_error_honest():
@@ -39,7 +41,7 @@ def test_the_kernel_distance_is_unbiased_and_its_error_honest():
     exact = 3 * gaps[0] ** 2 + 3 * gaps[1] ** 2 + gaps[2] ** 2
     # Blocks of three: with the diagonal the estimate would be nearly 1 too large.
     found = [
-        evaluation.kernel_distance(normal((0, i), 60, m, s), normal((1, i), 45, u, v), block=3)
+        distances.kernel_distance(normal((0, i), 60, m, s), normal((1, i), 45, u, v), block=3)
         for i in range(1000)
     ]
     values, errors = np.array(found).T
@@ -52,40 +54,40 @@ def test_the_kernel_distance_of_a_set_in_any_order_is_about_zero():
     """Classes that come sorted are drawn into all of the blocks."""
     a, b = normal(0, 2000, d=3), normal(1, 2000, d=3)
     ordered = [np.sort(x, axis=0) for x in (a, b)]
-    value, error = evaluation.kernel_distance(ordered[0], ordered[1][::-1])
+    value, error = distances.kernel_distance(ordered[0], ordered[1][::-1])
     assert abs(value) < 4 * error
     with pytest.raises(ValueError, match="kernel distance of 19 and 2000 examples: need at least"):
-        evaluation.kernel_distance(a[:19], b)
+        distances.kernel_distance(a[:19], b)
 
 
 def test_precision_and_recall_see_what_is_missing_and_what_is_made_up():
     """Two modes far apart; a ball never reaches from one to the other."""
     left, right = normal(0, 300, -100, d=2), normal(1, 300, 100, d=2)
     both = np.concatenate([left, right])
-    assert evaluation.precision_recall(both, both) == (1, 1)
-    assert evaluation.precision_recall(left, right) == (0, 0)
+    assert distances.precision_recall(both, both) == (1, 1)
+    assert distances.precision_recall(left, right) == (0, 0)
     # One mode of two is dropped: all that is made is real, half of what is real is made.
     dropped = np.concatenate([normal(2, 300, -100, d=2), normal(3, 300, -100, d=2)])
-    precision, recall = evaluation.precision_recall(dropped, both)
+    precision, recall = distances.precision_recall(dropped, both)
     assert precision > 0.9 and 0.4 < recall < 0.5
     # One mode is made up: the other way round.
-    precision, recall = evaluation.precision_recall(both, dropped)
+    precision, recall = distances.precision_recall(both, dropped)
     assert 0.4 < precision < 0.5 and recall > 0.9
     with pytest.raises(ValueError, match="need more than k=3 of each"):
-        evaluation.precision_recall(left[:3], right)
+        distances.precision_recall(left[:3], right)
 
 
 def test_precision_and_recall_by_hand():
     """On a line, with k=1: each ball reaches to the nearest other example."""
     real, samples = np.array([[0.0], [1.0], [5.0]]), np.array([[1.9], [0.5], [20.0]])
     # Real balls: [-1, 1], [0, 2], [1, 9]. Balls of samples: [0.5, 3.3], [-0.9, 1.9], [1.9, 38.1].
-    precision, recall = evaluation.precision_recall(samples, real, k=1)
+    precision, recall = distances.precision_recall(samples, real, k=1)
     assert (precision, recall) == (pytest.approx(2 / 3), 1)
 
 
 def test_many_rows_are_taken_in_parts():
     a, b = normal(0, 2500, d=2), normal(1, 2500, d=2)
-    found = evaluation.precision_recall(a, b)
+    found = distances.precision_recall(a, b)
     assert min(found) > 0.95 and max(found) <= 1
 
 
@@ -109,7 +111,7 @@ def test_features_may_be_a_function_of_the_users(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(source)
     space = features.named("mine:f", IMAGES)
     np.testing.assert_allclose(space.features(IMAGES), IMAGES.mean((1, 2)))
-    assert space.sha256 == provenance.file_digest(tmp_path / "mine.py")
+    assert space.sha256 == files.file_digest(tmp_path / "mine.py")
     with pytest.raises(ValueError, match=r"features=mine:bad: gave an array \(40, 28, 28, 1\)"):
         features.named("mine:bad", IMAGES).features(IMAGES)
     for name, message in (
@@ -136,15 +138,15 @@ def test_the_classifier_learns_and_is_kept(tmp_path):
     classifier.save(params, tmp_path / "weights.safetensors")
     loaded = classifier.load(tmp_path / "weights.safetensors")
     assert classifier.accuracy(loaded, examples) > 0.95
-    assert provenance.digest(loaded) == provenance.digest(params)
+    assert files.digest(loaded) == files.digest(params)
     assert classifier.WEIGHTS.stat().st_size < 1e6
 
 
 def test_a_digest_is_of_places_dtypes_shapes_and_bytes():
     a = np.arange(6, dtype=np.int32)
     others = [{"a": a}, {"b": a}, {"a": a.astype(np.int64)}, {"a": a.reshape(2, 3)}, {"a": a[::-1]}]
-    assert len({provenance.digest(tree) for tree in others}) == len(others)
-    assert provenance.digest({"a": a.reshape(2, 3).T}) == provenance.digest(
+    assert len({files.digest(tree) for tree in others}) == len(others)
+    assert files.digest({"a": a.reshape(2, 3).T}) == files.digest(
         {"a": np.ascontiguousarray(a.reshape(2, 3).T)}
     )
 

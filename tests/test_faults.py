@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from test_train import TINY, assert_bitwise_equal, newest, rows_of
 
-from diffjax import checkpoint, metrics, parallel
+from diffjax.experiment import run_directory
+from diffjax.training import distributed, metrics, runners
 
 pytestmark = pytest.mark.faults
 ROOT = Path(__file__).parents[1]
@@ -78,7 +79,7 @@ def until(condition, what, seconds=600):
 
 
 def saved(workdir):
-    return [int(path.name) for path in checkpoint.found(workdir)]
+    return [int(path.name) for path in run_directory.list_checkpoints(workdir)]
 
 
 def test_thirty_kills_at_random_moments_change_nothing(tmp_path, environment):
@@ -128,8 +129,8 @@ def test_draws_images_and_parameters_in_two_processes(tmp_path, environment):
     status, said = finish(launched(alike, ROOT / "tests" / "layouts.py", out))
     assert status == 0, said
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, "_devices", lambda: jax.devices()[:1])
-        runner = parallel.sharded()
+        patch.setattr(runners, "_devices", lambda: jax.devices()[:1])
+        runner = runners.sharded()
         draws, images = layouts.draws(runner), layouts.images(runner)
         expected = layouts.parameters(runner)
     with np.load(out) as arrays:
@@ -248,7 +249,7 @@ def test_an_exception_in_one_process_ends_both_at_once(tmp_path, environment):
         "        raise RuntimeError('planted')\n"
         "    return train_batch(examples, seed, step, **options)\n"
         "experiment.train_batch = bad\n"
-        "with parallel.failing_fast():\n"
+        "with distributed.failing_fast():\n"
         "    train.train(*parse(sys.argv[1:]))\n"
     )
     argv = [tmp_path / "forked.py", *TINY, *STEADY, "--config.steps=60"]

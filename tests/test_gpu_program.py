@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import train
-from diffjax import experiment
+from diffjax.experiment import resolve
 from diffjax.config import Config
 from diffjax.models import UNetConfig
 
@@ -20,11 +20,11 @@ def program():
     """The training step of a network in bfloat16, as lowered for CUDA."""
     model = UNetConfig(64, (1, 2), 1, attention=(8,), groups=8, bfloat16=True)
     config = Config(model=model, batch_size=BATCH)
-    network, times = experiment.make_network(config), experiment.make_times(config)
-    tx = experiment.make_optimizer(config.optimizer)
-    state = jax.eval_shape(experiment.make_initial_state(config, (16, 16, 3), tx, times))
+    network, times = resolve.make_network(config), resolve.make_times(config)
+    tx = resolve.make_optimizer(config.optimizer)
+    state = jax.eval_shape(resolve.make_initial_state(config, (16, 16, 3), tx, times))
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((state.params, state.ema_params)))
-    step = experiment.make_step(config, train.make_loss(config, network, times, None), tx, times)
+    step = resolve.make_step(config, train.make_loss(config, network, times, None), tx, times)
     batch = {
         "x": jax.ShapeDtypeStruct((BATCH, 16, 16, 3), jnp.float32),
         "index": jax.ShapeDtypeStruct((BATCH,), jnp.int32),

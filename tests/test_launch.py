@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from diffjax import launch
+from diffjax.training import launch
 
 ROOT = Path(__file__).parents[1]
 

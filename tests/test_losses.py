@@ -27,7 +27,7 @@ def elbo_loss(params, target, schedule, t, dtype):
     x_0 = jax.random.normal(jax.random.key(0), (len(t), 3), dtype)
     network = seen_as(target, schedule, params)
     losses = diffjax.diffusion_loss(
-        jax.random.key(1), network, schedule, target, x_0, weight=weightings.elbo, t=t
+        jax.random.key(1), network, schedule, target, x_0, weight=weightings.elbo(), t=t
     )
     return jnp.mean(losses)
 
@@ -117,7 +117,7 @@ def test_discrete_elbo_weight_is_ddpms_coefficient(x64):
         variance = beta * (1 - p) / (1 - a)
         coefficient = 1000 * beta**2 / (2 * variance * (1 - beta) * (1 - a))
         t = jnp.asarray(i / 1000)
-        got = weightings.elbo(schedule.log_snr(t), rate_at(schedule, t, 1000))
+        got = weightings.elbo()(schedule.log_snr(t), rate_at(schedule, t, 1000))
         np.testing.assert_allclose(got, coefficient, rtol=1e-7)
 
 
@@ -177,25 +177,25 @@ def test_effective_weights_that_the_papers_state(x64):
     # The bound is half the SNR whatever the schedule and the target.
     for schedule in (cosine, flow):
         for target in TARGETS:
-            got = weighs(schedule, target, weightings.elbo)
+            got = weighs(schedule, target, weightings.elbo())
             np.testing.assert_allclose(got, jnp.exp(log_snr) / 2, rtol=1e-6)
-    faded = weighs(cosine, "v", weightings.sigmoid(2.0)) / weighs(cosine, "v", weightings.elbo)
+    faded = weighs(cosine, "v", weightings.sigmoid(2.0)) / weighs(cosine, "v", weightings.elbo())
     np.testing.assert_allclose(faded, 1 / (1 + jnp.exp(log_snr - 2)), rtol=1e-6)
     # Kingma & Gao 2023, table 1: DDPM's L_simple on the cosine schedule is sech(log_snr / 2).
-    simple = weighs(cosine, "eps", weightings.constant) / (jnp.exp(log_snr) / 2)
+    simple = weighs(cosine, "eps", weightings.constant()) / (jnp.exp(log_snr) / 2)
     shape = 1 / jnp.cosh(log_snr / 2)
     np.testing.assert_allclose(simple / shape, simple[16] / shape[16], rtol=1e-3)
     # EDM: in the space of F a normal density of log-SNR, of mean 2.4 and standard deviation 2.4.
     a, b = diffjax.TARGETS["F"](*cosine.scales(log_snr))
     alpha, sigma = cosine.scales(log_snr)
     f_per_x_0 = (a * sigma - b * alpha) / sigma
-    density = weighs(cosine, "F", weightings.edm) / f_per_x_0**2
+    density = weighs(cosine, "F", weightings.edm()) / f_per_x_0**2
     np.testing.assert_allclose(density, jax.scipy.stats.norm.pdf(log_snr, 2.4, 2.4), rtol=1e-6)
     on_x_0 = lambda weight: weight(log_snr, log_snr) * jnp.exp(log_snr)
     np.testing.assert_allclose(
-        on_x_0(weightings.truncated_snr), jnp.maximum(jnp.exp(log_snr), 1), rtol=1e-9
+        on_x_0(weightings.truncated_snr()), jnp.maximum(jnp.exp(log_snr), 1), rtol=1e-9
     )
-    np.testing.assert_allclose(weightings.p2(log_snr, log_snr)[16], 0.5)
+    np.testing.assert_allclose(weightings.p2()(log_snr, log_snr)[16], 0.5)
 
 
 def learned(x_t, log_snr, cond=None, scale=1.0, slope=0.3):
@@ -398,7 +398,7 @@ def test_unit_output_with_unit_variance_makes_the_score_network_the_eps_network(
 
 
 def test_a_noise_level_that_the_schedule_never_has_weighs_nothing():
-    weighs = diffjax.effective_weight(diffjax.cosine(-10.0, 10.0), "x_0", weightings.constant)
+    weighs = diffjax.effective_weight(diffjax.cosine(-10.0, 10.0), "x_0", weightings.constant())
     found = weighs(jnp.array([-30.0, -10.1, -9.9, 9.9, 10.1]))
     assert ((found > 0) == jnp.array([False, False, True, True, False])).all()
     with pytest.raises(ValueError, match="unknown target 'foo'"):
@@ -410,7 +410,7 @@ def test_a_noise_level_that_the_schedule_never_has_weighs_nothing():
 def test_whole_numbers_are_times_too():
     schedule, x_0 = diffjax.linear(), jnp.linspace(-1, 1, 6).reshape(2, 3)
     network = lambda x_t, log_snr, cond: jnp.sin(x_t)
-    for weight in (None, weightings.elbo):
+    for weight in (None, weightings.elbo()):
         loss = lambda t, w=weight: diffjax.diffusion_loss(
             jax.random.key(0), network, schedule, "eps", x_0, weight=w, t=t
         )

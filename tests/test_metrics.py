@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from diffjax import metrics
+from diffjax import losses
+from diffjax.training import metrics, recorder
 from diffjax.training import init_state, train_step
 
 
@@ -17,9 +18,9 @@ def test_losses_are_counted_between_edges_and_the_outer_bins_take_the_rest():
     log_snr = np.random.default_rng(0).uniform(-20, 20, 500).astype(np.float32)
     log_snr[:3] = -12, 0, 11  # an edge belongs to the bin above it
     losses = np.random.default_rng(1).exponential(size=500).astype(np.float32)
-    sums, counts = metrics.by_log_snr(jnp.asarray(log_snr), jnp.asarray(losses))
+    sums, counts = losses.by_log_snr(jnp.asarray(log_snr), jnp.asarray(losses))
     inside = np.clip(log_snr, -12, 11.5)
-    histogram = functools.partial(np.histogram, inside, metrics.LOG_SNR_EDGES)
+    histogram = functools.partial(np.histogram, inside, losses.LOG_SNR_EDGES)
     np.testing.assert_allclose(sums, histogram(weights=losses.astype(float))[0], rtol=1e-5)
     np.testing.assert_array_equal(counts, histogram()[0])
 
@@ -44,7 +45,7 @@ def batch_of(n):
 
 
 def measure(seen):
-    return {"by_log_snr": metrics.by_log_snr(*seen)}
+    return {"by_log_snr": losses.by_log_snr(*seen)}
 
 
 @pytest.mark.parametrize("layout", ["whole", "parts", "pmap"])
@@ -68,7 +69,7 @@ def test_a_step_measures_its_global_batch_and_is_the_same_bit_for_bit(layout):
     sums, counts = two["by_log_snr"]
     losses = (1 - batch["x"]) ** 2
     inside = np.clip(batch["log_snr"], -12, 11.5)
-    histogram = functools.partial(np.histogram, inside, metrics.LOG_SNR_EDGES)
+    histogram = functools.partial(np.histogram, inside, losses.LOG_SNR_EDGES)
     np.testing.assert_allclose(sums, histogram(weights=losses.astype(float))[0], rtol=1e-5)
     np.testing.assert_array_equal(counts, histogram()[0])
 
@@ -77,7 +78,7 @@ def window_of(*batches):
     window = []
     for log_snr, losses in batches:
         pair = jnp.asarray(log_snr, float), jnp.asarray(losses, float)
-        step = {"loss": pair[1].mean(), "by_log_snr": metrics.by_log_snr(*pair)}
+        step = {"loss": pair[1].mean(), "by_log_snr": losses.by_log_snr(*pair)}
         window.append(step)
     return window
 
@@ -93,9 +94,9 @@ def test_a_row_is_the_mean_over_examples_not_over_steps(tmp_path):
     assert json.loads(json.dumps(row)) == row
 
     # What a stopped run keeps, and the rest, make the same row.
-    with metrics.Recorder(tmp_path, 0, 30) as recorder:
+    with recorder.Recorder(tmp_path, 0, 30) as recorder:
         recorder.keep(1, window[:1])
-    assert metrics.summary(metrics.kept(tmp_path, 1) + window[1:], 2, lambda step: 0.1) == row
+    assert metrics.summary(metrics.load_window(tmp_path, 1) + window[1:], 2, lambda step: 0.1) == row
 
     # A batch that is left out is left out here too.
     broken = window_of(([5.0], [np.nan]))

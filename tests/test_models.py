@@ -23,7 +23,7 @@ from diffjax.models.unet import (
     double,
     fold,
     halve,
-    level_embedding,
+    noise_embedding,
     unfold,
 )
 
@@ -256,8 +256,8 @@ def test_unfold_inverts_fold_and_keeps_neighbours_together():
     assert jnp.array_equal(unfold(folded, 2), x)
 
 
-def test_level_embedding_tells_levels_apart():
-    emb = np.asarray(level_embedding(25 * jnp.linspace(-20, 20, 401), 32))
+def test_noise_embedding_tells_levels_apart():
+    emb = np.asarray(noise_embedding(25 * jnp.linspace(-20, 20, 401), 32))
     gaps = np.linalg.norm(emb[:, None] - emb[None], axis=-1)
     np.fill_diagonal(gaps, np.inf)
     assert gaps.min() > 0.2

@@ -6,15 +6,15 @@ import layouts
 import numpy as np
 import pytest
 
-from diffjax import parallel
+from diffjax.training import distributed, runners
 from diffjax.parallel import Distributed
 
 
 def on(monkeypatch, devices):
     """Let the layouts have the first so many devices."""
     some = jax.devices()[:devices]
-    monkeypatch.setattr(parallel, "_devices", lambda: some)
-    monkeypatch.setattr(parallel, "SMALL", 64)
+    monkeypatch.setattr(runners, "_devices", lambda: some)
+    monkeypatch.setattr(runners, "SMALL", 64)
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def alone():
     """What one device gives."""
     with pytest.MonkeyPatch.context() as patch:
         on(patch, 1)
-        runner = parallel.sharded()
+        runner = runners.sharded()
         return layouts.draws(runner), layouts.images(runner), layouts.parameters(runner)
 
 
@@ -42,7 +42,7 @@ def test_draws_are_bitwise_equal_on_every_layout(monkeypatch, alone, name, devic
 
 
 def test_draws_are_bitwise_equal_without_any_compilation(alone):
-    eager = parallel.Runner(
+    eager = runners.Runner(
         init=lambda f: jax.jit(f)(),
         step=lambda f: f,
         map=lambda f: f,
@@ -81,7 +81,7 @@ def test_fsdp_splits_the_state_and_its_optimiser_and_keeps_them_split(monkeypatc
     """Each device holds an eighth of what is large, before and after a step."""
     on(monkeypatch, 8)
     init, step = layouts.training()
-    runner = parallel.sharded(0)
+    runner = runners.sharded(0)
     after, _ = runner.step(step)(runner.init(init), layouts.batch_of(runner, 0))
     born = runner.init(init)
     split = 0
@@ -95,7 +95,7 @@ def test_fsdp_splits_the_state_and_its_optimiser_and_keeps_them_split(monkeypatc
 
 
 def test_the_largest_divisible_axis_is_split():
-    spec = lambda *shape: tuple(parallel._split_largest(shape, "fsdp", 8))
+    spec = lambda *shape: tuple(runners._split_largest(shape, "fsdp", 8))
     assert spec(3, 3, 64, 128) == (None, None, None, "fsdp")
     assert spec(3, 3, 128, 64) == (None, None, "fsdp")
     assert spec(64, 64) == ("fsdp",)
@@ -108,13 +108,13 @@ def test_in_batches_takes_any_length(name):
     double = runner.map(lambda params, batch: params * batch["x"])
     for n in (1, 8, 13):
         batch = {"x": np.arange(n, dtype=np.float32), "index": np.arange(n)}
-        got = parallel.in_batches(runner, double, jnp.float32(2), batch, 8)
+        got = runners.in_batches(runner, double, jnp.float32(2), batch, 8)
         np.testing.assert_array_equal(got, 2 * np.arange(n))
 
 
 def test_a_step_on_split_state_is_compiled_once(monkeypatch):
     on(monkeypatch, 8)
-    traced, runner = [], parallel.sharded(0)
+    traced, runner = [], runners.sharded(0)
     init, step = layouts.training()
     mapped = runner.step(lambda *args: traced.append(None) or step(*args))
     state = runner.init(init)
@@ -125,17 +125,17 @@ def test_a_step_on_split_state_is_compiled_once(monkeypatch):
 
 def test_a_batch_that_the_devices_do_not_divide_is_refused():
     with pytest.raises(ValueError, match="batch_size=12 must be a positive multiple of 8 devices"):
-        parallel.check_batch(12)
+        distributed.check_batch(12)
     with pytest.raises(ValueError, match="2 accumulated parts = 16"):
-        parallel.check_batch(24, accumulate=2)
+        distributed.check_batch(24, accumulate=2)
 
 
 def test_a_process_of_a_cluster_never_thinks_itself_alone(monkeypatch):
     """Here JAX has started, so it cannot join; without a cluster that is a notebook."""
-    parallel.setup(Distributed(), 16)
+    distributed.setup(Distributed(), 16)
     monkeypatch.setenv("SLURM_PROCID", "3")
     with pytest.raises(RuntimeError, match="before any JAX calls"):
-        parallel.setup(Distributed(), 16)
+        distributed.setup(Distributed(), 16)
 
 
 @pytest.mark.parametrize(
@@ -149,4 +149,4 @@ def test_a_process_of_a_cluster_never_thinks_itself_alone(monkeypatch):
 )
 def test_processes_that_make_no_sense_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
-        parallel.setup(given, 16)
+        distributed.setup(given, 16)

@@ -13,7 +13,8 @@ from PIL import Image, ImageSequence
 
 import diffjax
 from catalogue import SCHEDULES
-from diffjax import losses, metrics, oracles, plots, weightings
+from diffjax import losses, oracles, plots, weightings
+from diffjax.training import metrics
 
 ROOT = Path(__file__).parents[1]
 RANDOM = np.random.default_rng(0)
@@ -120,7 +121,7 @@ def test_schedules_are_drawn_as_they_are():
 
 def test_weights_are_drawn_as_they_are():
     schedule = diffjax.cosine()
-    chosen = {"elbo": weightings.elbo, "min_snr": weightings.min_snr()}
+    chosen = {"elbo": weightings.elbo(), "min_snr": weightings.min_snr()}
     weigh = {k: losses.effective_weight(schedule, "eps", w) for k, w in chosen.items()}
     (ax,) = plots.weight_curves(weigh, -9, 30).axes
     log_snr, elbo = lines(ax)["elbo"].T
@@ -136,7 +137,7 @@ def test_the_loss_by_log_snr_is_a_stair_without_the_empty_steps():
     (ax,) = plots.loss_by_log_snr(rows).axes
     (stairs,) = (patch for patch in ax.patches if isinstance(patch, StepPatch))
     heights, edges, _ = stairs.get_data()
-    np.testing.assert_array_equal(edges, metrics.LOG_SNR_EDGES)
+    np.testing.assert_array_equal(edges, losses.LOG_SNR_EDGES)
     assert np.isnan(heights[0])
     np.testing.assert_array_equal(heights[1:], values[1:])
 

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from test_train import TINY, assert_bitwise_equal, interrupted, newest, rows_of, run
 
-from diffjax import data, experiment, metrics, preemption
+from diffjax import data
+from diffjax.experiment import resolve
+from diffjax.training import metrics, preemption, recorder
 
 
 def stopped_at(step, number, workdir, monkeypatch):
@@ -98,7 +100,7 @@ def test_rows_that_a_disk_has_spoilt_are_left_out_and_no_others(tmp_path):
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"step": 7}', '{"step": 8, "window": []}'])
 def test_a_spoilt_window_is_none(tmp_path, text):
     (tmp_path / metrics.WINDOW).write_text(text)
-    assert metrics.kept(tmp_path, 7) == []
+    assert metrics.load_window(tmp_path, 7) == []
 
 
 def test_each_step_tells_the_launcher_that_it_lives(tmp_path, monkeypatch):
@@ -123,7 +125,7 @@ def test_batches_of_no_finite_gradient_are_left_out_so_often_and_no_more(
             batch["x"][3] = np.nan
         return batch
 
-    monkeypatch.setattr(experiment, "train_batch", poisoned)
+    monkeypatch.setattr(resolve, "train_batch", poisoned)
     argv = [*TINY, "--config.steps=40"]
     run(tmp_path / "two", *argv, "--config.skip-nonfinite=2")
     out = capsys.readouterr().out
@@ -154,7 +156,7 @@ def updates_counted(tree):
 
 def test_a_metrics_file_that_cannot_be_written_waits(tmp_path, capsys):
     """Rows are kept, in order and whole, until the disk takes them."""
-    with metrics.Recorder(tmp_path, 0, 30) as recorder:
+    with recorder.Recorder(tmp_path, 0, 30) as recorder:
         recorder.write(10, 16, loss=1.0)
         path = recorder.path
         path.rename(tmp_path / "away")

@@ -15,7 +15,7 @@ import pytest
 
 import diffjax
 from catalogue import SAMPLERS, SCHEDULES, TARGETS, WEIGHTINGS
-from diffjax import config, weightings
+from diffjax import samplers, schedules, weightings
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "diffjax"
@@ -119,9 +119,9 @@ def test_the_catalogue_is_complete():
     assert len(plain) > 3
     for name in (*plain, *public(weightings, weightings.Weighting)):
         assert f"weightings.{name}" in made, name
-    assert set(config.SCHEDULES) <= set(SCHEDULES)
-    assert set(config.SAMPLERS) <= set(SAMPLERS)
-    assert set(config.WEIGHTINGS) <= set(WEIGHTINGS)
+    assert set(schedules.SCHEDULES) <= set(SCHEDULES)
+    assert set(samplers.SAMPLERS) <= set(SAMPLERS)
+    assert set(weightings.WEIGHTINGS) <= set(WEIGHTINGS)
     assert set(diffjax.TARGETS) == set(TARGETS)
 
 

@@ -12,7 +12,9 @@ import zipfile
 import numpy as np
 import pytest
 
-from diffjax import config as config_lib, experiment, published, weights
+from diffjax import published
+from diffjax.experiment import config as config_lib, resolve, rules
+from diffjax.published import weights
 from diffjax.denoisers import time_input
 from diffjax.published import torchfile
 
@@ -237,7 +239,7 @@ def test_edms_arrays_say_what_the_network_is(outer, ncsnpp):
     assert (c.width, c.mults, c.blocks, c.attention) == (128, (2, 2, 2), 4, (16,))
     assert (c.fourier, c.residual_input, c.labels) == (ncsnpp, ncsnpp, 10 * ncsnpp)
     assert c.taps == ((0.125, 0.375, 0.375, 0.125) if ncsnpp else (1.0, 1.0))
-    experiment.check(config)
+    rules.check(config)
     assert config_lib.from_json(config_lib.to_json(config)) == config
 
 
@@ -252,9 +254,9 @@ C_NOISE = {
 @pytest.mark.parametrize("outer", C_NOISE)
 def test_edms_networks_see_c_noise(outer):
     config = published.edm.make_config(None, shapes_of_edm(), outer, "SongUNet")
-    schedule = experiment.make_schedule(config)
+    schedule = resolve.make_schedule(config)
     log_snr = schedule.log_snr(np.array([0.1, 0.5, 0.9, 1.0], np.float32))
-    sees = lambda x_t, level, cond: config.model.level_scale * level + config.model.level_shift
+    sees = lambda x_t, level, cond: config.model.log_snr_scale * level + config.model.log_snr_shift
     sees = time_input(sees, schedule, config.time_steps) if config.time_input else sees
     expected = C_NOISE[outer](np.exp(-np.asarray(log_snr, float) / 2))
     np.testing.assert_allclose(sees(None, log_snr, None), expected, rtol=1e-6, atol=1e-5)
@@ -313,7 +315,7 @@ def test_a_published_config_says_what_the_network_is(tmp_path):
     assert (c.width, c.mults, c.blocks, c.attention, c.heads) == (128, (1, 2, 2, 2), 2, (16,), 1)
     assert config.target == "eps" and config.time_steps == 1000 and not c.pad_both
     # DDPM's last frequency is 1/10000 itself.
-    assert c.level_period ** -(63 / 64) == pytest.approx(1e-4)
+    assert c.embedding_period ** -(63 / 64) == pytest.approx(1e-4)
 
 
 @pytest.mark.parametrize(

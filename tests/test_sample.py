@@ -13,7 +13,10 @@ from PIL import Image
 
 import evaluate
 import sample
-from diffjax import checkpoint, comparison, config as config_lib, drawing, experiment, parallel
+from diffjax import checkpoint, samplers
+from diffjax.evaluation import comparison, sampling
+from diffjax.experiment import config as config_lib, resolve
+from diffjax.training import runners
 from diffjax.drawing import Drawing
 
 FEW = Drawing(n=20, steps=3)
@@ -22,11 +25,11 @@ FEW = Drawing(n=20, steps=3)
 def draw(workdir, out, devices=2, wanted=FEW, **options):
     """What sample.py writes, on so many devices."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, "_devices", lambda: jax.devices()[:devices])
+        patch.setattr(runners, "_devices", lambda: jax.devices()[:devices])
         patch.setattr(jax, "device_count", lambda: devices)
-        patch.setitem(drawing.TILES, "cpu", 4)
+        patch.setitem(sampling.TILES, "cpu", 4)
         sample.sample(sample.Arguments(workdir, wanted, out=out, **options))
-    return drawing.read(out)
+    return sampling.read(out)
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +41,12 @@ def drawn(finished, tmp_path_factory):
 
 def test_a_sample_depends_on_its_index_alone_bit_for_bit(finished, monkeypatch):
     """On any number of devices, in any batch; before it is rounded, which would hide a last bit."""
-    monkeypatch.setattr(drawing.data, "to_bytes", lambda x: x)
-    monkeypatch.setitem(drawing.TILES, "cpu", 4)
+    monkeypatch.setattr(sampling.data, "to_bytes", lambda x: x)
+    monkeypatch.setitem(sampling.TILES, "cpu", 4)
     network, params, config = checkpoint.load(finished)
-    config = drawing.configured(config, FEW)
-    generate = experiment.make_generate(config, network, (8, 8, 1))
-    label = drawing.labels(config, FEW)
+    config = sampling.drawn_by(config, FEW)
+    generate = resolve.make_generate(config, network, (8, 8, 1))
+    label = sampling.labels(config, FEW)
     found, sizes = [], set()
 
     def tile(params, batch):
@@ -51,9 +54,9 @@ def test_a_sample_depends_on_its_index_alone_bit_for_bit(finished, monkeypatch):
         return generate(params, batch)
 
     for devices, size, some in ((1, 20, range(20)), (2, 8, range(5, 20)), (2, 24, range(20))):
-        monkeypatch.setattr(parallel, "_devices", lambda n=devices: jax.devices()[:n])
+        monkeypatch.setattr(runners, "_devices", lambda n=devices: jax.devices()[:n])
         monkeypatch.setattr(jax, "device_count", lambda n=devices: n)
-        found.append(np.concatenate([*drawing.draw(tile, params, label, some, size)]))
+        found.append(np.concatenate([*sampling.draw(tile, params, label, some, size)]))
     assert found[0].dtype == np.float32 and len({x.tobytes() for x in found[0]}) == 20
     np.testing.assert_array_equal(found[1], found[0][5:])
     np.testing.assert_array_equal(found[2], found[0])
@@ -62,19 +65,19 @@ def test_a_sample_depends_on_its_index_alone_bit_for_bit(finished, monkeypatch):
 
 def test_a_drawing_that_was_stopped_goes_on(finished, drawn, tmp_path, monkeypatch, capsys):
     out = tmp_path / "a.npz"
-    draw_all = drawing.draw
+    draw_all = sampling.draw
 
     def stopped(generate, params, label, indices, size):
         parts = draw_all(generate, params, label, indices, size)
         yield next(parts)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(drawing, "draw", stopped)
+    monkeypatch.setattr(sampling, "draw", stopped)
     with pytest.raises(KeyboardInterrupt):
         draw(finished, out, batch_size=8)
     assert not out.exists()
     seen = []
-    monkeypatch.setattr(drawing, "draw", lambda *args: seen.append(args[3]) or draw_all(*args))
+    monkeypatch.setattr(sampling, "draw", lambda *args: seen.append(args[3]) or draw_all(*args))
     (out.with_suffix(".parts") / "000000016.npy.tmp").write_text("cut off")
     # With other settings it is refused, by name, whether in parts or whole.
     for _ in range(2):
@@ -104,14 +107,14 @@ def test_what_was_drawn_says_how(finished, drawn, tmp_path):
     assert not np.array_equal(examples.x, drawn[1][0].x[:3])
 
 
-@pytest.mark.parametrize("name", config_lib.SAMPLERS)
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
 def test_function_evaluations_are_counted(name):
     """Against what the samplers' docstrings say."""
-    config = drawing.configured(config_lib.Config(), Drawing(sampler=name, steps=5))
+    config = sampling.drawn_by(config_lib.Config(), Drawing(sampler=name, steps=5))
     twice = name in ("heun", "edm", "predictor_corrector")
-    assert drawing.function_evaluations(config) == (10 if twice else 5)
+    assert sampling.function_evaluations(config) == (10 if twice else 5)
     # The grid is the one that the docstring wants.
-    text = " ".join(config_lib.SAMPLERS[name].__doc__.split())
+    text = " ".join(samplers.SAMPLERS[name].__doc__.split())
     wants = re.search(r"[Ww]ants (uniform t\b|uniform log-SNR|`karras_times`)", text)[1]
     times = {"uniform t": "uniform", "uniform log-SNR": "log_snr", "`karras_times`": "karras"}
     assert config.sampling.times == times[wants]
@@ -167,9 +170,9 @@ def evaluated(finished, tmp_path_factory):
 def main(workdir, **options):
     """What evaluate.py writes, on two devices."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, "_devices", lambda: jax.devices()[:2])
+        patch.setattr(runners, "_devices", lambda: jax.devices()[:2])
         patch.setattr(jax, "device_count", lambda: 2)
-        patch.setitem(drawing.TILES, "cpu", 4)
+        patch.setitem(sampling.TILES, "cpu", 4)
         evaluate.main(evaluate.Arguments(workdir, **options))
     return found(workdir)
 

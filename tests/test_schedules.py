@@ -247,7 +247,7 @@ def test_a_monotone_schedule_learns_to_vary_less_and_changes_no_bound(x64):
             return exact(x_t, diffjax.time_at(schedule, log_snr)).eps
 
         return diffjax.diffusion_loss(
-            jax.random.key(1), network, schedule, "eps", x_0, weight=diffjax.weightings.elbo
+            jax.random.key(1), network, schedule, "eps", x_0, weight=diffjax.weightings.elbo()
         )
 
     tx = optax.adam(0.1)

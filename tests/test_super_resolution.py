@@ -10,7 +10,8 @@ import pytest
 from test_train import assert_bitwise_equal, interrupted, newest, rows_of, run
 
 import diffjax
-from diffjax import checkpoint, data, experiment
+from diffjax import checkpoint, data
+from diffjax.experiment import dataset, resolve, rules
 from diffjax.config import from_file
 from diffjax.super_resolution import beside, enlarge, psnr, shrink, small_image
 
@@ -77,10 +78,10 @@ def test_a_run_looks_at_the_small_image_and_resumes_bit_for_bit(tmp_path, capsys
     assert "psnr_bicubic" in capsys.readouterr().out
 
     network, params, config = checkpoint.load(tmp_path / "whole")
-    _, test = experiment.load_data(config)
+    _, test = dataset.load_data(config)
     batch = data.first(test, 256)
     keys = jax.random.split(jax.random.key(3), 256)
-    condition = experiment.make_condition(config)
+    condition = resolve.make_condition(config)
 
     @jax.jit
     def loss(given):
@@ -103,13 +104,13 @@ def test_a_cascade_enlarges_what_the_first_run_draws():
     small = dataclasses.replace(small, model=smoke.model, sampling=large.sampling)
     draw = lambda level, x_t, log_snr, cond: jnp.full_like(x_t, level)
     copy = lambda _, x_t, log_snr, cond: enlarge(cond["image"], x_t.shape[1])
-    cascade = experiment.make_cascade(small, draw, large, copy, (8, 8, 1))
+    cascade = resolve.make_cascade(small, draw, large, copy, (8, 8, 1))
     for level in (-0.5, 0.5):
         x = cascade((level, None), {"index": jnp.arange(3)})
         assert x.shape == (3, 8, 8, 1)
         np.testing.assert_allclose(x, level, atol=0.05)
     with pytest.raises(ValueError, match="low=None"):
-        experiment.make_cascade(small, draw, small, copy, (8, 8, 1))
+        resolve.make_cascade(small, draw, small, copy, (8, 8, 1))
 
 
 @pytest.mark.parametrize(
@@ -126,6 +127,6 @@ def test_what_makes_no_sense_is_refused(changes, message):
         sampling = dataclasses.replace(config.sampling, level=0.0)
         config = dataclasses.replace(config, sampling=sampling)
     part = data.Examples(np.zeros((64, 28, 28, 1), np.uint8))
-    check = lambda: (experiment.check(config), experiment.check_data(config, part, part))
+    check = lambda: (rules.check(config), dataset.check_data(config, part, part))
     with pytest.raises(ValueError, match=message):
         check()

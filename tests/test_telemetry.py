@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffjax import data, metrics, telemetry
+from diffjax import data
+from diffjax.training import distributed, metrics, telemetry
 
 ROOT = Path(__file__).parents[1]
 
@@ -118,8 +119,7 @@ def test_rows_say_what_the_run_cost(finished):
 def test_programs_are_kept_for_the_next_start_unless_the_user_says_where(tmp_path):
     code = """
 import jax, jax.monitoring, jax.numpy as jnp
-from diffjax import parallel
-parallel.setup(parallel.ALONE, 8)
+distributed.setup(distributed.ALONE, 8)
 seen = []
 jax.monitoring.register_event_listener(lambda event, **_: seen.append(event))
 def f(x):

@@ -18,7 +18,9 @@ from test_images import draw_folder
 
 import evaluate
 import train
-from diffjax import checkpoint, config as config_lib, data, experiment, metrics, parallel
+from diffjax import checkpoint, data
+from diffjax.experiment import command_line, config as config_lib, resolve, run_directory
+from diffjax.training import checkpoints, distributed, metrics, runners
 from diffjax.drawing import Drawing
 from test_data import write_cifar, write_mnist
 
@@ -30,8 +32,8 @@ TINY = ["--config=configs/digits.py:smoke"]
 def run(workdir, *argv):
     """Train as train.py does, on two devices: eight virtual ones would only take longer."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, "_devices", lambda: jax.devices()[:2])
-        train.train(*config_lib.parse([*argv, f"--workdir={workdir}"]))
+        patch.setattr(runners, "_devices", lambda: jax.devices()[:2])
+        train.train(*command_line.parse([*argv, f"--workdir={workdir}"]))
 
 
 def rows_of(workdir):
@@ -41,9 +43,9 @@ def rows_of(workdir):
 
 def newest(workdir):
     """The newest checkpoint's step and arrays."""
-    path = checkpoint.found(workdir)[-1]
-    assert checkpoint.damage_of(path) is None
-    return int(path.name), checkpoint.read(path)
+    path = run_directory.list_checkpoints(workdir)[-1]
+    assert checkpoints.damage_of(path) is None
+    return int(path.name), checkpoints.read(path)
 
 
 def assert_bitwise_equal(a, b):
@@ -77,7 +79,7 @@ def test_every_config_runs_its_smoke_variant(name, tmp_path, capsys):
         draw_folder(tmp_path)
         argv.append(f"--config.data.path={tmp_path}")
     if name != "digits":  # whose programs other tests run as well
-        argv.append("--config.batch-size=8")
+        argv.append("--config.batch_size=8")
     run(tmp_path / "run", *argv, "--config.steps=20")
     out = capsys.readouterr().out
     assert "step 20/20" in out and "img_per_s" in out
@@ -177,8 +179,8 @@ def test_the_scaled_network_is_what_is_trained_drawn_and_read_back(copied):
     cond = {"label": jnp.zeros(2, jnp.int32)}
     _, params, _ = checkpoint.load(copied)
     log_snr = jnp.array([-3.0, 5.0])
-    plain = experiment.make_network(config)(params, x, log_snr, cond)
-    out = experiment.make_network(scaled)(params, x, log_snr, cond)
+    plain = resolve.make_network(config)(params, x, log_snr, cond)
+    out = resolve.make_network(scaled)(params, x, log_snr, cond)
     sigma = jnp.sqrt(jax.nn.sigmoid(-log_snr))[:, None, None, None]
     np.testing.assert_allclose(out * sigma, plain, rtol=1e-4, atol=1e-5)
 
@@ -202,7 +204,7 @@ def test_another_experiment_in_the_same_directory_is_refused(copied):
     for change, line in (
         ("--config.target=x_0", "target: the run has 'eps', asked for 'x_0'"),
         ("--config.model.width=16", "model.width: the run has 8, asked for 16"),
-        ("--config.batch-size=32", "batch_size: the run has 16, asked for 32"),
+        ("--config.batch_size=32", "batch_size: the run has 16, asked for 32"),
         ("--config.optimizer.learning-rate=0.1", "optimizer.learning_rate: the run has 0.002"),
     ):
         with pytest.raises(SystemExit, match=re.escape(line)):
@@ -236,8 +238,8 @@ def test_a_nan_stops_the_run_says_where_and_keeps_the_last_checkpoint(
     assert found, stop.value
     at, rate, examples = int(found[1]), float(found[2]), json.loads(found[3])
     kept = int(re.search(r"the newest checkpoint: step (\d+)", capsys.readouterr().out)[1])
-    config = config_lib.from_file("configs/digits.py:smoke")
-    schedule = experiment.make_learning_rate(config.optimizer)
+    config = command_line.from_file("configs/digits.py:smoke")
+    schedule = resolve.make_learning_rate(config.optimizer)
     np.testing.assert_allclose(rate, schedule(at - 1), rtol=1e-2)
     assert examples == data.batch_indices(0, at - 1, 1497, 16).tolist()
     step, arrays = newest(tmp_path)
@@ -254,7 +256,7 @@ def test_the_loop_compiles_the_step_once_and_fetches_nothing_between_log_points(
     value = array._value
     counted = property(lambda self: fetched.append(None) or value.fget(self))
     monkeypatch.setattr(array, "_value", counted)
-    pmap = parallel.pmap
+    pmap = runners.pmap
 
     def watched(fsdp):
         runner = pmap(fsdp)
@@ -274,7 +276,7 @@ def test_the_loop_compiles_the_step_once_and_fetches_nothing_between_log_points(
 
         return runner._replace(step=step)
 
-    monkeypatch.setitem(parallel.RUNNERS, "pmap", watched)
+    monkeypatch.setitem(runners.RUNNERS, "pmap", watched)
     monkeypatch.setattr(train, "AHEAD", 3)
     run(tmp_path, *TINY, "--config.steps=30", "--profile=2")
     assert len(compiled) == 1
@@ -325,8 +327,8 @@ BAD = {
         ["--config.model.mults", *"11111"],
         "height and width divisible by 16",
     ),
-    "batch": (["--config.batch-size=12"], "batch_size=12 must be a positive multiple of 8 devices"),
-    "large batch": (["--config.batch-size=2048"], "batch_size=2048 exceeds the 1497 examples"),
+    "batch": (["--config.batch_size=12"], "batch_size=12 must be a positive multiple of 8 devices"),
+    "large batch": (["--config.batch_size=2048"], "batch_size=2048 exceeds the 1497 examples"),
     "path": (
         ["--config.data.name=mnist", "--config.data.path=/nowhere"],
         "/nowhere/train-images-idx3-ubyte.gz is not there",
@@ -399,7 +401,7 @@ BAD = {
 def test_bad_input_is_one_clear_line_before_anything_is_compiled(
     tmp_path, monkeypatch, argv, message
 ):
-    monkeypatch.setattr(parallel, "_compile_once", lambda *_, **__: pytest.fail("went on"))
+    monkeypatch.setattr(runners, "_compile_once", lambda *_, **__: pytest.fail("went on"))
     with pytest.raises(SystemExit) as stop:
         run(tmp_path / "run", *TINY, *argv)
     assert message in str(stop.value) and str(stop.value).startswith("error: ")
@@ -433,7 +435,7 @@ def test_checkpoints_without_a_config_are_refused(tmp_path):
 
 def test_an_unknown_key_is_answered_with_a_guess(capsys):
     with pytest.raises(SystemExit):
-        config_lib.parse(["--config.tagret=eps"])
+        command_line.parse(["--config.tagret=eps"])
     out = capsys.readouterr()
     text = re.sub(r"\s+", " ", out.out + out.err)
     assert "--config.target" in text and "erhaps you meant" in text
@@ -441,9 +443,9 @@ def test_an_unknown_key_is_answered_with_a_guess(capsys):
 
 def test_an_unknown_config_or_variant_is_answered_with_the_choices():
     with pytest.raises(SystemExit, match=r"no config configs/digit\.py; .*configs/digits\.py"):
-        config_lib.parse(["--config=configs/digit.py"])
+        command_line.parse(["--config=configs/digit.py"])
     with pytest.raises(SystemExit, match="no variant 'smok': one of smoke"):
-        config_lib.parse(["--config=configs/digits.py:smok"])
+        command_line.parse(["--config=configs/digits.py:smok"])
 
 
 def test_help_lists_every_field_with_its_choices():
@@ -461,7 +463,7 @@ def test_help_lists_every_field_with_its_choices():
             else:
                 names.add(f"{prefix}.{field.name}")
 
-    collect(config_lib.from_file("configs/digits.py"), "--config")
+    collect(command_line.from_file("configs/digits.py"), "--config")
     missing = [n for n in names if n not in text and n.replace("_", "-") not in text]
     assert not missing
     assert "--workdir" in text and "{x_0,eps,score,v,flow,F}" in text
@@ -470,24 +472,24 @@ def test_help_lists_every_field_with_its_choices():
 def test_the_config_survives_json():
     for path in sorted((ROOT / "configs").glob("*.py")):
         for variant in ("", ":smoke"):
-            config = config_lib.from_file(f"{path}{variant}")
+            config = command_line.from_file(f"{path}{variant}")
             assert config_lib.from_json(config_lib.to_json(config)) == config
 
 
 def test_the_default_run_directory_is_named_after_the_config():
-    config, workdir, distributed, profile = config_lib.parse([])
+    config, workdir, distributed, profile = command_line.parse([])
     assert profile == 0 and workdir == Path("runs/digits") and config.data.name == "digits"
-    assert distributed == parallel.Distributed()
-    _, workdir, *_ = config_lib.parse(["--config=configs/two_moons.py:smoke"])
+    assert distributed == distributed.Distributed()
+    _, workdir, *_ = command_line.parse(["--config=configs/two_moons.py:smoke"])
     assert workdir == Path("runs/two_moons")
 
 
 def test_the_learning_rate_is_constant_unless_a_decay_says_when_it_ends():
     o = config_lib.Optimizer(learning_rate=0.5, warmup=10)
-    rate = experiment.make_learning_rate(o)
+    rate = resolve.make_learning_rate(o)
     np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(10**6)], [0, 0.25, 0.5, 0.5])
-    rate = experiment.make_learning_rate(dataclasses.replace(o, decay_steps=110))
+    rate = resolve.make_learning_rate(dataclasses.replace(o, decay_steps=110))
     np.testing.assert_allclose([rate(10), rate(60), rate(110)], [0.5, 0.25, 0], atol=1e-6)
     for decay in (None, 110):
-        rate = experiment.make_learning_rate(dataclasses.replace(o, warmup=0, decay_steps=decay))
+        rate = resolve.make_learning_rate(dataclasses.replace(o, warmup=0, decay_steps=decay))
         assert rate(0) == 0.5  # no warm-up: at once

@@ -8,7 +8,8 @@ import optax
 import pytest
 
 import train
-from diffjax import config as config_lib, data, experiment, keys
+from diffjax import data, keys, models
+from diffjax.experiment import command_line, resolve
 from diffjax.models import MODELS, apply
 from diffjax.training import ema_warmup, init_state, train_step
 
@@ -110,25 +111,25 @@ def test_the_steps_draw_anew():
 def test_training_learns_the_data(target):
     """Two moons in 300 steps: the loss falls to near the least, whatever the target."""
     config = dataclasses.replace(
-        config_lib.from_file("configs/two_moons.py"),
+        command_line.from_file("configs/two_moons.py"),
         target=target,
         batch_size=256,
-        model=config_lib.MLPConfig(width=64, blocks=2),
+        model=models.MLPConfig(width=64, blocks=2),
     )
     module = MODELS[type(config.model)](config.model)
     network = functools.partial(apply, module)
     tx = optax.adam(2e-3)
     params = module.init(jax.random.key(0), jnp.zeros((1, 2)), jnp.zeros(1), None)["params"]
     state = init_state(jax.random.key(1), params, tx)
-    loss_fn = train.make_loss(config, network, experiment.make_times(config), None)
-    step = jax.jit(experiment.make_step(config, loss_fn, tx, experiment.make_times(config)))
+    loss_fn = train.make_loss(config, network, resolve.make_times(config), None)
+    step = jax.jit(resolve.make_step(config, loss_fn, tx, resolve.make_times(config)))
     train_set, _ = data.load("two_moons")
     losses = []
     for k in range(300):
         state, metrics = step(state, data.train_batch(train_set, 0, k, 256))
         losses.append(float(metrics["loss"]))
     assert np.mean(losses[-50:]) < 0.75 * losses[0]
-    generate = jax.jit(experiment.make_generate(config, network, (2,)))
+    generate = jax.jit(resolve.make_generate(config, network, (2,)))
     x = np.asarray(generate(state.params, {"index": np.arange(1000), "label": None}))
     real = train_set.x[:4000]
     nearest = np.sqrt(((x[:, None] - real[None]) ** 2).sum(-1).min(1))

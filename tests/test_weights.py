@@ -14,10 +14,12 @@ import pytest
 import safetensors.numpy
 from flax.traverse_util import unflatten_dict
 
-from diffjax import checkpoint, config as config_lib, data, experiment, export, weights
+from diffjax import checkpoint, data
+from diffjax.experiment import command_line, config as config_lib, dataset, resolve
+from diffjax.published import export, weights
 from diffjax.pretrained import PRETRAINED
 
-CONFIG = config_lib.from_file("configs/digits.py:smoke")
+CONFIG = command_line.from_file("configs/digits.py:smoke")
 
 
 @pytest.fixture(scope="module")
@@ -167,13 +169,13 @@ def test_a_name_that_is_nothing_is_refused_with_the_choices():
 def seen_in_noise(name):
     """What a model that comes with diffjax sees of each class where there is little but noise."""
     network, params, config = checkpoint.load(name)
-    denoise = experiment.make_denoiser(config, functools.partial(network, params))
-    noise = jax.random.normal(jax.random.key(0), (10, *experiment.example_shape(config)))
+    denoise = resolve.make_denoiser(config, functools.partial(network, params))
+    noise = jax.random.normal(jax.random.key(0), (10, *dataset.example_shape(config)))
     return np.asarray(jax.jit(denoise)(noise, 0.9, {"label": jnp.arange(10)}).x_0)
 
 
 def test_the_digits_that_come_with_diffjax_look_like_digits():
-    x, label = data.in_range(data.load("digits"))
+    x, label = data.all_examples(data.load("digits"))
     means = np.stack([x[label == i].mean(0).ravel() for i in range(10)])
     alike = np.corrcoef(means, seen_in_noise("digits").reshape(10, -1))[:10, 10:]
     assert (alike.argmax(0) == np.arange(10)).sum() >= 8

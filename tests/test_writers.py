@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from test_train import TINY, run
 
-from diffjax import metrics, plots, writers
+from diffjax import plots
+from diffjax.training import metrics, recorder, writers
 
 SIDES = "width", "height"
 
@@ -53,7 +54,7 @@ def record(workdir, names, start, steps, picture=None):
     """As a run does: a row at each step from `start`, and pictures at the end."""
     workdir.mkdir(exist_ok=True)
     (workdir / "config.json").write_text('{"seed": 3}')
-    with metrics.Recorder(workdir, start, 9, writers=names) as recorder:
+    with recorder.Recorder(workdir, start, 9, writers=names) as recorder:
         for step in range(start + 1, steps + 1):
             recorder.write(step, 8, loss=1 / (start + step), loss_by_log_snr=[None] * 24)
         recorder.picture(steps, "samples", lambda: picture or Image.new("L", (30, 20)))
@@ -192,6 +193,6 @@ def test_a_writer_that_cannot_be_is_refused_before_anything_is_done(tmp_path, mo
 
 def test_a_picture_that_cannot_be_drawn_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with metrics.Recorder(tmp_path, 0, 9) as recorder:
+    with recorder.Recorder(tmp_path, 0, 9) as recorder:
         recorder.picture(1, "loss", plots.progress, [])
     assert "not written: figures need matplotlib" in capsys.readouterr().out

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from .examples import Source
 from .workers import in_order
 
 READ = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
@@ -161,7 +162,7 @@ def scan(path: Path, size: int | None = None, workers: int = 0) -> Scan:
         if file.lower().endswith(READ + NOT_READ)
     ]
     found = sorted(name.replace(os.sep, "/") for name in found)
-    result, told = Scan([], {}, {}), time.monotonic()
+    result, reported = Scan([], {}, {}), time.monotonic()
     look = functools.partial(_look, path, found, size)
     for seen in in_order(look, range(0, len(found), CHUNK), workers):
         for name, shape, why in seen:
@@ -170,8 +171,8 @@ def scan(path: Path, size: int | None = None, workers: int = 0) -> Scan:
             else:
                 result.names.append(name)
                 result.shapes.setdefault(shape, name)
-        if time.monotonic() > told + 2:
-            done, told = len(result.names) + len(result.unreadable), time.monotonic()
+        if time.monotonic() > reported + 2:
+            done, reported = len(result.names) + len(result.unreadable), time.monotonic()
             bad = f", {len(result.unreadable):,} unreadable" if result.unreadable else ""
             print(f"{path}: looked at {done:,} of {len(found):,} images{bad}", flush=True)
     return result
@@ -206,7 +207,7 @@ def read(file: Path, side: int | None = None, channels: int | None = None) -> np
             if image.width * image.height > LARGEST:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than {LARGEST}")
             return _pixels(image, side, channels)
-    except Exception as error:  # the bytes of a stranger make the decoders raise anything
+    except Exception as error:  # untrusted input may raise anything
         raise UnreadableError(f"{file}: not a readable image ({error})") from error
 
 
@@ -227,3 +228,6 @@ def _pixels(image, side, channels):
         how = Image.Resampling.BOX if least > side else Image.Resampling.BICUBIC
         image = image.resize((side, side), how, (left, top, left + least, top + least))
     return np.atleast_3d(np.asarray(image))
+
+
+FOLDERS = {"folder": Source(folder)}

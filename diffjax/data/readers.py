@@ -1,7 +1,7 @@
 """Readers of files of arrays: each returns ((x, label), (x, label)), to train on and held out.
 
-They take files from anywhere: no code in them is ever run (no pickles), what they claim to hold is
-checked against their size before memory is asked for, and whatever is wrong is a ValueError that
+Files are untrusted input: no code in them is ever run (no pickles), the sizes in their headers are
+checked against the file's size before memory is allocated, and every fault is a ValueError that
 names the file.
 """
 
@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from .examples import Source
+
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-"""Where the Debian package `dataset-fashion-mnist` puts it."""
+"""The folder in which the Debian package `dataset-fashion-mnist` installs it."""
 
 
 def digits() -> tuple:
@@ -80,7 +82,7 @@ def npz(path: Path | None) -> tuple:
             claimed = sum(found[name].file_size for name in wanted)
             _refuse_bomb("its arrays", claimed, path.stat().st_size)
             arrays = {name: _member(archive, found[name]) for name in wanted}
-    except Exception as error:  # the bytes of a stranger make the parsers raise anything
+    except Exception as error:  # untrusted input may raise anything
         raise ValueError(f"{path}: not a readable npz archive ({error})") from error
     return tuple((_channels(arrays[f"x_{p}"]), arrays.get(f"y_{p}")) for p in ("train", "test"))
 
@@ -104,7 +106,7 @@ def _member(archive, info):
 
 
 def _refuse_bomb(name, size, packed):
-    # Pixels shrink to a tenth, black ones to a thousandth; there may be a megabyte of those.
+    # Packing shrinks pixels to a tenth, black ones to a thousandth: allow a megabyte of those.
     if size > 100 * packed + 2**20:
         raise ValueError(f"{name}: {packed} bytes that claim to be {size}: refused")
 
@@ -152,7 +154,7 @@ def read_idx(path: Path) -> np.ndarray:
             data = file.read(size + 1)
             if len(shape) != magic[3] or len(data) != size:
                 raise ValueError(f"{len(data)} bytes or more, not the {shape} it declares")
-    except Exception as error:  # the bytes of a stranger make the parsers raise anything
+    except Exception as error:  # untrusted input may raise anything
         raise ValueError(f"{path}: corrupt or truncated ({error})") from error
     return np.frombuffer(data, np.uint8).reshape(shape)
 
@@ -170,3 +172,12 @@ def _cifar(path):
 
 def _channels(x):
     return x[..., None] if x.ndim == 3 else x
+
+
+READERS = {
+    "digits": Source(digits, levels=17),
+    "fashion_mnist": Source(fashion_mnist),
+    "mnist": Source(mnist),
+    "cifar10": Source(cifar10),
+    "npz": Source(npz),
+}

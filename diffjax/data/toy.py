@@ -1,8 +1,10 @@
-"""Two-dimensional sets, float32 within [-1, 1]: what one looks at before one trusts a method."""
+"""Two-dimensional sets, float32 within [-1, 1], on which every method can be checked by eye."""
 
 from collections.abc import Callable
 
 import numpy as np
+
+from .examples import Source
 
 Toy = Callable[[np.random.Generator, int], np.ndarray]
 
@@ -52,3 +54,11 @@ def split(make: Toy, n_train: int = 16384, n_test: int = 2048) -> Callable[[], t
 def _finish(rng, x, noise):
     x = x + noise * rng.standard_normal(x.shape)
     return np.clip(x, -1, 1).astype(np.float32)
+
+
+TOYS = {
+    "two_moons": Source(split(two_moons)),
+    "checkerboard": Source(split(checkerboard)),
+    "swiss_roll": Source(split(swiss_roll)),
+    "circles": Source(split(circles)),
+}

@@ -1,10 +1,12 @@
-"""Flax Linen networks, and the one line that turns a module into a function diffjax can use.
+"""Flax Linen networks by name, and the functions that make one from its config.
 
-The core takes any function `network(x_t, log_snr, cond)`; these are the ones that come with it.
-`functools.partial(apply, module, params)` is such a function.
+The core takes any function `network(x_t, log_snr, cond)`; these are the ones that come with it. A
+network is one file, with a frozen dataclass of its options and a Linen module, and one row of
+`MODELS`.
 """
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
@@ -15,18 +17,98 @@ from .mlp import MLP, MLPConfig
 from .song_unet import SongUNet, SongUNetConfig
 from .unet import UNet, UNetConfig
 
-MODELS = {UNetConfig: UNet, SongUNetConfig: SongUNet, MLPConfig: MLP}
+
+class ModelConfig(Protocol):
+    """What a run needs to know of any network's config, a frozen dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def dropout(self) -> float:
+        """Probability of dropping an activation; 0: none."""
+        ...
+
+    @property
+    def out_channels(self) -> int | None:
+        """Channels of the output; None: as many as x_t has."""
+        ...
+
+    @property
+    def labels(self) -> int:
+        """Number of classes that `cond["label"]` takes; 0: no label."""
+        ...
+
+    @property
+    def null_label(self) -> bool:
+        """Whether the index `labels` means "no label"."""
+        ...
+
+    @property
+    def image_cond(self) -> bool:
+        """Whether the network takes `cond["image"]` and `cond["image_log_snr"]`."""
+        ...
+
+    def check_input(self, shape: tuple[int, ...]) -> None:
+        """Raise a ValueError unless the network takes examples of this shape."""
+        ...
+
+
+class Model(NamedTuple):
+    """A row of `MODELS`: the dataclass of a network's options, and its module, `module(config)`."""
+
+    config: type[Any]
+    module: type[nn.Module]
+
+
+MODELS = {
+    "unet": Model(UNetConfig, UNet),
+    "song_unet": Model(SongUNetConfig, SongUNet),
+    "mlp": Model(MLPConfig, MLP),
+}
+"""Every network by name, as configs and the command line choose it."""
 
 __all__ = [
-    "MLP",
     "MODELS",
     "MLPConfig",
-    "SongUNet",
+    "Model",
+    "ModelConfig",
     "SongUNetConfig",
-    "UNet",
     "UNetConfig",
     "apply",
+    "make_module",
+    "name_of",
+    "switched",
 ]
+
+
+def name_of(config: ModelConfig) -> str:
+    """The name in `MODELS` of the network that a config is of."""
+    return next(name for name, row in MODELS.items() if type(config) is row.config)
+
+
+def make_module(config: ModelConfig) -> nn.Module:
+    """The Linen module of a config.
+
+    >>> type(make_module(MLPConfig())).__name__
+    'MLP'
+    """
+    return MODELS[name_of(config)].module(config)
+
+
+def switched(config: ModelConfig, name: str) -> ModelConfig:
+    """The config of another network: options that both networks have keep their values.
+
+    Raises:
+      ValueError: if there is no such network, or if it does not take these values.
+
+    >>> switched(UNetConfig(width=64, labels=10), "song_unet").width
+    64
+    """
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}: one of {', '.join(MODELS)}")
+    both = {field.name for field in dataclasses.fields(MODELS[name].config)}
+    kept = {k: v for k, v in vars(config).items() if k in both}
+    return MODELS[name].config(**kept)
 
 
 def apply(
@@ -40,8 +122,9 @@ def apply(
 ) -> Array:
     """The output of a Linen module; with `dropout` keys `[batch]`, in training mode.
 
-    Dropout masks are drawn under `vmap`, each example from its own key, so that they do not
-    depend on how the batch is split over devices.
+    `functools.partial(apply, module, params)` is a network as the core takes it. Dropout masks are
+    drawn under `vmap`, each example from its own key, so that they do not depend on how the batch
+    is split over devices.
     """
     if dropout is None:
         return jnp.asarray(module.apply({"params": params}, x_t, log_snr, cond))

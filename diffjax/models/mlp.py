@@ -5,12 +5,12 @@ import dataclasses
 import flax.linen as nn
 
 from ..types import Array, Cond
-from .unet import level_embedding
+from .unet import noise_embedding
 
 
 @dataclasses.dataclass(frozen=True)
 class MLPConfig:
-    """Every choice the MLP leaves open."""
+    """The MLP's options."""
 
     width: int = 128
     """Channels of each layer."""
@@ -32,6 +32,11 @@ class MLPConfig:
             raise ValueError(f"dropout={self.dropout}: must be in [0, 1)")
         if self.null_label and not self.labels:
             raise ValueError("null_label=True needs labels: there is nothing to leave out")
+
+    @property
+    def image_cond(self) -> bool:
+        """False: this network takes no image as conditioning."""
+        return False
 
     def check_input(self, shape: tuple[int, ...]) -> None:
         """Raise a ValueError unless an example of this shape fits: a vector."""
@@ -57,7 +62,7 @@ class MLP(nn.Module):
     def __call__(self, x_t: Array, log_snr: Array, cond: Cond) -> Array:
         c = self.config
         c.check_input(x_t.shape[1:])
-        h = nn.Dense(c.width)(x_t) + nn.Dense(c.width)(level_embedding(log_snr, c.width))
+        h = nn.Dense(c.width)(x_t) + nn.Dense(c.width)(noise_embedding(log_snr, c.width))
         if c.labels:
             h += nn.Embed(c.labels + c.null_label, c.width)(cond["label"])
         for _ in range(c.blocks):

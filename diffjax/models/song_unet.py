@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from ..types import Array, Cond
-from .unet import Attention, Init, Zero, level_embedding
+from .unet import Attention, Init, Zero, noise_embedding
 
 ROOT = math.sqrt(0.5)  # of a sum of two branches, so that it is no larger than they are
 EPSILON = 1e-6  # added to the variance in each group normalisation
@@ -27,7 +27,7 @@ EPSILON = 1e-6  # added to the variance in each group normalisation
 
 @dataclasses.dataclass(frozen=True)
 class SongUNetConfig:
-    """Every choice the network leaves open. The defaults are EDM's DDPM++ for CIFAR-10."""
+    """The network's options. The defaults are EDM's DDPM++ for CIFAR-10."""
 
     width: int = 128
     """Channels of the first level."""
@@ -43,19 +43,19 @@ class SongUNetConfig:
     taps: tuple[float, ...] = (1.0, 1.0)
     """Filter by which images are halved and doubled, up to a factor; (1, 3, 3, 1) in NCSN++."""
     fourier: bool = False
-    """Embed the noise level by random frequencies, `width` of them (NCSN++)."""
+    """Embed log-SNR by `width` random frequencies (NCSN++)."""
     residual_input: bool = False
     """Add the image, halved by convolutions, to the activations of each smaller level (NCSN++)."""
-    level_scale: float = -1 / 8
-    """The network embeds level_scale log_snr + level_shift; log(sigma / alpha) / 4 is EDM's."""
-    level_shift: float = 0.0
-    """What is added then."""
+    log_snr_scale: float = -1 / 8
+    """The network embeds log_snr_scale * log_snr + log_snr_shift; EDM's is log(sigma / alpha) / 4."""
+    log_snr_shift: float = 0.0
+    """See log_snr_scale."""
     out_channels: int | None = None
     """Channels of the output; None: as many as x_t has."""
     labels: int = 0
     """Number of classes that `cond["label"]` takes; 0: no label."""
     null_label: bool = False
-    """Let the index `labels` mean "no label", for classifier-free guidance; it has no weights."""
+    """Let the index `labels` mean "no label", for classifier-free guidance; it adds no weights."""
 
     def __post_init__(self) -> None:
         if not self.mults or min(self.width, self.blocks, *self.mults) < 1 or self.labels < 0:
@@ -68,6 +68,11 @@ class SongUNetConfig:
             raise ValueError(f"taps={self.taps}: need an even number, symmetric, of positive sum")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: must be in [0, 1)")
+
+    @property
+    def image_cond(self) -> bool:
+        """False: this network takes no image as conditioning."""
+        return False
 
     def check_input(self, shape: tuple[int, ...]) -> None:
         """Raise a ValueError unless an example of this shape fits: an image that halves evenly."""
@@ -107,7 +112,7 @@ class SongUNet(nn.Module):
         dense = functools.partial(nn.Dense, kernel_init=Init)
         block = functools.partial(Block, c)
 
-        noise = c.level_scale * log_snr + c.level_shift
+        noise = c.log_snr_scale * log_snr + c.log_snr_shift
         if c.fourier:
             # Drawn once: no gradient moves them (Tancik et al. 2020).
             drawn = self.param("frequencies", nn.initializers.normal(16.0), (c.width,))
@@ -115,7 +120,7 @@ class SongUNet(nn.Module):
             emb = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
         else:
             # The last of the frequencies is 1/10000 itself.
-            emb = level_embedding(noise, c.width, 10000 ** (c.width / (c.width - 2)))
+            emb = noise_embedding(noise, c.width, 10000 ** (c.width / (c.width - 2)))
         emb = emb.astype(x_t.dtype)
         if c.labels:
             one_hot = nn.one_hot(cond["label"], c.labels, dtype=x_t.dtype)  # zeros for no label
@@ -155,7 +160,7 @@ class SongUNet(nn.Module):
 
 
 class Block(nn.Module):
-    """Two convolutions with the noise level between them, and a shortcut; then attention.
+    """Two convolutions with the embedded log-SNR between them, and a shortcut; then attention.
 
     `resize`, `halve` or `double`, acts on both branches.
     """

@@ -1,8 +1,8 @@
 """The U-Net of DDPM and its descendants: (x_t, log_snr, cond) -> an image of the same size.
 
-One `Block` is two 3x3 convolutions with the noise level added between them; a level is a few
-blocks, with self-attention where the image is small enough; the way down keeps every activation
-and the way up concatenates them. The options span Ho et al. 2020 (DDPM), Nichol & Dhariwal 2021
+A `Block` is two 3x3 convolutions with the embedded log-SNR added between them. A level is a few
+blocks at one resolution, with self-attention where the image is small enough; the way down keeps
+every activation, and the way up concatenates them. The options span Ho et al. 2020 (DDPM), Nichol & Dhariwal 2021
 (improved DDPM) and Dhariwal & Nichol 2021 (ADM).
 """
 
@@ -22,7 +22,7 @@ Zero = nn.initializers.zeros_init()  # the last layer of every residual branch s
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
-    """Every choice the U-Net leaves open. The defaults are DDPM's network for CIFAR-10."""
+    """The U-Net's options. The defaults are DDPM's network for CIFAR-10."""
 
     width: int = 128
     """Channels of the first level."""
@@ -45,15 +45,15 @@ class UNetConfig:
     dropout: float = 0.1
     """Probability of dropping an activation inside a block."""
     scale_shift: bool = False
-    """Let the noise level scale and shift (ADM), not only shift (DDPM)."""
+    """Let the embedded log-SNR scale and shift activations (ADM), not only shift them (DDPM)."""
     resblock_updown: bool = False
     """Change resolution inside a residual block (ADM), not by a convolution (DDPM)."""
     pad_both: bool = False
     """Pad convolutions that halve on all sides (improved DDPM), not only below and right (DDPM)."""
-    level_scale: float = 25.0
-    """What the noise level is multiplied by: log-SNR in [-20, 20] covers the 1000 units of DDPM."""
-    level_period: float = 10000.0
-    """The sinusoids of the noise level have frequencies from 1 down to just above 1 / this."""
+    log_snr_scale: float = 25.0
+    """Factor on log-SNR before it is embedded: [-20, 20] becomes the 1000 units of DDPM's time."""
+    embedding_period: float = 10000.0
+    """The sinusoids that embed log-SNR have frequencies from 1 down to just above 1 / this."""
     out_channels: int | None = None
     """Channels of the output; None: as many as x_t has."""
     labels: int = 0
@@ -62,11 +62,11 @@ class UNetConfig:
     """Add one class that means "no label", index `labels`, for classifier-free guidance."""
     image_cond: bool = False
     """Concatenate `cond["image"]`, enlarged to the height and width of x_t, to the input."""
-    image_level: bool = True
-    """And embed `cond["image_log_snr"]` `[batch]`, how noisy it is, beside x_t's; OpenAI's
+    embed_image_log_snr: bool = True
+    """With image_cond, also embed `cond["image_log_snr"]` `[batch]`, the image's own log-SNR. OpenAI's
     upsamplers do not."""
     remat: bool = False
-    """Recompute blocks in the backward pass: less memory, more time."""
+    """Recompute blocks in the backward pass, which saves memory and costs time."""
     bfloat16: bool = False
     """Compute in bfloat16; parameters, normalisation statistics and softmax stay float32."""
 
@@ -104,6 +104,9 @@ class UNetConfig:
                 f"{self.patch} needs [height, width, channels] with height and width divisible by "
                 f"{halvings}; give `mults` fewer levels, or crop or pad the images"
             )
+        heights = [shape[0] // self.patch // 2**level for level in range(len(self.mults))]
+        if not set(self.attention) <= set(heights):
+            raise ValueError(f"attention={self.attention}: the heights are {heights}")
 
 
 class UNet(nn.Module):
@@ -131,9 +134,9 @@ class UNet(nn.Module):
         conv = functools.partial(nn.Conv, kernel_size=(3, 3), kernel_init=Init, dtype=dtype)
         block = functools.partial(nn.remat(Block) if c.remat else Block, c, dtype)
 
-        embed = lambda level: level_embedding(c.level_scale * level, c.width, c.level_period)
+        embed = lambda l: noise_embedding(c.log_snr_scale * l, c.width, c.embedding_period)
         emb = embed(log_snr)
-        if c.image_cond and c.image_level:
+        if c.image_cond and c.embed_image_log_snr:
             emb = jnp.concatenate([emb, embed(cond["image_log_snr"])], axis=-1)
         emb = emb.astype(dtype)
         emb = nn.Dense(4 * c.width, kernel_init=Init, dtype=dtype, name="embed_0")(emb)
@@ -184,7 +187,7 @@ class UNet(nn.Module):
 
 
 class Block(nn.Module):
-    """Two convolutions with the noise level between them, added to a shortcut; then attention.
+    """Two convolutions with the embedded log-SNR between them, added to a shortcut; then attention.
 
     `resize` halves or doubles the image on both branches (ADM's resampling blocks). `attend` is
     by default whether the image's height is one of the config's `attention`, and never in a
@@ -208,13 +211,14 @@ class Block(nn.Module):
         if self.resize is not None:
             h, x = self.resize(h), self.resize(x)
         h = conv(kernel_init=Init, name="conv_0")(h)
-        level = dense(self.channels * (1 + c.scale_shift), name="level")(nn.silu(emb))
-        level = level[:, None, None]
+        # The parameters' name, "level", is that of every file written so far.
+        noise = dense(self.channels * (1 + c.scale_shift), name="level")(nn.silu(emb))
+        noise = noise[:, None, None]
         if c.scale_shift:
-            scale, shift = jnp.split(level, 2, axis=-1)
+            scale, shift = jnp.split(noise, 2, axis=-1)
             h = norm(name="norm_1")(h) * (1 + scale) + shift
         else:
-            h = norm(name="norm_1")(h + level)
+            h = norm(name="norm_1")(h + noise)
         h = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))(nn.silu(h))
         h = conv(kernel_init=Zero, name="conv_1")(h)
         if x.shape[-1] != self.channels:
@@ -305,13 +309,13 @@ def attention(query: Array, key: Array, value: Array) -> Array:
     return out.reshape(batch, heads, tokens, width).swapaxes(1, 2)
 
 
-def level_embedding(level: Array, width: int, period: float = 10000.0) -> Array:
-    """Sinusoids of a noise level, `[batch]` -> `[batch, width]`.
+def noise_embedding(noise: Array, width: int, period: float = 10000.0) -> Array:
+    """Sinusoids of a measure of noise, such as scaled log-SNR: `[batch]` -> `[batch, width]`.
 
     Vaswani et al. 2017, section 3.5, as DDPM embeds its t = 0..999.
     """
     frequencies = jnp.exp(-jnp.log(period) * jnp.arange(width // 2) / (width // 2))
-    angles = level[:, None] * frequencies[None].astype(level.dtype)
+    angles = noise[:, None] * frequencies[None].astype(noise.dtype)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 

@@ -5,24 +5,26 @@
     params, config = published.load("64x64_diffusion.pt")        # improved- or guided-diffusion
     params, config = published.load("edm-imagenet-64x64-cond-adm.pkl")        # EDM
 
-Or once and for all to a file of ours, by `python -m diffjax.export SOURCE FILE`.
-The config says what the network predicts, on which schedule, and what it sees of the noise level,
-so that it samples with our samplers. No file is ever executed: see `torchfile`.
+`python -m diffjax.export SOURCE FILE` writes such a network to a file of ours. The config says what
+the network predicts, on which schedule, and how it is given the log-SNR, so that our samplers can
+use it. No file is ever executed: see `torchfile`. Our own networks as files are in `weights`, and
+those that come with diffjax in `pretrained`.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..config import Config
+from ..experiment import Config
 from . import diffusers, edm, openai
+from .pretrained import PRETRAINED as PRETRAINED
 
 READERS: dict[str, Callable[[Path], tuple[Any, Config]]] = {
     "": diffusers.load,
     ".pt": openai.load,
     ".pkl": edm.load,
 }
-"""By what a path ends in; a folder's ends in nothing that matters."""
+"""The reader by the path's suffix; a folder has the suffix ""."""
 
 
 def load(path: Path | str) -> tuple[Any, Config]:

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from .. import weights
-from ..config import Config, UNetConfig
+from ..experiment import Config
+from ..models import UNetConfig
+from . import weights
 
 
 class Names(NamedTuple):

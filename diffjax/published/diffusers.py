@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from ..config import Config, Data, Sampling, UNetConfig
+from ..experiment import Config, Data, Sampling
+from ..models import UNetConfig
 from . import torchfile
 from .arrays import Names, convert, unet
 
@@ -115,9 +116,9 @@ def make_config(folder: Path, inside: Path) -> Config:
         scale_shift=c.get("resnet_time_scale_shift", "default") == "scale_shift",
         resblock_updown=resample == "resnet",
         pad_both=c.get("downsample_padding", 1) == 1,
-        level_scale=1.0,
+        log_snr_scale=1.0,
         # With a shift of 1 the last frequency is 1/10000 itself.
-        level_period=10000.0 ** (half / (half - c.get("freq_shift", 0))),
+        embedding_period=10000.0 ** (half / (half - c.get("freq_shift", 0))),
         out_channels=c["out_channels"],
         labels=c.get("num_class_embeds") or 0,
     )

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..config import Config, Data, Sampling, SongUNetConfig, UNetConfig
+from ..experiment import Config, Data, Sampling
+from ..models import SongUNetConfig, UNetConfig
 from . import torchfile
 from .arrays import Names, convert
 
@@ -119,7 +120,7 @@ def make_config(path: Path, state: dict[str, np.ndarray], outer: str, inner: str
         mults=tuple(shapes[size, 0][0] // width for size in sizes),
         blocks=sum(s == size for s, _ in shapes),
         attention=tuple(s for s in sizes if f"enc.{s}x{s}_block0.qkv.weight" in state),
-        level_scale=around.level[0],
+        log_snr_scale=around.level[0],
         out_channels=channels,
         labels=state["map_label.weight"].shape[1] if "map_label.weight" in state else 0,
     )
@@ -129,7 +130,7 @@ def make_config(path: Path, state: dict[str, np.ndarray], outer: str, inner: str
             taps=tuple(filters[0].sum((0, 1, 2)).tolist()) if filters else (1.0, 1.0),
             fourier="map_noise.freqs" in state,
             residual_input=any("_aux_residual." in name for name in state),
-            level_shift=around.level[1],
+            log_snr_shift=around.level[1],
             **read,
         )
     else:

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config import Config, Data, Sampling, UNetConfig
+from ..experiment import Config, Data, Sampling
+from ..models import UNetConfig
 from . import torchfile
 from .arrays import Names, convert, unet
 
@@ -79,7 +80,7 @@ def improved(
         time_steps=steps,
         time_input=True,
         bound_weight=0.001,
-        low=low,
+        low_resolution=low,
         model=UNetConfig(
             width=width,
             mults=MULTS[size],
@@ -87,9 +88,9 @@ def improved(
             out_channels=6,
             epsilon=1e-5,
             pad_both=True,
-            level_scale=1000 / steps if rescale else 1.0,
+            log_snr_scale=1000 / steps if rescale else 1.0,
             image_cond=low is not None,
-            image_level=False,
+            embed_image_log_snr=False,
             **defaults | model,
         ),
         sampling=Sampling("ancestral", {"variance": "learned"}, steps=steps),

@@ -6,33 +6,54 @@ from time t to time s. In a notebook call `step` in a `for` loop; `sample` is th
 
 Every sampler is a function `(denoise, schedule, *, options) -> Sampler`, and works with any
 schedule over the whole of [0, 1]: log-SNR is finite there, so no step is special. A deterministic
-one walks both ways. `docs/samplers.md` has their measured orders and errors.
+one walks both ways. `docs/samplers.md` has their measured orders and errors, `SAMPLERS` all of them
+by name.
 """
 
-from .grids import discrete_times, karras_times, log_snr_times, uniform_times
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .grids import TIMES, discrete_times, karras_times, log_snr_times, uniform_times
 from .multistep import dpm_solver_pp_2m, dpm_solver_pp_2m_sde, dpm_solver_pp_3m, lms, unipc
 from .onestep import ancestral, ddim, edm, euler_maruyama, heun, predictor_corrector
-from .walk import Sampler, State, check_times, init, sample
+from .walk import Sampler, State as State, check_times as check_times, init as init, sample
+
+
+class Method(NamedTuple):
+    """A row of `SAMPLERS`.
+
+    Attributes:
+      make: (denoise, schedule, *, options) -> `Sampler`.
+      times: the grid that suits it best, a name in `TIMES`.
+    """
+
+    make: Callable[..., Sampler]
+    times: str
+
+
+SAMPLERS = {
+    "ancestral": Method(ancestral, "uniform"),
+    "ddim": Method(ddim, "uniform"),
+    "dpm_solver_pp_2m": Method(dpm_solver_pp_2m, "log_snr"),
+    "dpm_solver_pp_2m_sde": Method(dpm_solver_pp_2m_sde, "log_snr"),
+    "dpm_solver_pp_3m": Method(dpm_solver_pp_3m, "log_snr"),
+    "edm": Method(edm, "karras"),
+    "euler_maruyama": Method(euler_maruyama, "log_snr"),
+    "heun": Method(heun, "uniform"),
+    "lms": Method(lms, "karras"),
+    "predictor_corrector": Method(predictor_corrector, "uniform"),
+    "unipc": Method(unipc, "log_snr"),
+}
+"""Every sampler by name, as configs and the command line choose it."""
 
 __all__ = [
+    "SAMPLERS",
+    "TIMES",
     "Sampler",
-    "State",
-    "ancestral",
-    "check_times",
-    "ddim",
     "discrete_times",
-    "dpm_solver_pp_2m",
-    "dpm_solver_pp_2m_sde",
-    "dpm_solver_pp_3m",
-    "edm",
-    "euler_maruyama",
-    "heun",
-    "init",
     "karras_times",
-    "lms",
     "log_snr_times",
-    "predictor_corrector",
     "sample",
     "uniform_times",
-    "unipc",
+    *SAMPLERS,
 ]

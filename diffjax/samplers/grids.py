@@ -1,4 +1,6 @@
-"""Grids of times: where a walk sets its feet. Each sampler's docstring says which one it wants."""
+"""Grids of times for samplers to step along. `SAMPLERS` says which one suits each sampler."""
+
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
@@ -54,6 +56,14 @@ def discrete_times(steps: int, n: int) -> Float[np.ndarray, " times"]:
     if n > steps:
         raise ValueError(f"{n} steps on a grid of {steps}: there are only {steps}")
     return _known(np.round(np.linspace(steps, 0, n + 1)) / steps)
+
+
+TIMES: dict[str, Callable[[Schedule, int], Float[Array | np.ndarray, " times"]]] = {
+    "uniform": lambda schedule, n: uniform_times(n),
+    "log_snr": log_snr_times,
+    "karras": karras_times,
+}
+"""Every grid by name: functions of a schedule and the number of steps."""
 
 
 def _known(ts):

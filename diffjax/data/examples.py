@@ -1,0 +1,105 @@
+"""Examples of a data set: arrays in memory or on the disk, and how they become batches of float32."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+
+class Rows(Protocol):
+    """An array `[n, ...]` as batches use it: NumPy's, one on the disk, or `images.Images`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: Any, /) -> np.ndarray: ...
+
+
+class Examples(NamedTuple):
+    """Examples and their labels.
+
+    Attributes:
+      x: `[n, ...]`; uint8, or float32 in [-1, 1].
+      label: integers `[n]`, or None.
+    """
+
+    x: Rows
+    label: np.ndarray | None = None
+
+
+class Dataset(NamedTuple):
+    """Examples to train on, and held out."""
+
+    train: Examples
+    test: Examples
+
+
+class Source(NamedTuple):
+    """A row of `DATASETS`.
+
+    Attributes:
+      read: a function to ((x, label), (x, label)), to train on and held out. Its parameters, among
+        `path`, `size`, `channels`, `unreadable` and `workers`, are the options that it takes.
+      levels: how many values a pixel may have, where that is neither 256 (bytes) nor unlimited.
+    """
+
+    read: Callable[..., tuple]
+    levels: int | None = None
+
+
+def checked(x: Rows, label: np.ndarray | None = None, *, where: str = "data") -> Examples:
+    """`Examples` of these arrays, after checking them.
+
+    Raises:
+      ValueError: unless x is uint8, or float32 within [-1, 1], and labels are integers >= 0, one
+        for each example.
+    """
+    if len(x.shape) < 2 or 0 in x.shape:
+        raise ValueError(f"{where}: examples of shape {x.shape}, need [n, ...] of at least 1 each")
+    if x.dtype not in (np.uint8, np.float32):
+        raise ValueError(f"{where}: dtype {x.dtype}, need uint8 or float32 in [-1, 1]")
+    if isinstance(x, np.ndarray) and x.dtype == np.float32 and not abs(x).max() <= 1:
+        raise ValueError(f"{where}: values from {x.min()} to {x.max()}, need [-1, 1]")
+    if label is not None:
+        if label.shape != x.shape[:1] or label.dtype.kind not in "iu" or label.min() < 0:
+            raise ValueError(
+                f"{where}: labels {label.dtype}{label.shape} for {len(x)} examples, "
+                "need one integer >= 0 for each"
+            )
+    return Examples(x, label)
+
+
+def take(examples: Examples, index: np.ndarray) -> dict[str, np.ndarray]:
+    """The examples at `index`: `x` float32 in [-1, 1], and `label` int32 if there are labels."""
+    x = examples.x[index]
+    if x.dtype == np.uint8:
+        x = x.astype(np.float32) / 127.5 - 1
+    batch = {"x": x}
+    if examples.label is not None:
+        batch["label"] = examples.label[index].astype(np.int32)
+    return batch
+
+
+def to_bytes(x: np.ndarray) -> np.ndarray:
+    """Images in [-1, 1] as uint8, rounded; the inverse of `take`.
+
+    >>> to_bytes(np.array([-1.0, 0.0, 0.01, 1.2]))
+    array([  0, 128, 129, 255], dtype=uint8)
+    """
+    return np.clip(np.round((x + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+def first(examples: Examples, n: int) -> dict[str, np.ndarray]:
+    """The first n examples, or all if there are fewer, with their `index`."""
+    index = np.arange(min(len(examples.x), n), dtype=np.int32)
+    return take(examples, index) | {"index": index}
+
+
+def all_examples(dataset: Dataset) -> tuple[np.ndarray, np.ndarray | None]:
+    """Both parts of a data set as one array in memory, in [-1, 1], and its labels or None."""
+    parts = [take(examples, np.arange(len(examples.x))) for examples in dataset]
+    x = np.concatenate([part["x"] for part in parts])
+    label = np.concatenate([part["label"] for part in parts]) if "label" in parts[0] else None
+    return x, label

@@ -1,0 +1,52 @@
+"""The command line of sample.py and evaluate.py, whose defaults are those of the run."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from .. import checkpoint
+from ..experiment import Walk
+from ..experiment.command_line import SETTINGS, take, walk_defaults
+
+Arguments = TypeVar("Arguments")
+
+
+def parse_with_run(
+    kind: type[Arguments], argv: Sequence[str], description: str | None
+) -> Arguments:
+    """Read the arguments of a command, where the flags of a walk default to those of the run.
+
+    With `--sampler=NAME` they default to the best of this sampler (`walk_defaults`).
+
+    Args:
+      kind: a frozen dataclass with fields `workdir` and `drawing`, a `Drawing`.
+      argv: the words.
+      description: for --help.
+
+    Raises:
+      SystemExit: after printing the help, or what is wrong in a few lines.
+    """
+    default: Any = kind()
+    workdir, _ = take(argv, "--workdir")
+    sampler, rest = take(argv, "--sampler")
+    walk = walk_defaults(run_walk(Path(workdir or default.workdir)), sampler)
+    drawing = dataclasses.replace(default.drawing, walk=walk)
+    return tyro.cli(
+        kind,
+        args=rest,
+        default=dataclasses.replace(default, drawing=drawing),
+        description=description,
+        config=SETTINGS,
+        use_underscores=True,
+    )
+
+
+def run_walk(source: Path) -> Walk:
+    """The walk of a run's config; the default one if there is no run, which the command reports."""
+    try:
+        return checkpoint.read_config(source).sampling
+    except (ValueError, OSError):
+        return Walk()

@@ -1,0 +1,152 @@
+"""The results of evaluate.py: of one run as lines, of several side by side in a table and a picture."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.table import Table
+
+from .. import plots
+from ..training.files import flatten
+from .distances import METRICS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RESULT = "evaluation.json"
+"""The file of an evaluation, in its run's directory."""
+
+
+class Measure(NamedTuple):
+    """A number of an evaluation.
+
+    Attributes:
+      title: its name in tables.
+      best: `min` or `max`, whichever is better.
+      conditions: what it depends on besides the run; it can be compared where these are equal.
+      error: the name of its standard error, which it may lack.
+    """
+
+    title: str
+    best: Callable[[Iterable[float]], float]
+    conditions: tuple[str, ...]
+    error: str
+
+
+BITS = ("held_out.n", "held_out.levels", "held_out.sha256")
+DISTANCES = ("samples.n", "features.name", "features.sha256", "reference.sha256")
+MEASURES = {
+    "bound_bits_per_dim": Measure("bound, bits/dim", min, BITS, "bound_standard_error"),
+    "flow_bits_per_dim": Measure("flow, bits/dim", min, BITS, "flow_standard_error"),
+} | {
+    name: Measure(metric.title, metric.best, DISTANCES, f"{name}_standard_error")
+    for name, metric in METRICS.items()
+}
+
+Result = dict[str, Any]
+"""An evaluation, flattened."""
+
+
+def lines(result: Result) -> list[str]:
+    """The numbers of an evaluation, a line each.
+
+    >>> lines({"bound_bits_per_dim": 2.069, "bound_standard_error": 0.017, "held_out.n": 300})
+    ['bound, bits/dim: 2.069 +- 0.017 (held_out.n=300)']
+    """
+    found = []
+    for name, measure in MEASURES.items():
+        if name in result:
+            # The hashes are in the file only.
+            given = [c for c in measure.conditions if c in result and not c.endswith("sha256")]
+            conditions = ", ".join(f"{c}={result[c]}" for c in given)
+            found.append(f"{measure.title}: {shown(result, name)} ({conditions})")
+    return found
+
+
+def shown(result: Result, name: str) -> str:
+    """A number, with its standard error if it has one; a dash if it was not measured."""
+    if name not in result:
+        return "-"
+    error = result.get(MEASURES[name].error)
+    return f"{result[name]:.4g}" + ("" if error is None else f" +- {error:.2g}")
+
+
+def read(runs: Iterable[Path]) -> dict[str, Result]:
+    """The evaluations of runs, by the path given: the run's directory, or the evaluation's file.
+
+    Raises:
+      FileNotFoundError: if a run has not been evaluated.
+      ValueError: if evaluate.py did not write a file, or if numbers are not comparable; says which,
+        and why.
+    """
+    results = {}
+    for run in runs:
+        path = run if run.suffix == ".json" else run / RESULT
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no {path}: python evaluate.py --workdir={path.parent} writes it"
+            )
+        try:
+            results[str(run)] = flatten(json.loads(path.read_text()))
+        except ValueError as error:
+            raise ValueError(f"{path} is not a file of evaluate.py: {error}") from error
+
+    differences = {}
+    for name, measure in MEASURES.items():
+        have = {run: result for run, result in results.items() if name in result}
+        for condition in measure.conditions:
+            values = {run: result.get(condition) for run, result in have.items()}
+            if len(set(values.values())) > 1:
+                which = ", ".join(f"{value} ({run})" for run, value in values.items())
+                differences[f"{condition}: {which}"] = None
+    if differences:
+        raise ValueError("these runs cannot be compared:\n  " + "\n  ".join(differences))
+    return results
+
+
+def best(results: dict[str, Result], name: str) -> float | None:
+    """The best value of a measure, or None unless several runs have it."""
+    values = [result[name] for result in results.values() if name in result]
+    return MEASURES[name].best(values) if len(values) > 1 else None
+
+
+def table(results: dict[str, Result]) -> Table:
+    """A row for each run, and a column for each measure that any has; a star marks the best."""
+    names = _present(results)
+    made = Table("run", *(MEASURES[name].title for name in names))
+    for run, result in results.items():
+        cells = [
+            shown(result, name)
+            + (" *" if name in result and result[name] == best(results, name) else "")
+            for name in names
+        ]
+        made.add_row(run, *cells)
+    return made
+
+
+def figure(results: dict[str, Result]) -> "Figure":
+    """A panel for each measure, a point for each run, with its standard error.
+
+    Raises:
+      ModuleNotFoundError: if there is no Matplotlib.
+    """
+    names, runs = _present(results), list(results)
+    made, axes = plots.panels(1, len(names), width=2.6, height=1.3 + 0.35 * len(runs))
+    for ax, name in zip(axes, names, strict=True):
+        measure, winner = MEASURES[name], best(results, name)
+        for row, result in enumerate(results.values()):
+            if name in result:
+                colour = plots.COLOURS[1 if result[name] == winner else 0]
+                error = result.get(measure.error)
+                ax.errorbar(result[name], row, xerr=error, fmt="o", color=colour, capsize=3)
+        wanted = "less" if measure.best is min else "more"
+        ax.set_xlabel(f"{measure.title}\n({wanted} is better)")
+        ax.margins(x=0.2)
+        ax.set_yticks(range(len(runs)), runs if ax is axes[0] else [""] * len(runs))
+        ax.set_ylim(len(runs) - 0.5, -0.5)
+    return made
+
+
+def _present(results):
+    return [name for name in MEASURES if any(name in result for result in results.values())]

@@ -1,0 +1,283 @@
+"""Samples of a trained network: which ones, how they are drawn, and the file that holds them.
+
+Sample i depends on its settings and on i alone, among devices of one kind to the last bit: each
+device computes samples in tiles of one size, because the rounding of a matrix product depends on
+the matrix's size, and so, without tiles, on how many devices share a batch.
+"""
+
+import dataclasses
+import functools
+import json
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+
+from .. import data, keys, samplers
+from ..experiment import Config, Experiment, Walk, config as config_lib, resolve
+from ..experiment.functions import conditioned
+from ..process import prior_sample
+from ..super_resolution import enlarge, psnr, shrink
+from ..training.files import digest
+from ..training.runners import Runner, in_batches
+from ..types import Data, LearnedPrediction
+from . import distances
+
+TILE = 64
+"""Samples that a device draws at once."""
+TILES = {"cpu": 16}
+"""The same on other platforms."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """Which samples to draw, and how."""
+
+    n: int = 1000
+    """Number of samples."""
+    label: int | None = None
+    """Class of all samples; None: sample i is of class i modulo the number of classes."""
+    seed: int = 0
+    """Seed of the noise."""
+    walk: tyro.conf.OmitArgPrefixes[Walk] = Walk()  # noqa: RUF009, it is frozen
+    """How they are drawn."""
+
+
+def drawn_by(config: Config, drawing: Drawing) -> Experiment:
+    """The experiment of a run, with the seed and the walk of a drawing.
+
+    Raises:
+      ValueError: if the drawing makes no sense, or not for this run.
+
+    >>> drawn_by(Config(), Drawing(seed=3, walk=Walk(sampler="edm"))).config.sampling.grid
+    'karras'
+    """
+    if drawing.n < 1:
+        raise ValueError(f"n={drawing.n}: must be at least 1")
+    if config.low_resolution is not None:
+        raise ValueError(
+            f"low_resolution={config.low_resolution}: the run enlarges images, and draws none by "
+            "itself"
+        )
+    if drawing.label is not None and not 0 <= drawing.label < config.model.labels:
+        has = f"classes 0 to {config.model.labels - 1}" if config.model.labels else "no classes"
+        raise ValueError(f"label={drawing.label}: the run has {has}")
+    sampling = dataclasses.replace(config.sampling, **_shallow(drawing.walk))
+    return resolve(dataclasses.replace(config, sampling=sampling, seed=drawing.seed))
+
+
+def make_generate(e: Experiment, shape: tuple[int, ...]) -> Callable[[Any, dict[str, Any]], Data]:
+    """A pure function (params, batch) -> samples `[batch, *shape]`.
+
+    Sample i depends on the experiment, the parameters, `batch["index"][i]` and its conditioning
+    alone, so that it is the same on any number of devices and in any batch.
+    """
+    ts = e.grid()
+
+    def generate(params, batch):
+        key_prior, key_walk, key_cond = jax.random.split(e.keys().samples, 3)
+        keys_prior, keys_walk = (keys.fold_in(k, batch["index"]) for k in (key_prior, key_walk))
+        denoise = conditioned(e, lambda d: e.clip(e.guide(d)), params, key_cond, batch)
+        x_1 = prior_sample(keys_prior, e.schedule, (len(batch["index"]), *shape))
+        return samplers.sample(keys_walk, e.sampler(denoise), x_1, ts)[0]
+
+    return generate
+
+
+def request(config: Config, test: data.Examples, n: int) -> dict[str, np.ndarray]:
+    """A batch for which `make_generate`'s function draws n samples, of each class in turn.
+
+    In super-resolution the samples enlarge the first n held-out images, which are its `x`.
+    """
+    if config.low_resolution is not None:
+        return data.first(test, n)
+    index = np.arange(n, dtype=np.int32)
+    label = {"label": index % config.model.labels} if config.model.labels else {}
+    return {"index": index} | label
+
+
+def evaluate(
+    config: Config, dataset: data.Dataset, requested: dict[str, np.ndarray], x: np.ndarray
+) -> dict[str, float]:
+    """The numbers of `distances.from_halves` for samples x of a `request`.
+
+    In super-resolution: the distance to 10,000 of the images to train on, and `psnr`, in decibels,
+    of one sample for each image; and both of bicubic enlargement, `_bicubic`.
+    """
+    if config.low_resolution is None:
+        real, label = data.all_examples(dataset)
+        return distances.from_halves(x, requested.get("label"), real, label)
+    real, truth = data.first(dataset.train, 10_000)["x"], requested["x"]
+    bicubic = np.asarray(enlarge(shrink(truth, config.low_resolution), x.shape[1]))
+    found = distances.from_halves(x, None, real, None)
+    return found | {
+        "frechet_pca24_bicubic": distances.from_halves(bicubic, None, real, None)["frechet_pca24"],
+        "psnr": float(psnr(x, truth).mean()),
+        "psnr_bicubic": float(psnr(bicubic, truth).mean()),
+    }
+
+
+def labels(config: Config, drawing: Drawing) -> np.ndarray | None:
+    """The classes of the samples, `[n]`, or None if the run has none."""
+    if not config.model.labels:
+        return None
+    if drawing.label is not None:
+        return np.full(drawing.n, drawing.label, np.int32)
+    return np.arange(drawing.n, dtype=np.int32) % config.model.labels
+
+
+def settings(e: Experiment, drawing: Drawing, params: Any) -> dict[str, Any]:
+    """Everything that the samples depend on, for JSON.
+
+    Args:
+      e: of `drawn_by`.
+      drawing: which samples.
+      params: the parameters, of which the hash is taken.
+
+    Returns:
+      The fields of the drawing and of its walk; `function_evaluations`; `parameters`; `config`.
+    """
+    chosen = _shallow(drawing) | _walk_settings(e.config)
+    del chosen["walk"]
+    return _as_json(
+        {
+            **chosen,
+            "function_evaluations": function_evaluations(e),
+            "parameters": parameters(e.config, params),
+            "config": _tree(e.config),
+        }
+    )
+
+
+def parameters(config: Config, params: Any) -> dict[str, Any]:
+    """Which parameters: a moving average of decay `ema`, and their hash."""
+    return {"ema": config.ema, "sha256": digest(params)}
+
+
+def function_evaluations(e: Experiment) -> int:
+    """How often the experiment's sampler calls the denoiser for a sample.
+
+    With classifier-free guidance each call is two evaluations of the network.
+
+    >>> function_evaluations(drawn_by(Config(), Drawing(walk=Walk(sampler="heun", steps=7))))
+    14
+    """
+    calls = []
+
+    def denoise(x_t, t, cond=None):
+        calls.append(t)
+        return LearnedPrediction(x_t, x_t, x_t)
+
+    sampler = e.sampler(denoise)
+    step = lambda key, x: sampler.step(key, sampler.init(x), jnp.float32(1), jnp.float32(0.5))
+    jax.eval_shape(step, jax.random.key(0), jnp.zeros((1, 2)))
+    return len(calls) * e.config.sampling.steps
+
+
+def check_shape(e: Experiment, params: Any, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError unless the network takes examples of this shape."""
+    e.config.model.check_input(shape)
+    made = jax.eval_shape(lambda key: e.init(key, shape), jax.random.key(0))
+    if jax.tree.map(jnp.shape, made) != jax.tree.map(jnp.shape, params):
+        raise ValueError(f"examples of shape {shape} are not what the network was trained on")
+
+
+def draw(
+    runner: Runner,
+    generate: Callable[[Any, dict[str, Any]], Data],
+    params: Any,
+    label: np.ndarray | None,
+    indices: range,
+    size: int,
+) -> Iterator[np.ndarray]:
+    """Draw samples over all devices of all processes, with one compiled program.
+
+    Args:
+      runner: maps over the devices.
+      generate: of `make_generate`.
+      params: its parameters.
+      label: the class of every sample, or None.
+      indices: which samples to draw.
+      size: how many at once, over all devices; rounded up to whole tiles on each.
+
+    Yields:
+      The next samples, in every process: images as uint8, as they are stored; vectors as float32.
+    """
+    tile = TILES.get(jax.default_backend(), TILE)
+    whole = tile * jax.device_count()
+    size = -(-size // whole) * whole
+    mapped = runner.map(_in_tiles(generate, tile))
+    for start in range(indices.start, indices.stop, size):
+        index = np.arange(start, min(start + size, indices.stop), dtype=np.int32)
+        batch = {"index": index, "label": None if label is None else label[index]}
+        x = in_batches(runner, mapped, params, batch, size)
+        yield data.to_bytes(x) if x.ndim == 4 else x
+
+
+def with_progress(
+    parts: Iterator[np.ndarray], what: str, n: int, done: int = 0
+) -> Iterator[np.ndarray]:
+    """The same parts of n samples, with a progress bar on the first process' terminal."""
+    console = Console(quiet=jax.process_index() > 0, highlight=False)
+    with Progress(console=console) as progress:
+        bar = progress.add_task(what, total=n, completed=done)
+        for part in parts:
+            progress.advance(bar, len(part))
+            yield part
+
+
+def read(path: Path) -> tuple[data.Examples, dict[str, Any]]:
+    """The samples of a file of sample.py, and their `settings`.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if sample.py did not write it.
+    """
+    try:
+        with np.load(path) as file:
+            label = file.get("label")
+            return data.Examples(file["x"], label), upgraded(json.loads(str(file["settings"])))
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a file of sample.py: {error}") from error
+
+
+def upgraded(settings: dict[str, Any]) -> dict[str, Any]:
+    """`settings` that this version or an earlier one wrote, as this version writes them."""
+    config = config_lib.from_tree(settings["config"])
+    return settings | _as_json(_walk_settings(config) | {"config": _tree(config)})
+
+
+def _in_tiles(generate, tile):
+    def in_tiles(params, batch):
+        tiles = jax.tree.map(lambda x: x.reshape(-1, tile, *x.shape[1:]), batch)
+        x = jax.lax.map(functools.partial(generate, params), tiles)
+        return x.reshape(-1, *x.shape[2:])
+
+    return in_tiles
+
+
+def _walk_settings(config):
+    """The fields of the walk, with the grid of times in use."""
+    walk = {field.name: getattr(config.sampling, field.name) for field in dataclasses.fields(Walk)}
+    return walk | {"times": config.sampling.grid}
+
+
+def _tree(config):
+    return json.loads(config_lib.to_json(config))
+
+
+def _as_json(tree):
+    """The same, as it is after it has been written and read."""
+    return json.loads(json.dumps(tree))
+
+
+def _shallow(section):
+    """The fields of a dataclass and their values, as they are."""
+    return {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}

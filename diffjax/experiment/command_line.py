@@ -1,0 +1,141 @@
+"""From words on the command line to a config, and errors as one line.
+
+A choice on which other defaults depend is read first: `--config=FILE` for every field,
+`--config.model=NAME` for the fields of the network, `--sampler=NAME` for those of a walk. The
+rest of the words override fields of what it gives.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import tyro
+
+from ..models import switched
+from ..training.distributed import Distributed
+from .config import Config, Walk
+
+SETTINGS = (tyro.conf.FlagConversionOff,)
+"""How every command reads its flags: --flag=True, never --flag --no-flag."""
+
+
+class Command(NamedTuple):
+    """What the command line of train.py asks for.
+
+    Attributes:
+      config: the experiment, not yet checked.
+      workdir: the run's directory.
+      distributed: where this process stands among several.
+      profile: number of steps to trace.
+    """
+
+    config: Config
+    workdir: Path
+    distributed: Distributed
+    profile: int
+
+
+def parse(argv: Sequence[str], default: str = "configs/digits.py") -> Command:
+    """Read `[--config=FILE[:variant]] [--config.model=NAME] [--workdir=DIR] [--config.FIELD=VALUE]`.
+
+    Raises:
+      SystemExit: after printing the help, or what is wrong in a few lines.
+    """
+    file, rest = take(argv, "--config")
+    model, rest = take(rest, "--config.model")
+    file = file or default
+    with error_exit():
+        base = from_file(file)
+        if model is not None:
+            base = dataclasses.replace(base, model=switched(base.model, model))
+    name = Path(file.partition(":")[0]).stem
+
+    @dataclasses.dataclass(frozen=True)
+    class Arguments:
+        config: tyro.conf.AvoidSubcommands[Config] = base
+        workdir: Path = Path("runs") / name
+        """Directory of checkpoints, metrics and pictures; a run that is in it is resumed."""
+        distributed: Distributed = Distributed()  # noqa: RUF009, it is frozen
+        profile: int = 0
+        """Number of steps, from the tenth on, to trace into WORKDIR/profile."""
+
+    args = tyro.cli(
+        Arguments,
+        args=rest,
+        description=f"--config=FILE[:variant] chooses the experiment; this is {file}. "
+        "--config.model=NAME chooses the network. Every field can be changed:",
+        config=SETTINGS,
+        use_underscores=True,
+    )
+    if args.profile < 0:
+        sys.exit(f"error: profile={args.profile}: must be at least 0, the number of steps to trace")
+    return Command(args.config, args.workdir, args.distributed, args.profile)
+
+
+def walk_defaults(walk: Walk, sampler: str | None) -> Walk:
+    """The walk of a run, or, for another sampler, that with this sampler's own options and grid.
+
+    >>> walk_defaults(Walk(times="uniform", options={"eta": 1.0}), "edm").grid
+    'karras'
+    """
+    walk = Walk(**{f.name: getattr(walk, f.name) for f in dataclasses.fields(Walk)})
+    if sampler is None:
+        return walk
+    return dataclasses.replace(walk, sampler=sampler, options={}, times=None)
+
+
+@contextlib.contextmanager
+def error_exit(*errors: type[Exception]) -> Iterator[None]:
+    """End the program with one line, "error: ...", at an error of these kinds.
+
+    By default, at those that the input may cause: ValueError and OSError.
+    """
+    kinds = errors or (ValueError, OSError)
+    try:
+        yield
+    except kinds as error:
+        sys.exit(f"error: {error}")
+
+
+def from_file(spec: str) -> Config:
+    """The config of `FILE.py` or `FILE.py:variant`.
+
+    The file is Python, and is executed: use only files that you trust.
+
+    Raises:
+      FileNotFoundError: if there is no such file; names those beside it.
+      ValueError: if it has no such variant.
+    """
+    name, _, variant = spec.partition(":")
+    path = Path(name)
+    if not path.is_file():
+        beside = sorted(str(p) for p in path.parent.glob("*.py"))
+        raise FileNotFoundError(f"no config {name}; there are: {', '.join(beside) or 'none'}")
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    if module_spec is None or module_spec.loader is None:
+        raise FileNotFoundError(f"{name} is not a Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return module.get_config(variant)
+
+
+def take(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+    """Take `name=VALUE` or `name VALUE` out of the words; return VALUE, or None, and the rest.
+
+    >>> take(["--n=3", "--config", "a.py"], "--config")
+    ('a.py', ['--n=3'])
+    """
+    rest, value = [], None
+    words = iter(argv)
+    for word in words:
+        if word == name:
+            value = next(words, None)
+        elif word.startswith(name + "="):
+            value = word.removeprefix(name + "=")
+        else:
+            rest.append(word)
+    return value, rest

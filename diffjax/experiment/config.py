@@ -1,0 +1,469 @@
+"""Experiments as data: frozen dataclasses, and their JSON.
+
+A file `configs/NAME.py` defines `get_config(variant="") -> Config`, and the command line overrides
+any field of it (`--config.target=x_0`). The rules of one section stand beside its fields; the rules
+across sections are in `rules`, and `functions.resolve` turns names into functions.
+"""
+
+import contextlib
+import dataclasses
+import json
+import typing
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Union
+
+import tyro
+
+from ..data import DATASETS, check_workers
+from ..data.images import UNREADABLE
+from ..models import MODELS, ModelConfig, UNetConfig, name_of
+from ..samplers import SAMPLERS, TIMES
+from ..schedules import SCHEDULES
+from ..targets import TARGETS
+from ..training.files import flatten, unequal
+from ..training.runners import RUNNERS
+from ..training.writers import WRITERS
+from ..weightings import WEIGHTINGS
+
+if TYPE_CHECKING:
+    Model = ModelConfig
+else:  # tyro and `from_json` choose among the configs in the table
+    Model = Union[tuple(row.config for row in MODELS.values())]  # noqa: UP007
+
+
+def one_of(table: Iterable[str]) -> Any:
+    """The choices of a field, for --help. `check` refuses others, with a message of its own."""
+    return tyro.conf.arg(metavar="{" + ",".join(table) + "}")
+
+
+def number_or_text(word: str) -> int | float | str:
+    """A word of the command line as the number that it is, else as text."""
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return number(word)
+    return word
+
+
+def as_options(words: Iterable[str]) -> dict[str, Any]:
+    """Words `NAME=VALUE` as a dict.
+
+    Raises:
+      ValueError: if a word is none of these.
+
+    >>> as_options(["eta=0.5", "variance=beta"])
+    {'eta': 0.5, 'variance': 'beta'}
+    """
+    options = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"{word!r} is not NAME=VALUE")
+        options[name] = number_or_text(value)
+    return options
+
+
+def as_chain(words: Iterable[str | float]) -> tuple[str, ...]:
+    """A chain of guidances, `NAME:OPTION=VALUE,...` each; a number is a weight of classifier_free.
+
+    >>> as_chain(["3"]), as_chain(["classifier_free:weight=3", "within:low=-2,high=4"])
+    (('classifier_free:weight=3',), ('classifier_free:weight=3', 'within:low=-2,high=4'))
+    >>> as_chain(["1"])  # a weight of 1 is no guidance
+    ()
+    """
+    chain = []
+    for word in words:
+        value = number_or_text(str(word))
+        if isinstance(value, str):
+            chain.append(value)
+        elif value != 1:
+            chain.append(f"classifier_free:weight={value}")
+    return tuple(chain)
+
+
+def parse_guidance(word: str) -> tuple[str, dict[str, Any]]:
+    """One guidance of a chain as its name and its options.
+
+    >>> parse_guidance("within:low=-2,high=4")
+    ('within', {'low': -2, 'high': 4})
+    """
+    name, _, options = word.partition(":")
+    return name, as_options(options.split(",") if options else ())
+
+
+Options = Annotated[
+    dict[str, Any],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[NAME=VALUE ...]",
+        instance_from_str=as_options,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda options: [f"{k}={v}" for k, v in options.items()],
+    ),
+]
+"""Keyword arguments of a schedule, weighting or sampler: numbers, or names."""
+
+Guidance = Annotated[
+    tuple[str, ...],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[NAME:OPTION=VALUE,... ...]",
+        instance_from_str=as_chain,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=list,
+    ),
+]
+"""A chain of guidances, the first applied first."""
+
+
+def require(*rules: tuple[bool, str]) -> None:
+    """Raise a ValueError with the message of the first rule that does not hold."""
+    for holds, message in rules:
+        if not holds:
+            raise ValueError(message)
+
+
+def at_least(section: Any, prefix: str = "", **least: float) -> None:
+    """Raise a ValueError if a field of a dataclass is below its least value, and is not None."""
+    for name, bound in least.items():
+        value = getattr(section, name)
+        if value is not None and not value >= bound:
+            raise ValueError(f"{prefix}{name}={value}: must be at least {bound}")
+
+
+def known_name(kind: str, table: Iterable[str], name: str) -> None:
+    """Raise a ValueError, with the choices, unless a table has the name."""
+    if name not in table:
+        raise ValueError(f"unknown {kind} {name!r}: one of {', '.join(table)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The data to train on."""
+
+    name: Annotated[str, one_of(DATASETS)] = "digits"
+    """The data set."""
+    path: Path | None = None
+    """Its folder or file; None: its default place."""
+    size: int | None = None
+    """Side of the squares that the images of a folder are cropped and scaled to, or that those of
+    another set are averaged down to; None: leave the images as they are, all of one size."""
+    shape: tuple[int, ...] | None = None
+    """Shape of an example, which lets a network from a file be used without its data; None: the
+    shape that the data has."""
+    channels: int | None = None
+    """Channels of the images of a folder: 1, grey, or 3, RGB; None: 1 if all are grey, else 3."""
+    unreadable: Annotated[str, one_of(UNREADABLE)] = "refuse"
+    """Whether to refuse a folder in which a file cannot be read, or to skip the file."""
+    workers: int = 0
+    """Processes that make batches (extra `data`); 0: a thread makes them, which usually suffices."""
+    flip: bool = False
+    """Mirror images left to right at random."""
+
+    def check(self) -> None:
+        """Raise a ValueError if the section is impossible whatever the other sections are."""
+        known_name("data set", DATASETS, self.name)
+        check_workers(self.workers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """Adam, its learning rate, and the clipping of gradients."""
+
+    learning_rate: float = 1e-3
+    """Learning rate after the warm-up."""
+    warmup: int = 100
+    """Steps of linear warm-up from 0."""
+    decay_steps: int | None = None
+    """Step at which a cosine decay of the learning rate reaches 0; None: no decay."""
+    clip: float | None = 1.0
+    """Largest global norm of the gradient; None: no clipping."""
+    beta_1: float = 0.9
+    """Adam's decay of the mean gradient."""
+    beta_2: float = 0.999
+    """Adam's decay of the mean squared gradient."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (AdamW)."""
+    accumulate: int = 1
+    """Parts into which each device splits its share of the batch, to process one after another."""
+
+    def check(self) -> None:
+        """Raise a ValueError if the section is impossible whatever the other sections are."""
+        at_least(self, "optimizer.", warmup=0, weight_decay=0, accumulate=1)
+        require(
+            (
+                self.learning_rate > 0,
+                f"optimizer.learning_rate={self.learning_rate}: must be positive",
+            ),
+            (
+                self.clip is None or self.clip > 0,
+                f"optimizer.clip={self.clip}: must be positive, or None",
+            ),
+            (
+                self.decay_steps is None or self.decay_steps > self.warmup,
+                f"optimizer.decay_steps={self.decay_steps}: must exceed warmup={self.warmup}, or "
+                "be None",
+            ),
+            (
+                0 <= self.beta_1 < 1 and 0 <= self.beta_2 < 1,
+                f"optimizer.beta_1={self.beta_1}, beta_2={self.beta_2}: must be in [0, 1)",
+            ),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """How a sample is drawn. Every field here is a flag of sample.py and evaluate.py too."""
+
+    sampler: Annotated[str, one_of(SAMPLERS)] = "ddim"
+    """The sampler."""
+    options: Options = dataclasses.field(default_factory=dict)
+    """Options of the sampler."""
+    times: Annotated[str | None, one_of(TIMES)] = None
+    """The grid of times; None: the grid that suits the sampler best."""
+    steps: int = 50
+    """Steps of the grid."""
+    guidance: Guidance = ()
+    """A chain of guidances, as in `classifier_free:weight=3 within:low=-2,high=4`; a number is the
+    weight of classifier_free. Empty: no guidance."""
+    cond_noise: float = 0.0
+    """Super-resolution: the time to which the low-resolution image is diffused, at most
+    max_cond_noise."""
+
+    def check(self) -> None:
+        """Raise a ValueError if the section is impossible whatever the other sections are."""
+        known_name("sampler", SAMPLERS, self.sampler)
+        if self.times is not None:
+            known_name("times", TIMES, self.times)
+        at_least(self, "sampling.", steps=1)
+
+    @property
+    def grid(self) -> str:
+        """The name of the grid of times in use."""
+        return self.times or SAMPLERS[self.sampler].times
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling(Walk):
+    """How a run draws samples, at intervals and at the end."""
+
+    columns: int = 10
+    """Columns of the picture. With labels it has a row for each class, else as many as columns."""
+    eval_samples: int = 0
+    """Samples to evaluate at the end of the run (Frechet distance, accuracy of labels); 0: none."""
+
+    def check(self) -> None:
+        """Raise a ValueError if the section is impossible whatever the other sections are."""
+        super().check()
+        at_least(self, "sampling.", columns=1, eval_samples=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """An experiment. When a run is resumed, the fields in `CHANGEABLE` may change."""
+
+    data: Data = Data()
+    target: Annotated[str, one_of(TARGETS)] = "eps"
+    """What the network predicts."""
+    unit_output: bool = False
+    """Scale the network's output to the target's standard deviation (for a score: divide by
+    sigma)."""
+    unit_input: bool = False
+    """Scale the network's input to variance one, for data of standard deviation 0.5 (EDM, with
+    target F)."""
+    time_input: bool = False
+    """Give the network its discrete time, 0 to time_steps - 1 (DDPM), in place of log-SNR."""
+    schedule: Annotated[str, one_of(SCHEDULES)] = "cosine"
+    """The noise schedule."""
+    schedule_options: Options = dataclasses.field(default_factory=dict)
+    """Options of the schedule."""
+    schedule_shift: float = 0.0
+    """A constant added to the schedule's log-SNR at every time."""
+    time_steps: int | None = None
+    """Train on the grid i/T of discrete time with this T; None: continuous time."""
+    weighting: Annotated[str, one_of(WEIGHTINGS)] = "unit"
+    """Weight of the loss over log-SNR; unit: each target scaled to variance one."""
+    weighting_options: Options = dataclasses.field(default_factory=dict)
+    """Options of the weighting."""
+    bound_weight: float | None = None
+    """Learn the decoder's variance too, with this weight on the bound (0.001 in improved DDPM); it
+    needs time_steps, and a model whose out_channels are twice the data's. None: do not learn it."""
+    loss_aware_times: bool = False
+    """Draw times more often where the loss has been large; it needs time_steps."""
+    label_drop: float = 0.1
+    """Probability of training without the label, where the model has a null label."""
+    low_resolution: int | None = None
+    """Super-resolution: side of the low-resolution image, averaged from the data's, that the
+    network is given; it needs model.image_cond. None: no super-resolution."""
+    max_cond_noise: float = 0.0
+    """Noise on the low-resolution image in training: it is diffused to a random time between 0 and
+    this one."""
+    model: Model = UNetConfig()  # noqa: RUF009, it is frozen
+    """The network, --config.model=NAME with NAME one of unet, song_unet, mlp; and its options."""
+    optimizer: Optimizer = Optimizer()
+    ema: float = 0.999
+    """Decay of the moving average of parameters."""
+    batch_size: int = 128
+    """Examples per step, over all devices."""
+    seed: int = 0
+    """Seed of everything random."""
+
+    steps: int = 1000
+    """Training steps in all."""
+    parallel: Annotated[str, one_of(RUNNERS)] = "pmap"
+    """The runner."""
+    fsdp: int = 1
+    """Devices that share one copy of the state, with parallel=sharded; 0: all of them."""
+    steps_per_call: int = 1
+    """Steps in one call of the compiled program, for a GPU or TPU that makes a step faster than the
+    host can start one. It gains nothing on a CPU."""
+    log_every: int = 50
+    """Steps between lines of metrics."""
+    eval_every: int = 500
+    """Steps between losses on held-out data."""
+    sample_every: int = 1000
+    """Steps between pictures of samples."""
+    save_every: int = 1000
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Number of newest checkpoints to keep."""
+    keep_every: int | None = None
+    """Also keep every checkpoint whose step is a multiple of this."""
+    keep_best: int = 0
+    """Also keep this many checkpoints with the lowest held-out loss; save_every must be a multiple
+    of eval_every."""
+    skip_nonfinite: int = 0
+    """Number of batches with an infinite or undefined loss or gradient to skip before the run
+    stops."""
+    sampling: Sampling = Sampling()
+    writers: Annotated[tuple[str, ...], one_of(WRITERS)] = ()
+    """Where metrics and pictures go beside the run's directory."""
+
+
+CHANGEABLE = {
+    "steps",
+    "parallel",
+    "fsdp",
+    "steps_per_call",
+    "log_every",
+    "eval_every",
+    "sample_every",
+    "save_every",
+    "keep",
+    "keep_every",
+    "keep_best",
+    "skip_nonfinite",
+    "sampling",
+    "writers",
+    "data.path",
+    "data.workers",
+}
+"""Fields that may change when a run is resumed."""
+
+
+def smoke(config: Config, **changes: Any) -> Config:
+    """The same experiment in seconds: a few steps, a checkpoint every 20, few samples."""
+    sampling = dataclasses.replace(config.sampling, steps=4, columns=2, eval_samples=0)
+    short = dict(steps=60, batch_size=16, log_every=10, eval_every=20, sample_every=40)
+    short |= dict(save_every=20, keep=3, sampling=sampling) | changes
+    return dataclasses.replace(config, **short)
+
+
+def variant_of(config: Config, variant: str, **variants: Callable[[], Config]) -> Config:
+    """Choose a variant of a config file: "" is `config` itself, the others are made on demand.
+
+    Raises:
+      ValueError: if there is no such variant.
+    """
+    if not variant:
+        return config
+    if variant not in variants:
+        raise ValueError(f"no variant {variant!r}: one of {', '.join(variants)}, or none")
+    return variants[variant]()
+
+
+RENAMED = {
+    "low": "low_resolution",
+    "augment": "max_cond_noise",
+    "sampling.level": "sampling.cond_noise",
+    "sampling.score": "sampling.eval_samples",
+    "model.level_scale": "model.log_snr_scale",
+    "model.level_shift": "model.log_snr_shift",
+    "model.level_period": "model.embedding_period",
+    "model.image_level": "model.embed_image_log_snr",
+}
+"""Fields that version 0.1 wrote under another name."""
+
+
+def to_json(config: Config) -> str:
+    """The config as JSON; `from_json` is its inverse."""
+    tree = dataclasses.asdict(config)
+    tree["model"] = {"kind": name_of(config.model)} | tree["model"]
+    return json.dumps(tree, indent=2, default=str) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """The config that `to_json` wrote, in this version or an earlier one.
+
+    Raises:
+      ValueError: if a field is unknown.
+    """
+    return from_tree(json.loads(text))
+
+
+def from_tree(tree: dict[str, Any]) -> Config:
+    """The config of a tree of JSON values; see `from_json`."""
+    tree = _upgraded(tree)
+    model = dict(tree.pop("model"))
+    kind = model.pop("kind")
+    known_name("model", MODELS, kind)
+    config = _from_dict(Config, tree)
+    return dataclasses.replace(config, model=_from_dict(MODELS[kind].config, model))
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """A line for each difference that a resumed run may not have."""
+    changeable = lambda name: any(name == c or name.startswith(c + ".") for c in CHANGEABLE)
+    lines = unequal(fields(old), fields(new), "the run has {!r}, asked for {!r}")
+    return [line for name, line in lines.items() if not changeable(name)]
+
+
+def fields(config: Config) -> dict[str, Any]:
+    """Every field by its full name, as in `model.width`, with its value in JSON."""
+    return flatten(json.loads(to_json(config)))
+
+
+def _upgraded(tree):
+    """The same tree as this version writes it."""
+    tree = {k: dict(v) if isinstance(v, dict) else v for k, v in tree.items()}
+    for old, new in RENAMED.items():
+        section, _, name = old.rpartition(".")
+        place = tree.get(section, {}) if section else tree
+        if name in place:
+            place[new.rpartition(".")[2]] = place.pop(name)
+    kinds = {row.config.__name__: name for name, row in MODELS.items()}
+    tree["model"]["kind"] = kinds.get(tree["model"]["kind"], tree["model"]["kind"])
+    guidance = tree.get("sampling", {}).get("guidance", ())
+    if isinstance(guidance, int | float):  # version 0.1 knew only a weight
+        tree["sampling"]["guidance"] = as_chain([guidance])
+    return tree
+
+
+def _from_dict(cls, tree):
+    hints = typing.get_type_hints(cls)
+    known = {field.name for field in dataclasses.fields(cls)}
+    unknown = set(tree) - known
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no field {', '.join(sorted(unknown))}")
+    return cls(**{name: _from_value(hints[name], value) for name, value in tree.items()})
+
+
+def _from_value(hint, value):
+    if dataclasses.is_dataclass(hint):
+        return _from_dict(hint, value)
+    kinds = (hint, *typing.get_args(hint))
+    if any(typing.get_origin(kind) is tuple for kind in kinds) and value is not None:
+        return tuple(value)
+    if Path in kinds and value is not None:
+        return Path(value)
+    return value

@@ -1,0 +1,73 @@
+"""Print what a run's directory holds: config, checkpoints and whether they are sound, metrics.
+
+    python -m diffjax.inspect runs/digits
+
+It only reads, so the run may be in progress; it verifies every checkpoint against its seal.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from ..training import metrics
+from ..training.checkpoints import ARRAYS, damage_of
+from . import run_directory
+from .command_line import error_exit
+from .config import Config, fields
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """The run to print."""
+
+    workdir: tyro.conf.Positional[Path]
+    """A run's directory."""
+
+
+def report(workdir: Path, console: Console) -> int:
+    """Print the report; returns how many checkpoints are damaged.
+
+    Raises:
+      FileNotFoundError: if the directory is not that of a run.
+      ValueError: if its config is damaged.
+    """
+    config = run_directory.read_config(workdir)
+    console.print(f"{workdir}: {config.data.name}, target {config.target}, {config.steps} steps")
+    default = fields(Config())
+    changed = [f"{k}={v}" for k, v in fields(config).items() if v != default.get(k)]
+    console.print("config, where it differs from the default:", *changed or ["nowhere"], sep="\n  ")
+
+    damaged = 0
+    table = Table("step", "bytes", "files", "arrays", "eval_loss", "state")
+    rows = metrics.read(workdir)
+    losses = {row["step"]: f"{row['eval_loss']:.4g}" for row in rows if "eval_loss" in row}
+    for path in run_directory.list_checkpoints(workdir):
+        damage = damage_of(path)
+        damaged += damage is not None
+        files = [file for file in path.rglob("*") if file.is_file()]
+        size = sum(file.stat().st_size for file in files)
+        arrays = path / ARRAYS
+        count = len(json.loads(arrays.read_text())) if damage is None else "?"
+        loss = losses.get(int(path.name), "")
+        table.add_row(
+            *map(str, (path.name, f"{size:,}", len(files), count, loss, damage or "sound"))
+        )
+    console.print(table)
+    for path in sorted((workdir / run_directory.CHECKPOINTS).glob("damaged-*")):
+        console.print(f"renamed: {path.name}")
+    if rows:
+        last = metrics.numbers(rows[-1])
+        console.print("last metrics: " + "  ".join(f"{k} {v:.4g}" for k, v in last.items()))
+    return damaged
+
+
+def main() -> None:
+    """The command; exits with 1 if a checkpoint is damaged."""
+    args = tyro.cli(Arguments, description=__doc__)
+    with error_exit():
+        sys.exit(int(report(args.workdir, Console(highlight=False)) > 0))

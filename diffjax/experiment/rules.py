@@ -1,0 +1,186 @@
+"""Rules across the sections of a config, and between a config and its data.
+
+The rules of one section stand beside its fields in `config`, those of a network in its own config
+(`check_input`), those of one function (a schedule, a sampler) in that function.
+"""
+
+import inspect
+import math
+
+from ..data import Examples
+from ..schedules import SCHEDULES
+from ..targets import row
+from ..training import writers
+from ..training.runners import RUNNERS
+from ..weightings import WEIGHTINGS
+from .config import Config, at_least, known_name, require
+
+
+def check(config: Config) -> None:
+    """Refuse a config that cannot run, before anything is loaded or compiled.
+
+    `resolve` calls this, and then refuses options that the functions themselves refuse.
+
+    Raises:
+      ValueError: naming the value, the constraint and the choices.
+    """
+    c = config
+    row(c.target)
+    known_name("schedule", SCHEDULES, c.schedule)
+    known_name("weighting", WEIGHTINGS, c.weighting)
+    known_name("runner", RUNNERS, c.parallel)
+    for name in c.writers:
+        writers.check(name)
+    for section in (c.data, c.optimizer, c.sampling):
+        section.check()
+    at_least(c, steps=1, steps_per_call=1, log_every=1, eval_every=1, sample_every=1, save_every=1)
+    at_least(c, keep=1, keep_every=1, keep_best=0, skip_nonfinite=0, time_steps=1)
+    require(
+        (0 <= c.ema < 1, f"ema={c.ema}: must be in [0, 1)"),
+        (0 <= c.seed < 2**32, f"seed={c.seed}: must be in [0, 2**32)"),
+        (0 <= c.label_drop < 1, f"label_drop={c.label_drop}: must be in [0, 1)"),
+        (math.isfinite(c.schedule_shift), f"schedule_shift={c.schedule_shift}: must be finite"),
+        *_of_intervals(c),
+        *_of_time(c),
+        *_of_conditioning(c),
+    )
+
+
+def _of_intervals(c):
+    return (
+        (
+            c.eval_every % c.log_every == c.save_every % c.log_every == 0,
+            f"eval_every={c.eval_every} and save_every={c.save_every}: must be "
+            f"multiples of log_every={c.log_every}, so that a resumed run logs the same",
+        ),
+        (
+            c.keep_best == 0 or c.save_every % c.eval_every == 0,
+            f"keep_best={c.keep_best}: to find the best, save_every={c.save_every} must be a "
+            f"multiple of eval_every={c.eval_every}",
+        ),
+        (
+            not any(n % c.steps_per_call for n in (c.steps, c.log_every, c.sample_every)),
+            f"steps_per_call={c.steps_per_call}: must be at least 1, and divide steps={c.steps}, "
+            f"log_every={c.log_every} and sample_every={c.sample_every}",
+        ),
+    )
+
+
+def _of_time(c):
+    """Discrete time, and what needs it."""
+    steps = inspect.signature(SCHEDULES[c.schedule]).parameters.get("steps")
+    table = None if steps is None else c.schedule_options.get("steps", steps.default)
+    return (
+        (
+            None in (c.time_steps, table) or c.time_steps == table,
+            f"time_steps={c.time_steps}: the table of {c.schedule} has {table} steps",
+        ),
+        (
+            c.time_steps is not None
+            or not (c.loss_aware_times or c.time_input or c.bound_weight is not None),
+            f"loss_aware_times={c.loss_aware_times}, time_input={c.time_input}, "
+            f"bound_weight={c.bound_weight}: need discrete time, time_steps=T",
+        ),
+        (
+            c.bound_weight is None or (c.bound_weight >= 0 and c.time_steps != 1),
+            f"bound_weight={c.bound_weight}: must be at least 0, and time_steps at least 2",
+        ),
+        (
+            c.bound_weight is None or not c.unit_output,
+            f"bound_weight={c.bound_weight}: with unit_output=True no variance can be learned",
+        ),
+        (
+            c.bound_weight is not None or c.sampling.options.get("variance") != "learned",
+            "sampling.options variance=learned: the run must learn one, by its bound_weight",
+        ),
+    )
+
+
+def _of_conditioning(c):
+    """Super-resolution, labels and guidance."""
+    s = c.sampling
+    free = [word for word in s.guidance if word.partition(":")[0] == "classifier_free"]
+    return (
+        (
+            c.low_resolution is not None or c.max_cond_noise == s.cond_noise == 0,
+            f"max_cond_noise={c.max_cond_noise}, sampling.cond_noise={s.cond_noise}: need "
+            "low_resolution, the side of the low-resolution image",
+        ),
+        (
+            0 <= s.cond_noise <= c.max_cond_noise <= 1,
+            f"sampling.cond_noise={s.cond_noise}, max_cond_noise={c.max_cond_noise}: need "
+            "0 <= cond_noise <= max_cond_noise <= 1",
+        ),
+        (
+            c.low_resolution is None or not s.guidance,
+            f"sampling.guidance={' '.join(s.guidance)}: super-resolution "
+            f"(low_resolution={c.low_resolution}) has no guidance",
+        ),
+        (
+            c.model.null_label or not free,
+            f"sampling.guidance={' '.join(free)}: needs model.null_label=True",
+        ),
+        (
+            c.model.image_cond == (c.low_resolution is not None),
+            f"model.image_cond={c.model.image_cond} and low_resolution={c.low_resolution}: the "
+            "image that the network is given is that of super-resolution; give both, or neither",
+        ),
+    )
+
+
+def check_data(config: Config, train: Examples, test: Examples) -> None:
+    """Refuse data that the config's network cannot take.
+
+    Raises:
+      ValueError: naming the value and the constraint.
+    """
+    c, shape = config, train.x.shape[1:]
+    c.model.check_input(shape)
+    channels = shape[-1] * (1 if c.bound_weight is None else 2)
+    variance = "no learned variance" if c.bound_weight is None else "a learned variance"
+    square = shape[:1] == shape[1:2]
+    require(
+        (
+            c.data.shape in (None, shape),
+            f"data.shape={c.data.shape}: the examples are of shape {shape}",
+        ),
+        (
+            test.x.shape[1:] == shape,
+            f"held-out examples of shape {test.x.shape[1:]}, others {shape}",
+        ),
+        (
+            len(shape) != 3 or shape[-1] in (1, 3),
+            f"images of {shape[-1]} channels: need 1 (grey) or 3 (colour)",
+        ),
+        (
+            len(shape) != 1 or shape[0] >= 2,
+            f"vectors of {shape[0]} feature: need at least 2 to draw them",
+        ),
+        (
+            c.low_resolution is None
+            or (square and c.low_resolution >= 1 and shape[0] % c.low_resolution == 0),
+            f"low_resolution={c.low_resolution}: must divide the side of square images, not "
+            f"{shape}",
+        ),
+        (
+            (c.model.out_channels or shape[-1]) == channels,
+            f"model.out_channels={c.model.out_channels}: data of {shape[-1]} channels and "
+            f"{variance} (bound_weight={c.bound_weight}) need {channels}",
+        ),
+        (
+            len(train.x) >= c.batch_size,
+            f"batch_size={c.batch_size} exceeds the {len(train.x)} examples",
+        ),
+        (
+            len(shape) == 3 or not c.data.flip,
+            f"data.flip=True needs images, not examples {shape}",
+        ),
+    )
+    for examples in (train, test) if c.model.labels else ():
+        if examples.label is None:
+            raise ValueError(f"model.labels={c.model.labels}: the data has no labels")
+        if examples.label.max() >= c.model.labels:
+            raise ValueError(
+                f"model.labels={c.model.labels}: the data has labels up to "
+                f"{examples.label.max()}, which needs {examples.label.max() + 1}"
+            )

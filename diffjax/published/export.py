@@ -1,0 +1,47 @@
+"""Write a trained network as one file, which `checkpoint.load` reads as it reads a run.
+
+    python -m diffjax.export runs/digits digits.safetensors
+    python -m diffjax.export 64x64_diffusion.pt adm.safetensors
+
+The second command converts a network that others published; `diffjax.published` lists the formats.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import tyro
+
+from .. import checkpoint, published
+from ..experiment.command_line import error_exit
+from ..experiment.run_directory import CHECKPOINTS
+from . import weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What to export, and to which file."""
+
+    source: tyro.conf.Positional[Path]
+    """A run's directory, or a network that others published: a folder or a file of theirs."""
+    file: tyro.conf.Positional[Path]
+    """The file to write."""
+
+
+def export(source: Path, file: Path) -> str:
+    """Write the file; returns a line that says what is in it."""
+    ours = (source / CHECKPOINTS).exists() or source.suffix == ".safetensors"
+    params, config = checkpoint.load(source)[1:] if ours else published.load(source)
+    weights.save(file, params, config)
+    count = sum(x.size for x in jax.tree.leaves(params))
+    size = file.stat().st_size
+    return (
+        f"{file}: {config.data.name}, target {config.target}, {count:,} parameters, {size:,} bytes"
+    )
+
+
+def main() -> None:
+    """The command."""
+    args = tyro.cli(Arguments, description=__doc__)
+    with error_exit():
+        print(export(args.source, args.file))

@@ -1,0 +1,121 @@
+"""A trained network as one file: its parameters and its config, in the safetensors format.
+
+The arrays' names are the parameters' paths, as in `down_0_0/conv_0/kernel`; the metadata holds the
+config as JSON, and the SHA-256 of the parameters. Nothing in such a file is ever executed, any
+program that reads safetensors can read it, and a file is complete or not written at all.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from ..experiment import Config, config as config_lib, resolve
+from ..experiment.dataset import example_shape
+from ..training.files import digest, replacing, unequal
+
+CONFIG, SEAL = "diffjax.config", "diffjax.sha256"
+
+
+def save(path: Path | str, params: Any, config: Config) -> None:
+    """Write parameters and their config to a file, and replace what is there.
+
+    `data.shape` is added to the config, so that its reader needs no data, and `data.path` is left
+    out.
+
+    Raises:
+      ValueError: if the parameters are not those of the config's network; lists what differs.
+      OSError: if it cannot be written; nothing is then.
+    """
+    path = Path(path)
+    data = dataclasses.replace(config.data, shape=example_shape(config), path=None)
+    config = dataclasses.replace(config, data=data)
+    # safetensors writes a transposed array in the order of its memory, so make it contiguous.
+    flat = flatten_dict(params, sep="/")
+    arrays = {name: np.ascontiguousarray(value) for name, value in flat.items()}
+    _refuse_others(path, arrays, config)
+    metadata = {CONFIG: config_lib.to_json(config), SEAL: digest(params)}
+    try:
+        with replacing(path) as new:
+            safetensors.numpy.save_file(arrays, new, metadata)
+    except safetensors.SafetensorError as error:  # such as a full disk
+        raise OSError(f"{path} could not be written: {error}") from error
+
+
+def read(path: Path | str) -> tuple[Any, Config]:
+    """The parameters and the config that `save` wrote.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is damaged, has no config of ours, or its arrays are not those of the
+        config's network; names the file.
+    """
+    path = Path(path)
+    with _opened(path) as (file, config, seal), _readable(path):
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    _refuse_others(path, arrays, config)
+    params = unflatten_dict(arrays, sep="/")
+    if digest(params) != seal:
+        raise ValueError(f"{path} is damaged: its arrays have changed")
+    return jax.tree.map(jnp.asarray, params), config
+
+
+def read_config(path: Path | str) -> Config:
+    """The config of a file of `save`, without its parameters.
+
+    Raises:
+      FileNotFoundError, ValueError: as `read` does.
+    """
+    with _opened(Path(path)) as (_, config, _):
+        return config
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Config, str | None]]:
+    """The open file, its config and the hash of its parameters."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    with contextlib.ExitStack() as stack:
+        with _readable(path):
+            file = stack.enter_context(safetensors.safe_open(path, "numpy"))
+            metadata = file.metadata() or {}
+        if CONFIG not in metadata:
+            raise ValueError(f"{path} holds no config: diffjax has not written it")
+        try:
+            config = resolve(config_lib.from_json(metadata[CONFIG])).config
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} has no config of this diffjax: {error!r}") from error
+        yield file, config, metadata.get(SEAL)
+
+
+@contextlib.contextmanager
+def _readable(path):
+    try:
+        yield
+    except Exception as error:  # untrusted input may raise anything
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def expected(config: Config) -> dict[str, Any]:
+    """The names, shapes and dtypes of the arrays that the config's network has."""
+    key, shape = jax.random.key(0), example_shape(config)
+    tree: Any = flatten_dict(jax.eval_shape(lambda: resolve(config).init(key, shape)), sep="/")
+    return tree
+
+
+def _refuse_others(path, arrays, config):
+    describe = lambda found: {name: f"{x.dtype}{list(x.shape)}" for name, x in found.items()}
+    has, needs = describe(arrays), describe(expected(config))
+    lines = list(unequal(has, needs, "it has {}, the config makes {}").values())
+    if len(lines) > 5:
+        lines[5:] = [f"and {len(lines) - 5} more"]
+    if lines:
+        raise ValueError(f"{path} is of another network:\n  " + "\n  ".join(lines))

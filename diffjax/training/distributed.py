@@ -1,0 +1,142 @@
+"""Processes: how they find each other, how many devices each has, and how they fail together."""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffjax"
+"""The folder of compiled programs; it may be deleted at any time."""
+CRASHED = 70
+"""Exit status after an error that the input did not cause: EX_SOFTWARE."""
+TIMEOUT = "--xla_cpu_collective_call_terminate_timeout_seconds"
+"""The XLA flag for how long a CPU device waits for the others before XLA aborts. Its default is 40 s,
+which a busy machine can exceed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Distributed:
+    """Where this process stands among several. On a TPU pod, Slurm and Open MPI JAX detects it."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0. None: JAX asks the cluster; without a cluster the process is alone."""
+    processes: int | None = None
+    """Number of processes. 1 without a coordinator: run alone even inside a cluster."""
+    process: int | None = None
+    """Index of this process, from 0."""
+
+
+ALONE = Distributed(processes=1)
+CLUSTER = {"JAX_COORDINATOR_ADDRESS", "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE"}
+"""Environment variables that are set only inside a cluster."""
+
+
+def setup(distributed: Distributed, batch_size: int, accumulate: int = 1) -> None:
+    """Find the other processes; for a single process on a CPU, turn its cores into devices.
+
+    Call it before JAX starts. Compiled programs are kept in `CACHE` for the next start, unless the
+    user has chosen another place (`JAX_COMPILATION_CACHE_DIR`) or none
+    (`JAX_ENABLE_COMPILATION_CACHE=false`).
+
+    Two cores as two devices train 1.4 times faster than as one device with two threads. The number
+    of devices is the largest number of cores that divides the batch, and XLA lets them wait ten
+    minutes for each other (`TIMEOUT`). Nothing changes if the user has chosen a number (by
+    `JAX_NUM_CPU_DEVICES`, or by `--xla_force_host_platform_device_count` in `XLA_FLAGS`), or if JAX
+    has started already.
+
+    Raises:
+      ValueError: if `distributed` is given in part, or makes no sense.
+      RuntimeError: if the others cannot be reached.
+    """
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        jax.config.update("jax_compilation_cache_dir", str(CACHE))
+        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    if not _join(distributed):
+        _make_cores_devices(batch_size, accumulate)
+
+
+def _join(distributed):
+    """Find the other processes; return whether there are any."""
+    given = dataclasses.astuple(distributed)
+    if given not in [(None, None, None), (None, 1, None)] and None in given:
+        raise ValueError(
+            f"{distributed}: give coordinator, processes and process together, or none of them, "
+            "or processes=1 to be alone"
+        )
+    processes, process = distributed.processes, distributed.process
+    if processes is not None and process is not None and not 0 <= process < processes:
+        raise ValueError(f"{distributed}: process must be in 0..{processes - 1}")
+    # JAX notices a dead process after about half of the heartbeat's timeout.
+    join = functools.partial(
+        jax.distributed.initialize, heartbeat_timeout_seconds=30, shutdown_timeout_seconds=60
+    )
+    if distributed.coordinator is not None:
+        join(distributed.coordinator, processes, process, cluster_detection_method="deactivate")
+        return True
+    if processes is None and not jax.distributed.is_initialized():
+        try:
+            join()
+            return True
+        except (ValueError, RuntimeError) as error:
+            # Either there is no cluster, or JAX has started already, as in a notebook. Inside a
+            # cluster, a process that went on alone would damage the run of the others.
+            alone = "coordinator_address should be defined", "before any JAX calls"
+            if CLUSTER & set(os.environ) or not any(why in str(error) for why in alone):
+                raise
+    return False
+
+
+def _make_cores_devices(batch_size, accumulate):
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "host_platform_device_count" in flags or "JAX_NUM_CPU_DEVICES" in os.environ:
+        return
+    if TIMEOUT not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {TIMEOUT}=600".strip()
+    fits = [n for n in range(1, cores() + 1) if batch_size % (n * accumulate) == 0]
+    with contextlib.suppress(RuntimeError):  # raised if JAX has started
+        jax.config.update("jax_num_cpu_devices", max(fits, default=1))
+
+
+def cores() -> int:
+    """The number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def failing_fast() -> Iterator[None]:
+    """End a process of several as soon as an error reaches this context.
+
+    Otherwise this process and the others would wait for each other until JAX gives up. The exit
+    status is that of a SystemExit (1 if it carries a message), else `CRASHED`.
+    """
+    try:
+        yield
+    except SystemExit as stop:
+        if not jax.distributed.is_initialized() or isinstance(stop.code, int | None):
+            raise
+        print(stop.code, file=sys.stderr, flush=True)
+        os._exit(1)
+    except BaseException as error:
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130 if isinstance(error, KeyboardInterrupt) else CRASHED)
+
+
+def check_batch(batch_size: int, accumulate: int = 1) -> None:
+    """Raise a ValueError unless the batch divides evenly over devices and accumulation."""
+    devices = jax.device_count()
+    if batch_size < 1 or batch_size % (devices * accumulate):
+        raise ValueError(
+            f"batch_size={batch_size} must be a positive multiple of {devices} devices x "
+            f"{accumulate} accumulated parts = {devices * accumulate}"
+        )

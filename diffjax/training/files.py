@@ -1,0 +1,86 @@
+"""Files that are complete or absent, whenever a process is killed or a disk is full; and hashes."""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write to a temporary file, which then replaces `path`; after an error the old file stays.
+
+    Yields:
+      The temporary path. It is always the same, so that the next attempt overwrites what a kill
+      left behind.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "numbers.txt"
+    >>> with replacing(path) as new:
+    ...     _ = new.write_text("1 2 3")
+    >>> path.read_text(), [file.name for file in path.parent.iterdir()]
+    ('1 2 3', ['numbers.txt'])
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`Path.write_text`, but the file is complete or unchanged."""
+    with replacing(path) as new:
+        new.write_text(text)
+
+
+def digest(tree: Any) -> str:
+    """The SHA-256 of a pytree of arrays: of the path, dtype, shape and bytes of each.
+
+    >>> a = {"w": np.arange(3), "b": np.zeros(2)}
+    >>> digest(a) == digest({"b": np.zeros(2), "w": np.arange(3)})
+    True
+    >>> digest(a) == digest(a | {"b": np.ones(2)})
+    False
+    """
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        x = np.ascontiguousarray(leaf)
+        found.update(f"{jax.tree_util.keystr(path)} {x.dtype} {x.shape}\n".encode())
+        found.update(x.tobytes())
+    return found.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def unequal(has: dict[str, Any], wanted: dict[str, Any], message: str) -> dict[str, str]:
+    """A line, by name, for each entry in which two flat dicts differ; a missing one counts as None.
+
+    >>> unequal({"a": 1, "b": 2}, {"b": 3, "a": 1}, "{} is not {}")
+    {'b': 'b: 2 is not 3'}
+    """
+    return {
+        name: f"{name}: {message.format(has.get(name), wanted.get(name))}"
+        for name in sorted(has.keys() | wanted.keys())
+        if has.get(name) != wanted.get(name)
+    }
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The entries of nested dicts, by their full names.
+
+    >>> flatten({"model": {"width": 8}, "seed": 0})
+    {'model.width': 8, 'seed': 0}
+    """
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    return {k: v for name, sub in tree.items() for k, v in flatten(sub, f"{prefix}{name}.").items()}

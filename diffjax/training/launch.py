@@ -1,0 +1,163 @@
+"""Run a script as several processes of this machine, and restart them if one fails.
+
+    python -m diffjax.launch --processes 2 -- train.py --workdir=runs/digits
+    python -m diffjax.launch --help
+
+The script gets `--distributed.coordinator`, `--distributed.processes` and `--distributed.process`.
+When a process dies, or makes no step for `patience` seconds, the launcher ends the others at once
+and starts all of them again, on a new port; they resume from the newest checkpoint. It passes
+SIGTERM and Ctrl-C on: the run saves and ends with status 75. On a pod the scheduler does this; on
+one machine with GPUs a single process drives all of them, and needs no launcher.
+"""
+
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+
+from .distributed import CRASHED, cores
+from .preemption import PROGRESS, RESUME
+from .telemetry import ALLOCATOR, TUNABLES
+
+DEVICES = "JAX_NUM_CPU_DEVICES"
+
+REFUSED = (1, 2)
+"""Exit statuses of a script that refused its input: it would refuse it again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to start a script, and how often to restart it."""
+
+    processes: int
+    """Number of processes."""
+    devices: int | None = None
+    """CPU devices of each process; None: JAX_NUM_CPU_DEVICES, or an equal share of the cores."""
+    restarts: int = 3
+    """Number of restarts before the launcher gives up."""
+    patience: float = 900.0
+    """Seconds without a step after which a process counts as hung; compiling and drawing included."""
+    grace: float = 60.0
+    """Seconds that the processes have to save and end after they are asked to stop."""
+
+
+def launch(options: Options, command: Sequence[str]) -> int:
+    """Run `python COMMAND...` until it succeeds or cannot succeed; return its exit status.
+
+    Raises:
+      ValueError: if an option is out of range.
+    """
+    if min(options.processes, options.devices or 1) < 1 or options.restarts < 0:
+        raise ValueError(f"{options}: processes and devices at least 1, restarts at least 0")
+    if min(options.patience, options.grace) <= 0:
+        raise ValueError(f"{options}: patience and grace must be positive")
+    signals: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: signals.append(number))
+    status = 0
+    for restart in range(options.restarts + 1):
+        status, why = _run_once(options, command, signals)
+        if status == 0:
+            return 0
+        if status < 0:
+            # The status that a shell reports. A run that was stopped before its first save lost
+            # nothing, and can be resumed.
+            status = RESUME if signals else 128 - status
+        print(f"launch: {why}", flush=True)
+        if signals or status in REFUSED:
+            return status
+        if restart < options.restarts:
+            print(f"launch: restart {restart + 1} of {options.restarts}", flush=True)
+    print("launch: giving up", flush=True)
+    return status
+
+
+def _run_once(options, command, signals):
+    """Start all processes and watch them until all have ended; return status and reason."""
+    processes: list[subprocess.Popen] = []
+    with tempfile.TemporaryDirectory(prefix="diffjax-launch-") as folder:
+        signs = [Path(folder) / str(i) for i in range(options.processes)]
+        try:
+            _start(processes, options, command, signs)
+            return _watch(options, processes, signs, signals)
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _start(processes, options, command, signs):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    share = max(1, cores() // options.processes)
+    devices = options.devices or 2 ** (share.bit_length() - 1)  # a power of 2, as batches are
+    chosen = {} if options.devices else {k: v for k, v in os.environ.items() if k == DEVICES}
+    for i, sign in enumerate(signs):
+        sign.touch()
+        which = dict(coordinator=f"127.0.0.1:{port}", processes=options.processes, process=i)
+        words = [f"--distributed.{name}={value}" for name, value in which.items()]
+        environment = {TUNABLES: ALLOCATOR} | os.environ | {PROGRESS: str(sign)}
+        environment |= {DEVICES: str(devices)} | chosen
+        # A session of its own, so that Ctrl-C reaches the launcher alone, which passes it on.
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, *command, *words], env=environment, start_new_session=True
+            )
+        )
+
+
+def _watch(options, processes, signs, signals):
+    n, deadline, stopping = len(processes), float("inf"), False
+    while True:
+        time.sleep(0.1)
+        statuses = [process.poll() for process in processes]
+        ended = [status for status in statuses if status is not None]
+        if len(ended) == n and not any(ended):
+            return 0, "all processes succeeded"
+        for i, status in enumerate(statuses):
+            if status not in (None, 0, RESUME):
+                return status, f"process {i} of {n} {_how(status)}"
+        if len(ended) == n:
+            return RESUME, "the run was stopped, saved, and can go on"
+        if signals and not stopping:
+            stopping = True
+            for process in processes:
+                process.send_signal(signal.SIGTERM)
+        if (signals or RESUME in ended) and deadline == float("inf"):
+            deadline = time.monotonic() + options.grace
+        if time.monotonic() > deadline:
+            return CRASHED, f"not all of {n} processes ended within {options.grace:g} s of grace"
+        for i, sign in enumerate(signs):
+            if statuses[i] is None and time.time() - sign.stat().st_mtime > options.patience:
+                return CRASHED, f"process {i} of {n} made no step for {options.patience:g} s"
+
+
+def _how(status):
+    if status < 0:
+        return f"was ended by {signal.Signals(-status).name}"
+    return f"ended with status {status}"
+
+
+def main(argv: Sequence[str]) -> int:
+    """`[--processes N ...] -- SCRIPT.py [ARGUMENTS]`."""
+    at = argv.index("--") if "--" in argv else len(argv)
+    options = tyro.cli(Options, args=argv[:at], description=__doc__, use_underscores=True)
+    command = argv[at + 1 :]
+    if not command:
+        print("error: give the script after --, as in: --processes 2 -- train.py")
+        return REFUSED[-1]
+    try:
+        return launch(options, command)
+    except ValueError as error:
+        print(f"error: {error}")
+        return REFUSED[-1]

@@ -1,0 +1,242 @@
+"""Recording a run: rows in `metrics.jsonl`, lines on the terminal, pictures, and other writers.
+
+`Recorder` composes three small pieces: a file to which rows are appended, and which waits for a full
+disk (`Appender`); the terminal (`Terminal`); and the writers of `writers`, of which any that fails
+is dropped (`Writers`). None of them ever stops training.
+"""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from PIL.Image import Image
+from rich.console import Console
+from rich.live import Live
+
+from . import metrics
+from .files import write_text
+from .metrics import Window
+from .telemetry import Meter
+from .writers import WRITERS, Writer
+
+
+class Appender:
+    """Appends bytes to a file; what a full disk refuses is kept, and appended with the next.
+
+    Args:
+      path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.waiting = b""
+
+    def append(self, line: bytes) -> None:
+        """Append a line and all that waits.
+
+        Raises:
+          OSError: if the disk takes only a part. The file then ends at a whole line.
+        """
+        self.waiting += line
+        with self.path.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            if file.write(self.waiting) != len(self.waiting):
+                file.truncate(end)
+                raise OSError(f"{self.path}: no space left; rows are kept until there is")
+        self.waiting = b""
+
+
+class Terminal:
+    """Lines that stay, and below them, on a terminal, one line that is replaced.
+
+    Args:
+      quiet: print nothing, as in all processes but the first.
+    """
+
+    def __init__(self, quiet: bool) -> None:
+        self._console = Console(quiet=quiet)
+        self._live = Live(console=self._console)
+
+    def __enter__(self) -> "Terminal":
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def show(self, text: str) -> None:
+        """Replace the newest line; print a line that stays if this is not a terminal."""
+        if self._live.is_started:
+            self._live.update(text)
+        else:
+            self.say(text)
+
+
+class Writers:
+    """The writers that a run asked for. One that fails gets nothing more, and a line says so.
+
+    Args:
+      names: in `WRITERS`.
+      say: prints a line.
+    """
+
+    def __init__(self, names: Sequence[str], say: Callable[[str], None]) -> None:
+        self._names, self._say = names, say
+        self._open: dict[str, Writer] = {}
+
+    def open(self, workdir: Path, step: int) -> None:
+        """Open all of them, for a run that starts at `step`."""
+        for name in self._names:
+            with self._dropping(name):
+                self._open[name] = WRITERS[name].open(workdir, step)
+
+    def each(self, use: Callable[[Writer], Any]) -> None:
+        """Call `use` on every writer that is open."""
+        for name, writer in list(self._open.items()):
+            with self._dropping(name):
+                use(writer)
+
+    @contextlib.contextmanager
+    def _dropping(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # other packages may raise anything
+            self._open.pop(name, None)
+            self._say(f"{name} gets no more of this run: {error}")
+
+
+class Recorder:
+    """Records what a run reports; use as a context manager.
+
+    Rows are on disk as soon as they are written, or, on a full disk, when it has space again. Of
+    several processes only the first records anything.
+
+    Args:
+      workdir: the run's directory.
+      step: the step at which the run starts; rows of later steps, of a run that was cut off, are
+        removed.
+      steps: the step at which the run ends, for the time that is left.
+      title: the beginning of every line of metrics.
+      writers: names in `WRITERS`, which also get the rows and pictures.
+
+    Attributes:
+      skipped: the number of batches that the rows report as skipped.
+      meter: measures what the run spends; each row includes its reading.
+    """
+
+    def __init__(
+        self, workdir: Path, step: int, steps: int, title: str = "", writers: Sequence[str] = ()
+    ) -> None:
+        self.workdir, self.steps, self.title = workdir, steps, title
+        self.first = jax.process_index() == 0
+        self.terminal = Terminal(quiet=not self.first)
+        self.writers = Writers(writers if self.first else (), self.say)
+        self.rows = Appender(workdir / metrics.ROWS)
+        self.meter = Meter()
+        self.began = self.at = step, time.perf_counter()
+        rows = [row for row in metrics.read(workdir) if row["step"] <= step]
+        self.skipped = sum(row.get("skipped", 0) for row in rows)
+        if self.first:
+            write_text(self.rows.path, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def __enter__(self) -> "Recorder":
+        self.meter.__enter__()
+        self.writers.open(self.workdir, self.began[0])
+        self.terminal.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.rows.waiting:
+            self.attempt(self.rows.append, b"")
+        self.writers.each(lambda writer: writer.close())
+        self.terminal.__exit__()
+        self.meter.__exit__()
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        self.terminal.say(text)
+
+    def write(self, step: int, batch_size: int, **values: Any) -> None:
+        """Write a row: the metrics given, and the speed since the row before."""
+        # If no step was made since `start`, the speed is measured from the run's beginning.
+        last_step, last_time = self.at if step > self.at[0] else self.began
+        self.at = step, now = step, time.perf_counter()
+        speed = (step - last_step) / (now - last_time)
+        spent = self.meter.read(step - last_step, now - last_time)
+        row = {"step": step, **values, "img_per_s": speed * batch_size}
+        self.skipped += int(values.get("skipped", 0))
+        self.attempt(self.rows.append, json.dumps(row | spent).encode() + b"\n")
+        self.writers.each(lambda writer: writer.row(metrics.numbers(row | spent)))
+        shown = [f"{k} {v:.4g}" for k, v in metrics.numbers(row).items() if k != "step"]
+        left = f"{_clock((self.steps - step) / speed)} left"
+        self.terminal.show("  ".join([f"{self.title}step {step}/{self.steps}", *shown, left]))
+
+    def start(self, step: int) -> None:
+        """Measure the speed of the next row from here, so that it leaves out what came before."""
+        self.at = step, time.perf_counter()
+        self.meter.start()
+
+    def check_finite(
+        self, window: Window, step: int, allowed: int, describe: Callable[[int], str]
+    ) -> None:
+        """Report each step of a window with infinite or undefined metrics.
+
+        Args:
+          window: metrics of consecutive steps.
+          step: steps taken when the last of them was made.
+          allowed: how many such steps a run may have.
+          describe: more about a step, given the number of steps taken before it.
+
+        Raises:
+          FloatingPointError: if there are more; names the step, and adds what `describe` returns.
+        """
+        found = metrics.find_nonfinite(window, step)
+        for count, (taken, why) in enumerate(found, self.skipped + 1):
+            line = f"{why} at step {taken + 1}; {describe(taken)}"
+            if count > allowed:
+                raise FloatingPointError(line)
+            self.say(f"skipped {count} of {allowed}: {line}")
+
+    def attempt(self, write: Callable[..., Any], *args: Any) -> None:
+        """Call `write(*args)`, in the first process, for a file that the run does not depend on.
+
+        A full disk or a package that is not installed costs one line.
+        """
+        if self.first:
+            try:
+                write(*args)
+            except (OSError, ModuleNotFoundError) as error:
+                self.say(f"not written: {error}")
+
+    def picture(self, step: int, name: str, draw: Callable[..., Image], *args: Any) -> None:
+        """Save the picture `draw(*args)` as NAME.png, and give it to the writers.
+
+        Args:
+          step: steps taken.
+          name: of the picture.
+          draw: makes it, in the first process only.
+          args: of `draw`.
+        """
+
+        def write():
+            image = draw(*args)
+            self.writers.each(lambda writer: writer.picture(step, f"pictures/{name}", image))
+            image.save(self.workdir / f"{name}.png")
+
+        self.attempt(write)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

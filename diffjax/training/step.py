@@ -1,0 +1,234 @@
+"""One training step, a pure function of state and batch, to be mapped over devices by its caller."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from .. import keys
+from ..types import Array, Key
+
+Params = Any
+Batch = dict[str, Any]
+
+
+class Losses(NamedTuple):
+    """What a loss function returns for the examples of a batch.
+
+    Attributes:
+      loss: `[batch]`; training minimises its mean.
+      seen: what `remember` and `measure` need of each example, by name: arrays `[batch, ...]`.
+    """
+
+    loss: Array
+    seen: dict[str, Array] = {}
+
+
+LossFn = Callable[[Key, Params, Batch, Any], Losses]
+"""(the key of this step, params, batch, `TrainState.extra`) -> `Losses`."""
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Everything that training changes, and its key; a pytree of arrays and nothing else.
+
+    Attributes:
+      step: steps taken, int32 `[]`.
+      params: the network's parameters.
+      ema_params: their exponential moving average, which samples are drawn with.
+      opt_state: the optimiser's state.
+      key: the run's key; step k draws from this key folded with k, so the key never changes.
+      extra: any pytree that a method carries from step to step.
+    """
+
+    step: Array
+    params: Params
+    ema_params: Params
+    opt_state: optax.OptState
+    key: Key
+    extra: Any = ()
+
+
+def init_state(
+    key: Key, params: Params, tx: optax.GradientTransformation, extra: Any = ()
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+      key: the run's key, a single one.
+      params: initial parameters.
+      tx: the optimiser.
+      extra: the first value of what a method carries from step to step.
+
+    >>> state = init_state(jax.random.key(0), {"w": jnp.ones(3)}, optax.adam(1e-3))
+    >>> int(state.step)
+    0
+    """
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        # A copy: a donated state may not hold the same buffer twice.
+        ema_params=jax.tree.map(jnp.copy, params),
+        opt_state=tx.init(params),
+        key=keys.typed(key),
+        extra=extra,
+    )
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    ema_decay: float | Callable[[Array], Array],
+    axis_name: str | None = None,
+    accumulate: int = 1,
+    remember: Callable[[Any, dict[str, Array]], Any] | None = None,
+    measure: Callable[[dict[str, Array]], dict[str, Array]] | None = None,
+    skip_nonfinite: bool = False,
+) -> tuple[TrainState, dict[str, Array]]:
+    """One step of gradient descent on the mean loss, and of the moving average.
+
+    Args:
+      state: the state so far.
+      batch: arrays `[batch, ...]`, among them `index`, each example's position in the global
+        batch, from which `loss_fn` derives a key for each example (`keys.fold_in(key, index)`).
+      loss_fn: (key of this step, params, batch, `state.extra`) -> `Losses`. A function of the first
+        three alone that returns losses `[batch]` is accepted too.
+      tx: the optimiser.
+      ema_decay: decay of the moving average in [0, 1), or a function of the step to it.
+      axis_name: the mapped axis to average over under `pmap` or `shard_map`; None under `jit`.
+      accumulate: into how many equal parts to split the batch, which are then processed one after
+        the other to save memory; the result is the same.
+      remember: (`state.extra`, `Losses.seen` of the global batch by ascending index) -> the next
+        extra; None leaves the extra as it is.
+      measure: `Losses.seen` of the examples on this device -> sums over them, by name, which become
+        metrics.
+      skip_nonfinite: whether a batch with an infinite or undefined loss or gradient changes nothing
+        but the number of steps taken.
+
+    Returns:
+      The new state, and metrics: `loss`, the mean over the global batch; `grad_norm`, the global
+      norm of the gradient before the optimiser clips it; and the sums of `measure` over the global
+      batch.
+
+    Raises:
+      ValueError: if the batch does not split into `accumulate` equal parts.
+
+    >>> loss_fn = lambda key, params, batch, extra: Losses(
+    ...     jnp.sum((batch["x"] - params[None]) ** 2, -1))
+    >>> tx = optax.sgd(0.5)
+    >>> state = init_state(jax.random.key(0), jnp.zeros(2), tx)
+    >>> batch = {"x": jnp.ones((4, 2)), "index": jnp.arange(4)}
+    >>> state, metrics = train_step(state, batch, loss_fn=loss_fn, tx=tx, ema_decay=0.9)
+    >>> state.params.tolist(), float(metrics["loss"])
+    ([1.0, 1.0], 2.0)
+    """
+    key = keys.fold_in(state.key, state.step)
+    loss_fn = _with_extra(loss_fn)
+
+    def loss_and_grads(batch):
+        def mean_loss(params):
+            losses = loss_fn(key, params, batch, state.extra)
+            return jnp.mean(losses.loss), losses.seen
+
+        (loss, seen), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+        return (loss, grads), seen
+
+    (loss, grads), seen = _mean_over_parts(loss_and_grads, batch, accumulate)
+    sums = {} if measure is None else measure(seen)
+    if axis_name is not None:
+        loss, grads = jax.lax.pmean((loss, grads), axis_name)
+        sums = jax.lax.psum(sums, axis_name)
+    extra = state.extra
+    if remember is not None:
+        index = batch["index"]
+        if axis_name is not None:
+            index, seen = jax.lax.all_gather((index, seen), axis_name, tiled=True)
+        # Sorted by index, so that the result does not depend on the layout of the devices.
+        order = jnp.argsort(index)
+        extra = remember(extra, jax.tree.map(lambda x: x[order], seen))
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    decay = ema_decay(state.step) if callable(ema_decay) else ema_decay
+    new = state.replace(
+        params=params,
+        ema_params=optax.incremental_update(params, state.ema_params, 1 - decay),
+        opt_state=opt_state,
+        extra=extra,
+    )
+    grad_norm = optax.tree.norm(grads)
+    if skip_nonfinite:
+        sound = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        new = jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, state)
+    return new.replace(step=state.step + 1), {"loss": loss, "grad_norm": grad_norm} | sums
+
+
+def _with_extra(loss_fn):
+    """`loss_fn` as a `LossFn`, also if it is a function (key, params, batch) -> losses `[batch]`."""
+    if len(inspect.signature(loss_fn).parameters) > 3:
+        return loss_fn
+    return lambda key, params, batch, extra: Losses(loss_fn(key, params, batch))
+
+
+def several_steps(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Several steps in one program, so that the host starts fewer programs.
+
+    Args:
+      step: `(state, batch, **options) -> (state, metrics)`, such as `train_step`.
+
+    Returns:
+      A function that takes the batches of several steps side by side, arrays `[batch, steps, ...]`,
+      and makes these steps one after the other; its metrics are those of every step, `[steps]`.
+
+    >>> step = lambda state, batch: (state + batch["x"].sum(), {"loss": state})
+    >>> state, metrics = several_steps(step)(jnp.zeros(()), {"x": jnp.ones((4, 3))})
+    >>> float(state), metrics["loss"].tolist()
+    (12.0, [0.0, 4.0, 8.0])
+    """
+
+    def steps(state, batches, **options):
+        in_order = jax.tree.map(lambda x: x.swapaxes(0, 1), batches)
+        return jax.lax.scan(lambda state, batch: step(state, batch, **options), state, in_order)
+
+    return steps
+
+
+def ema_warmup(decay: float) -> Callable[[Array], Array]:
+    """A decay that grows with the step: min(decay, (1 + step) / (10 + step)).
+
+    The average forgets the initial parameters in a short run too. This is the warm-up of Song et
+    al. 2021 and of TensorFlow's `ExponentialMovingAverage(num_updates)`.
+
+    Raises:
+      ValueError: unless `0 <= decay < 1`.
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"ema {decay=}: must be in [0, 1)")
+    return lambda step: jnp.minimum(decay, (1 + step) / (10 + step))
+
+
+def _mean_over_parts(f, batch, parts):
+    """The mean of f's first output over equal parts, and its second output joined, `[batch, ...]`."""
+    size = len(batch["index"])
+    if size % parts:
+        raise ValueError(f"a batch of {size} per device does not split into {parts} equal parts")
+    if parts == 1:
+        return f(batch)
+    # Each part takes every parts-th example, so that no example leaves its device.
+    split = lambda x: x.reshape(size // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+    batches = jax.tree.map(split, batch)
+    first = jax.tree.map(lambda x: x[0], batches)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(f, first)[0])
+
+    def add(total, part):
+        mean, each = f(part)
+        return jax.tree.map(jnp.add, total, mean), each
+
+    total, each = jax.lax.scan(add, zero, batches)
+    join = lambda x: x.swapaxes(0, 1).reshape(size, *x.shape[2:])
+    return jax.tree.map(lambda x: x / parts, total), jax.tree.map(join, each)

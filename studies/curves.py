@@ -1,0 +1,81 @@
+"""How a training step's time, memory and compilation grow, one thing at a time.
+
+    PYTHONPATH=. python benchmarks/curves.py
+
+Writes benchmarks/results/curves.json. How they grow with devices is in docs/scaling.md.
+"""
+
+import datetime
+import json
+import os
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import train
+from diffjax.experiment import resolve
+from diffjax.training import distributed, runners
+from diffjax.config import Config, Optimizer, UNetConfig
+
+HERE = Path(__file__).parent
+BASE = dict(size=16, batch=64, width=32, blocks=1, remat=False)
+CURVES = {
+    "batch": (16, 32, 64, 128, 256),
+    "size": (8, 16, 32, 64),
+    "width": (16, 32, 64, 128),
+    "blocks": (1, 2, 4, 8),
+}
+STEPS = 5
+
+
+def point(size: int, batch: int, width: int, blocks: int, remat: bool) -> dict[str, float]:
+    """One training step of a U-Net of two levels with attention at 8x8."""
+    model = UNetConfig(width, (1, 2), blocks, attention=(8,), groups=8, dropout=0.0, remat=remat)
+    config = Config(model=model, optimizer=Optimizer(), batch_size=batch)
+    network, times = resolve.make_network(config), resolve.make_times(config)
+    tx = resolve.make_optimizer(config.optimizer)
+    runner, shape = runners.pmap(), (size, size, 3)
+    state = runner.init(resolve.make_initial_state(config, shape, tx, times))
+    loss_fn = train.make_loss(config, network, times, None)
+    step = runner.step(resolve.make_step(config, loss_fn, tx, times))
+    x = np.random.default_rng(0).uniform(-1, 1, (batch, *shape)).astype(np.float32)
+    data = runner.put({"x": x, "index": np.arange(batch, dtype=np.int32)})
+    lowered = step.lower(state, data)
+    began = time.perf_counter()
+    compiled = lowered.compile()
+    compiling = time.perf_counter() - began
+    taken = []
+    for _ in range(STEPS + 1):
+        began = time.perf_counter()
+        state, metrics = step(state, data)
+        jax.block_until_ready(metrics)
+        taken.append(time.perf_counter() - began)
+    return {
+        "step": min(taken[1:]),
+        "compile": compiling,
+        "temporary": compiled.memory_analysis().temp_size_in_bytes,
+        "gflop": (lowered.cost_analysis() or {})["flops"] * jax.device_count() / 1e9,
+    }
+
+
+def main() -> None:
+    jax.config.update("jax_enable_compilation_cache", False)
+    distributed.setup(distributed.ALONE, 16)
+    found = {
+        "date": datetime.date.today().isoformat(),
+        "cores": len(os.sched_getaffinity(0)),
+        "base": BASE,
+        "curves": {},
+    }
+    curves = {name: [BASE | {name: v} for v in values] for name, values in CURVES.items()}
+    curves["remat"] = [BASE | {"blocks": 4, "remat": remat} for remat in (False, True)]
+    for name, points in curves.items():
+        found["curves"][name] = [{"at": p[name]} | point(**p) for p in points]
+        print(name, *found["curves"][name], sep="\n  ", flush=True)
+    (HERE / "results" / "curves.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
