@@ -91,6 +91,36 @@ def make_generate(e: Experiment, shape: tuple[int, ...]) -> Callable[[Any, dict[
     return generate
 
 
+def make_cascade(
+    small: Experiment, e: Experiment, shape: tuple[int, ...]
+) -> Callable[[Any, dict[str, Any]], Data]:
+    """A pure function ((small's params, params), batch) -> enlargements of small samples.
+
+    Args:
+      small: of a run on images of side `low_resolution`.
+      e: of a run of super-resolution.
+      shape: of the images that it enlarges to.
+
+    Raises:
+      ValueError: if `e` is not of super-resolution, or `small` draws no such images.
+    """
+    low = e.config.low_resolution
+    if low is None:
+        raise ValueError(
+            "low_resolution=None: the second run of a cascade must be one of super-resolution"
+        )
+    small_shape = (low, low, shape[-1])
+    small.config.model.check_input(small_shape)
+    # With the same seed, both stages would draw the same noise.
+    e = resolve(dataclasses.replace(e.config, seed=small.config.seed + 1))
+    generate_small, generate_large = make_generate(small, small_shape), make_generate(e, shape)
+
+    def generate(params, batch):
+        return generate_large(params[1], batch | {"small": generate_small(params[0], batch)})
+
+    return generate
+
+
 def request(config: Config, test: data.Examples, n: int) -> dict[str, np.ndarray]:
     """A batch for which `make_generate`'s function draws n samples, of each class in turn.
 
