@@ -18,6 +18,7 @@ myst_heading_anchors = 3
 # Annotations of shapes are long, and the docstrings say the shapes in words.
 autodoc_typehints = "none"
 autodoc_preserve_defaults = True
+autodoc_default_options = {"ignore-module-all": True}  # a page has what its module defines
 autodoc_member_order = "bysource"
 napoleon_use_ivar = True
 napoleon_attr_annotations = False
@@ -30,7 +31,7 @@ nitpick_ignore_regex = [("py:.*", ".*")]
 
 
 def as_rst(app, what, name, obj, options, lines):
-    """Docstrings are for the eye: an indented block is set as it is, and a bar is a bar."""
+    """Make a docstring reST: an indented block is literal, and a bar or a lone star is itself."""
     out, inside = [], False
     for line in lines:
         indented = line.startswith("    ")
@@ -39,9 +40,11 @@ def as_rst(app, what, name, obj, options, lines):
             out += ["::", ""]
         elif line and not indented:
             inside = False
-        bars = r"(`[^`]*`)|\|"
-        out.append(line if inside else re.sub(bars, lambda m: m[1] or r"\|", line))
-    lines[:] = out
+        literal = r"(`[^`]*`)|\||\*(?=,)"
+        out.append(line if inside else re.sub(literal, lambda m: m[1] or rf"\{m[0]}", line))
+    # Napoleon would take what stands before a colon in a field's first line for its type.
+    empty_comment = ["..", ""] if what in ("attribute", "data", "property") else []
+    lines[:] = empty_comment + out
 
 
 def is_field(app, what, name, obj, skip, options):

@@ -1,11 +1,11 @@
 r"""Measure the arithmetic: every schedule over the whole of t in [0, 1] against 50 digits.
 
-    python docs/numerics.py        # writes docs/numerics.md
+    python studies/numerics.py        # writes docs/numerics.md
 
-The references below are the textbook definitions in mpmath. They share no code with diffjax, not
-even its ways around cancellation: 50 digits need none. A float32 time, log-SNR or datum that goes
-into diffjax goes into its reference as the exact real number it is. Every error is the largest
-one found. `tests/test_numerics.py` holds them to about twice what they were.
+The references below are the textbook definitions in mpmath. They share no code with diffjax, and do
+not avoid cancellation as diffjax does, because with 50 digits they need not. A float32 time, log-SNR
+or number of the data enters its reference as the exact real number that it is. Every error is the
+largest one found. `tests/test_numerics.py` bounds the errors at about twice their recorded values.
 """
 
 import datetime
@@ -23,8 +23,11 @@ import numpy as np
 import diffjax
 from diffjax import TARGETS
 from diffjax.types import expand
+from markdown import table
 
-mp = mpmath.MPContext()  # a context of its own: nobody else's precision changes
+ROOT = Path(__file__).parents[1]
+
+mp = mpmath.MPContext()  # a context of its own, so that the precision elsewhere does not change
 mp.dps = 50
 each = lambda f: np.frompyfunc(f, 1, 1)
 exact = each(lambda x: mp.mpf(float(x)))
@@ -133,7 +136,7 @@ SCHEDULES = {
 
 
 def rows(alpha, sigma):
-    """What x_t and each target hold of the data and of the noise, as the papers write it."""
+    """The factors of the data and of the noise in x_t and in each target, as the papers write them."""
     zero, one = 0 * alpha, alpha**0
     std, half = sigma / alpha, mp.mpf("0.5")  # Karras et al. 2022, equation 7: of x_0 + std eps
     c_skip, c_out = half**2 / (std**2 + half**2), std * half / sqrt(std**2 + half**2)
@@ -255,31 +258,32 @@ def measure(name, dtype="float32"):
     return {key: float(np.max(x)) for key, x in found.items()} | {"non_finite": bad}
 
 
-def table(head, lines):
-    """A markdown table, its numbers with two digits."""
-    show = lambda x: x if isinstance(x, str) else f"{x:.2g}".replace("e-0", "e-")
-    lines = [head, ["---"] * len(head), *lines]
-    return "".join("| " + " | ".join(map(show, line)) + " |\n" for line in lines)
+def two_digits(x):
+    """A number in a cell of a table."""
+    return f"{x:.2g}".replace("e-0", "e-")
 
 
 PAGE = """\
 # Numerics
 
-The largest errors of diffjax's arithmetic over the whole of t in [0, 1], against 50 digits: both
-ends, times from 1e-12 on near them and many between, each float32 time, log-SNR and datum taken as
-the exact real number it is. `tests/test_numerics.py` bounds every number here.
+This page has the largest errors of diffjax's arithmetic over the whole of t in [0, 1], compared with
+50 digits. The times are both ends, others at distances from 1e-12 on from them, and many between.
+Each float32 time, log-SNR and number of the data is taken as the exact real number that it is.
+`tests/test_numerics.py` bounds every number here.
 
-Written by `python docs/numerics.py` on {date}: JAX {jax}, CPU. The textbook references,
-and what is measured to the letter, are in [numerics.py](numerics.py).
+Written by `python studies/numerics.py` on {date}: JAX {jax}, CPU. That file has the textbook
+references, and defines exactly what is measured.
 
 ## Schedules and the posterior
 
-- log-SNR: absolute. float32 itself rounds by up to 4.8e-7 at 15 and 9.5e-7 at 24.
-- alpha and sigma: relative, for a given time, then for a given log-SNR. They are computed in
-  float32 and cast to the data's dtype, whose rounding is 6e-8 in float32 and 4e-3 in bfloat16.
-- mean and std of q(x_s | x_t, x_0): the mean in units of sqrt(alpha_s^2 + sigma_s^2), for normal
-  data; std relative, for s and t far apart (0 and 1 among them) and for neighbours on grids of 10,
-  100 and 1000 steps, where it hangs on a small difference of log-SNRs.
+- log-SNR: the absolute error. float32 itself rounds by up to 4.8e-7 at 15 and 9.5e-7 at 24.
+- alpha and sigma: the relative error, first for a given time, then for a given log-SNR. They are
+  computed in float32 and cast to the data's dtype, which rounds by 6e-8 in float32 and 4e-3 in
+  bfloat16.
+- mean and std of q(x_s | x_t, x_0): the error of the mean, for normal data, in units of
+  sqrt(alpha_s^2 + sigma_s^2); the relative error of std, for s and t far apart (0 and 1 among them)
+  and for neighbours on grids of 10, 100 and 1000 steps, where std depends on a small difference of
+  log-SNRs.
 - not finite: how many values were NaN or infinite, also on a grid of 65536 steps.
 
 float32 data:
@@ -290,11 +294,12 @@ bfloat16 data:
 {bfloat16_scales}
 ## Conversions between targets
 
-The worst of all 36, from any of x_0, eps, score, v, flow and F to any, for log-SNRs in a range, in
-units of sqrt(a^2 + b^2) of the target a x_0 + b eps that comes out. Far from log-SNR 0 some are
-ill-conditioned, such as eps from x_0 where there is hardly any noise: what the inputs lost by
-rounding grows with exp(|log-SNR| / 2), whoever computes it. The last column divides the error by
-what one rounding of x_t and of the network's output does to the exact answer.
+Each number is the worst of all 36 conversions, from any of x_0, eps, score, v, flow and F to any, for
+log-SNRs in a range, in units of sqrt(a^2 + b^2) of the resulting target a x_0 + b eps. Far from
+log-SNR 0 some conversions are ill-conditioned, such as that from x_0 to eps where there is hardly any
+noise: the rounding errors of the inputs are amplified by exp(|log-SNR| / 2) in any implementation.
+The last column divides the error by the effect of one rounding of x_t and of the network's output on
+the exact answer.
 
 float32 data:
 
@@ -302,7 +307,8 @@ float32 data:
 bfloat16 data:
 
 {bfloat16_conversions}
-One by one, rows to columns, for the cosine schedule in float32, over [-10, 10] / [-15, 15]:
+Each conversion by itself, from the target of the row to that of the column, for the cosine schedule
+in float32, for log-SNRs in [-10, 10] / [-15, 15]:
 
 {pairwise}"""
 SCALES = {"log_snr": "log-SNR", "alpha": "alpha", "sigma": "sigma"}
@@ -318,7 +324,8 @@ def main():
     for dtype in ("float32", "bfloat16"):
         measured = {name: measure(name, dtype) for name in SCHEDULES}
         for part, heads in (("scales", SCALES), ("conversions", CONVERSIONS)):
-            lines = [[name, *(found[key] for key in heads)] for name, found in measured.items()]
+            cells = lambda found, heads=heads: (two_digits(found[key]) for key in heads)
+            lines = [[name, *cells(found)] for name, found in measured.items()]
             tables[f"{dtype}_{part}"] = table(["schedule", *heads.values()], lines)
     log_snr, errors, _ = conversion_errors("cosine", "float32")
     within, overall = errors[:, :, np.abs(log_snr) <= 10].max(2), errors.max(2)
@@ -326,7 +333,7 @@ def main():
     lines = [[source, *line] for source, line in zip(TARGETS, cells, strict=True)]
     tables["pairwise"] = table(["", *TARGETS], lines)
     page = PAGE.format(date=datetime.date.today(), jax=jax.__version__, **tables)
-    Path(__file__).with_suffix(".md").write_text(page)
+    (ROOT / "docs" / "numerics.md").write_text(page)
 
 
 if __name__ == "__main__":

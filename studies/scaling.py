@@ -1,11 +1,11 @@
 """Measure what grows with devices and with the state, and work out what a pod would do.
 
-    PYTHONPATH=. python docs/scaling.py     # writes docs/scaling.md
+    PYTHONPATH=. python studies/scaling.py     # writes docs/scaling.md
 
 It takes ten minutes, 12 GB of memory and 5 GB of disk.
 
-Step times, bytes and seconds are measured here; what a pod would do is arithmetic on the
-compiler's operation counts and on published hardware figures, and says so.
+Step times, bytes and seconds are measured here. What a pod would do is arithmetic on the compiler's
+operation counts and on published hardware figures, as the page says.
 """
 
 import dataclasses
@@ -27,12 +27,15 @@ import numpy as np
 import train
 from diffjax import data
 from diffjax.experiment import command_line, resolve, run_directory
-from diffjax.training import checkpoints, distributed, runners
+from diffjax.experiment.functions import initial_state
 from diffjax.models import UNet, UNetConfig, apply
+from diffjax.training import checkpoints as checkpoints_lib, distributed, runners
+from markdown import table
 
 ROOT = Path(__file__).parents[1]
 BATCH = 128
-CONFIG = dataclasses.replace(command_line.from_file("configs/digits.py"), batch_size=BATCH)
+DIGITS = command_line.from_file(str(ROOT / "configs" / "digits.py"))
+CONFIG = dataclasses.replace(DIGITS, batch_size=BATCH)
 LAYOUTS = {"pmap": ("pmap", 1), "sharded": ("sharded", 1), "sharded, fsdp=0": ("sharded", 0)}
 DEVICES = (1, 2, 4, 8)
 
@@ -41,10 +44,9 @@ def program(kind: str, fsdp: int):
     """A runner, the state of the digits' network, its step, and a batch on the devices."""
     runner = runners.RUNNERS[kind](fsdp)
     train_set, _ = data.load("digits")
-    times, network = resolve.make_times(CONFIG), resolve.make_network(CONFIG)
-    tx = resolve.make_optimizer(CONFIG.optimizer)
-    step = resolve.make_step(CONFIG, train.make_loss(CONFIG, network, times, None), tx, times)
-    state = runner.init(resolve.make_initial_state(CONFIG, (8, 8, 1), tx, times))
+    e = resolve(CONFIG)
+    step = train.make_step(e, train.make_loss(e, levels=None))
+    state = runner.init(initial_state(e, (8, 8, 1)))
     batch = runner.put(data.train_batch(train_set, 0, 0, BATCH, runner.slots(BATCH)))
     return state, runner.step(step), batch
 
@@ -53,7 +55,7 @@ WIDTHS = {"f32": 4, "bf16": 2, "u32": 4, "s32": 4, "pred": 1}
 
 
 def communicated(step, state, batch) -> dict[str, int]:
-    """Bytes that the collectives of a compiled step give out, by kind."""
+    """Bytes that the collectives of a compiled step return, by kind."""
     text = step.lower(state, batch).compile().as_text()
     found = {}
     for line in text.splitlines():
@@ -68,7 +70,7 @@ def communicated(step, state, batch) -> dict[str, int]:
 
 
 def measure(out: str) -> None:
-    """In a process of its own: what each layout costs on the devices that there are."""
+    """Write what each layout costs on the devices of this process, which was started for it."""
     found = {}
     for name, (kind, fsdp) in LAYOUTS.items():
         state, step, batch = program(kind, fsdp)
@@ -96,10 +98,10 @@ def measure(out: str) -> None:
 
 
 def measured(devices: int, processes: int = 1) -> dict:
-    """`measure` in fresh processes."""
+    """What `measure` finds in fresh processes."""
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/out.json"
-        command = ["docs/scaling.py", out]
+        command = ["studies/scaling.py", out]
         if processes > 1:
             share = f"--devices={devices // processes}"
             launcher = ["-m", "diffjax.launch", f"--processes={processes}", share, "--restarts=0"]
@@ -110,7 +112,7 @@ def measured(devices: int, processes: int = 1) -> dict:
 
 
 def step_rows():
-    """Rows of layout, devices, step time against one device, and bytes."""
+    """Rows of layout, devices, step time relative to one device, and bytes."""
     rounds = [{n: measured(n) for n in DEVICES} | {"2 x 4": measured(8, 2)} for _ in range(3)]
     middle = lambda n, name, what: statistics.median(r[n][name][what] for r in rounds)
     alone = middle(1, "sharded", "step")
@@ -148,7 +150,7 @@ def saving_rows():
                 lap()
             (path,) = run_directory.list_checkpoints(workdir)
             lap()
-            assert checkpoints.damage_of(path) is None
+            assert checkpoints_lib.damage_of(path) is None
             lap()
             with run_directory.open_run(workdir, CONFIG) as checkpoints:
                 began = time.perf_counter()
@@ -159,7 +161,7 @@ def saving_rows():
 
 
 def start_rows():
-    """Rows of what is waited for before the first step of `make train`."""
+    """Rows of the time from the start of `make train` to the end of its first step."""
     with tempfile.TemporaryDirectory() as folder:
         for cache in ("empty", "full"):
             command = ["train.py", "--config=configs/digits.py", f"--workdir={folder}/{cache}"]
@@ -167,7 +169,7 @@ def start_rows():
                 "JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled",
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             }
-            steps = ["--config.steps=1", "--config.sampling.score=0", "--config.sampling.steps=1"]
+            steps = ["--config.steps=1", "--config.sampling.eval_samples=0", "--config.sampling.steps=1"]
             done = subprocess.run(
                 [sys.executable, *command, *steps],
                 check=True,
@@ -181,15 +183,15 @@ def start_rows():
 
 @dataclasses.dataclass(frozen=True)
 class Pod:
-    """Published figures of a machine: operations and bytes a second, of one chip."""
+    """Published figures of a machine, per chip."""
 
     name: str
     chips: int
-    flops: float
-    within: float  # bytes a second to the other chips of a node, or of the torus
-    between: float  # to other nodes; inf if all chips are in one torus
-    node: int
-    memory: float
+    flops: float  # operations per second
+    within: float  # bytes per second to the other chips of a node, or of the torus
+    between: float  # bytes per second to other nodes; inf if all chips are in one torus
+    node: int  # chips in a node
+    memory: float  # bytes
 
 
 PODS = (
@@ -220,7 +222,7 @@ EFFICIENCY = 0.35
 
 
 def work(model: UNetConfig, shape: tuple[int, ...]) -> tuple[float, int]:
-    """Operations to train on one image, as XLA counts them, and parameters."""
+    """Operations to train on one image, as XLA counts them, and the number of parameters."""
     module, x = UNet(model), jnp.zeros((1, *shape))
     cond = {"label": jnp.zeros(1, jnp.int32)}
     init = lambda: module.init(jax.random.key(0), x, jnp.zeros(1), cond)["params"]
@@ -234,7 +236,7 @@ def work(model: UNetConfig, shape: tuple[int, ...]) -> tuple[float, int]:
 
 
 def all_reduce(pod: Pod, size: float) -> float:
-    """Seconds to sum `size` bytes over all chips: in the node, between nodes, in the node."""
+    """Seconds to sum `size` bytes over all chips: in each node, between nodes, in each node."""
     share = lambda n: (n - 1) / n
     nodes = pod.chips // pod.node
     inside = 2 * share(pod.node) * size / pod.within
@@ -248,7 +250,8 @@ def pod_rows():
             flops, count = work(model, shape)
             image = flops / (pod.flops * EFFICIENCY)
             reduce = all_reduce(pod, 4 * count)
-            # FSDP gathers the parameters forth and back and scatters gradients: 3 halves of it.
+            # An all-reduce is a scatter and a gather. FSDP gathers the parameters for the forward
+            # and again for the backward pass, and scatters the gradients: 3 halves of that.
             sharded = 1.5 * reduce
             each = 8
             together = max(each * image, reduce)
@@ -265,63 +268,59 @@ def pod_rows():
             ]
 
 
-def table(head, lines):
-    """A markdown table."""
-    lines = [head, ["---"] * len(head), *lines]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
 PAGE = """\
 # Cost as the work grows
 
-Written by `PYTHONPATH=. python docs/scaling.py` on {date}: JAX {jax}, CPU, {cores} cores.
+Written by `PYTHONPATH=. python studies/scaling.py` on {date}: JAX {jax}, CPU, {cores} cores.
 
 ## Layouts, on virtual devices
 
-One training step of the digits' network (0.29 million parameters, batch {batch} in all), medians of
-three interleaved rounds of 15 steps; time against one device in one process. All devices share the
-same {cores} cores, so this shows what a layout costs, not what it gains: beyond {cores} devices
-there is nothing to gain, and two processes talk through sockets. "Call" is how long the host is
-busy with one call; on a CPU that includes part of the computation. Bytes are what the collectives
-of the compiled program give out, and "state" is what one device holds of parameters, average and
-optimiser.
+The work is one training step of the digits' network (0.29 million parameters, batch {batch} in all).
+Times are medians of three interleaved rounds of 15 steps, relative to one device in one process.
+All devices share the same {cores} cores, so the table shows what a layout costs, not what it gains:
+more than {cores} devices cannot be faster, and two processes exchange data through sockets. "Call" is
+how long the host is busy with one call; on a CPU that includes part of the computation. "Bytes
+communicated" are what the collectives of the compiled program return. "State" is what one device
+holds of parameters, average and optimiser.
 
 {steps}
-`pmap` and `sharded` compile to the same all-reduce of gradients. FSDP on eight devices holds less
-than a quarter of the state (what is left are arrays under 4,096 numbers), and pays with gathers.
+`pmap` and `sharded` compile to the same all-reduce of gradients. With FSDP on eight devices each
+holds less than a quarter of the state (arrays of fewer than 4,096 numbers are not split), at the
+cost of gathers.
 
 ## Checkpoints against the size of the state
 
-Seconds. "Hand over" is how long training waits; writing goes on beside it, and includes SHA-256
-over every file. Verifying and reading is what a restart waits for. A local disk, one process.
+All times are in seconds, for one process and a local disk. "Hand over" is how long training waits.
+Writing goes on in the background, and includes a SHA-256 of every file. A restart waits for "verify"
+and "read".
 
 {saving}
 ## Start-up
 
-From the start of `train.py --config=configs/digits.py` to the end of its first step, by whether
-JAX's persistent compilation cache (`JAX_COMPILATION_CACHE_DIR`) already holds its programs.
+The time from the start of `train.py --config=configs/digits.py` to the end of its first step depends
+on whether JAX's persistent compilation cache (`JAX_COMPILATION_CACHE_DIR`) already holds its programs.
 
 {start}
 ## What a pod would do: arithmetic, not measurement
 
-Nothing here was run. Operations for one image, forward and backward, are XLA's count of the lowered
-program. Assumed: {efficiency:.0%} of the peak in bfloat16 (unmeasured), gradients in float32,
-summed by rings, not overlapped with computation; a v5e chip's 197 TFLOP/s, 16 GB and 1,600 Gbit/s
-to its neighbours, an H100's 989 TFLOP/s, 80 GB, 450 GB/s each way to seven others by NVLink and
-400 Gbit/s to other nodes (the makers' figures). The sum over nodes goes within each node first, so
-every chip sends an eighth of it over its own link. State is 16 bytes a parameter: itself, its
-average, and Adam's two.
+Nothing here was run. The number of operations for one image, forward and backward, is XLA's count of
+the lowered program. The assumptions are {efficiency:.0%} of the peak in bfloat16 (unmeasured), and gradients
+in float32 that are summed by rings and not overlapped with computation. The hardware figures are the
+makers': 197 TFLOP/s, 16 GB and 1,600 Gbit/s to its neighbours for a v5e chip; 989 TFLOP/s, 80 GB,
+450 GB/s each way to seven others by NVLink and 400 Gbit/s to other nodes for an H100. Gradients are
+summed within each node first, so that every chip sends an eighth of them over its own link. The
+state is 16 bytes per parameter: the parameter, its average, and Adam's two moments.
 
 {pods}
-"Even batch" is how many images a chip must have for computing to take as long as summing: below
-it communication dominates, and with overlap it is hidden above it. "Images" is for 8 images a chip
-with full overlap. So:
+"Even batch" is the number of images per chip at which computing takes as long as summing. Below it
+communication dominates; above it overlap can hide communication. "Images/s" assumes 8 images per chip
+and full overlap. It follows that:
 
-- Either network fits a chip with its whole state: data parallelism is enough, `fsdp` is for larger
-  ones. On 64 H100s FSDP moves half as much again, which the larger batch must pay for.
-- DDPM's batch of 128 is less than one image a chip on 256 chips: a pod is only of use with a larger
+- Either network fits on a chip with its whole state. Data parallelism is enough, and `fsdp` is for
+  larger networks: on 64 H100s FSDP moves half as much data again, and needs a larger batch to hide it.
+- DDPM's batch of 128 is less than one image per chip on 256 chips. A pod helps only with a larger
   batch (and its learning rate), or for several runs side by side.
-- For ADM's published batch of 2,048 there are 8 images a chip on a v5e-256 and 32 on 64 H100s.
+- ADM's published batch of 2,048 is 8 images per chip on a v5e-256 and 32 on 64 H100s.
 """
 
 
@@ -341,7 +340,7 @@ def main() -> None:
         start=table(["cache", "first step after"], start_rows()),
         pods=table(pod_head, pod_rows()),
     )
-    Path(__file__).with_suffix(".md").write_text(page)
+    (ROOT / "docs" / "scaling.md").write_text(page)
 
 
 if __name__ == "__main__":

@@ -18,16 +18,23 @@ import tempfile
 import jax
 import jaxtyping
 
-# Most tests compile small programs, many of them the same ones; the workers share what they have.
+# Most tests compile small programs, many of them the same ones; the workers share a cache of them.
 CACHE = os.environ.setdefault("DIFFJAX_TEST_CACHE", tempfile.mkdtemp(prefix="diffjax-test-"))
 os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE  # of processes that tests start
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Not training.py: a pytree's fields hold anything while it is being mapped.
-CORE = ["denoisers", "inverse", "keys", "learned_variance", "likelihood", "loss_aware", "losses"]
-CORE += [
+# Not `training`: while JAX maps a pytree, its fields may hold anything.
+CORE = [
+    "denoisers",
+    "guidance",
+    "inverse",
+    "keys",
+    "learned_variance",
+    "likelihood",
+    "loss_aware",
+    "losses",
     "ode",
     "oracles",
     "process",
@@ -47,21 +54,21 @@ collect_ignore = [] if importlib.util.find_spec("physicsnemo") else ["test_peers
 
 @pytest.fixture(scope="module", autouse=True)
 def forgotten():
-    """After each file JAX forgets its programs: of all of them it would hold gigabytes."""
+    """Clear JAX's compiled programs after each file: all of them would take gigabytes."""
     yield
     jax.clear_caches()
 
 
 @pytest.fixture
 def x64():
-    """Double precision, for the tests whose oracle is sharper than float32."""
+    """Double precision, for tests whose oracle is more accurate than float32."""
     with jax.enable_x64(True):
         yield
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """A run of 40 steps with the checkpoints of 20 and 40, to be copied by who would change it."""
+    """A run of 40 steps with checkpoints of steps 20 and 40; a test that changes it copies it."""
     import test_train
 
     workdir = tmp_path_factory.mktemp("finished") / "run"

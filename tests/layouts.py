@@ -1,4 +1,4 @@
-"""The same training on any layout: what tests of many devices, and of many processes, compare.
+"""The same training on any layout of devices, for tests with many devices or many processes.
 
 As a script it is one process of many: `python layouts.py OUT.npz --distributed.coordinator=...`.
 """
@@ -14,15 +14,16 @@ from jax.experimental import multihost_utils
 
 import train
 from diffjax import data, keys, models
-from diffjax.experiment import command_line, config as config_lib, resolve
-from diffjax.training import distributed, runners
-from diffjax.training import init_state, train_step
+from diffjax.evaluation.sampling import make_generate
+from diffjax.experiment import Data, command_line, resolve
+from diffjax.experiment.functions import initial_state
+from diffjax.training import Losses, distributed, init_state, runners, train_step
 
 BATCH = 16
 CONFIG = dataclasses.replace(
     command_line.from_file("configs/digits.py:smoke"),
     batch_size=BATCH,
-    data=config_lib.Data("digits", flip=True),
+    data=Data("digits", flip=True),
     label_drop=0.5,
     model=models.UNetConfig(
         width=8,
@@ -35,6 +36,7 @@ CONFIG = dataclasses.replace(
         null_label=True,
     ),
 )
+E = resolve(CONFIG)
 LAYOUTS = {
     "pmap": lambda: runners.pmap(),
     "sharded": lambda: runners.sharded(),
@@ -44,32 +46,29 @@ LAYOUTS = {
 
 
 def batch_of(runner, step):
-    """The batch of a step, this process' part, on its devices."""
+    """This process' part of the batch of a step, on its devices."""
     train_set, _ = data.load("digits")
     slots = runner.slots(BATCH)
     return runner.put(data.train_batch(train_set, 0, step, BATCH, slots, CONFIG.data.flip))
 
 
-def make_step(loss_fn, times, accumulate=1):
-    """The initial state of `CONFIG`, and a training step."""
-    tx = resolve.make_optimizer(CONFIG.optimizer)
-    init = resolve.make_initial_state(CONFIG, (8, 8, 1), tx, times)
-    step = functools.partial(
+def make_step(loss_fn, remember, accumulate=1):
+    """A training step of `E`'s optimiser."""
+    return functools.partial(
         train_step,
         loss_fn=loss_fn,
-        tx=tx,
+        tx=E.optimizer,
         ema_decay=0.9,
         accumulate=accumulate,
-        remember=times.remember,
+        remember=remember,
         measure=lambda seen: {},
     )
-    return init, step
 
 
 def training(accumulate=1):
-    """The initial state and the step of train.py."""
-    network, times = resolve.make_network(CONFIG), resolve.make_times(CONFIG)
-    return make_step(train.make_loss(CONFIG, network, times, None), times, accumulate)
+    """The initial state of `CONFIG`, and a training step with the loss of train.py."""
+    step = make_step(train.make_loss(E, None), E.times.remember, accumulate)
+    return initial_state(E, (8, 8, 1)), step
 
 
 def whole(x):
@@ -81,7 +80,8 @@ def whole(x):
 def draws(runner, accumulate=1):
     """A digest `[batch]` of all that each example draws in a training step.
 
-    The real loss function of train.py, with a loss and a network that only look at what they get.
+    The loss function is that of train.py, with an objective and a network that only record their
+    arguments.
     """
 
     def bits(x):
@@ -94,28 +94,22 @@ def draws(runner, accumulate=1):
 
     digests = []
 
-    def look(key, net, schedule, target, x, cond, weighting, t, steps):
+    def record(key, net, schedule, target, x, cond, weight, t, steps):
         dropped = net(x, None, cond)
         noise = keys.normal(key, x.shape)
         digests.append(jnp.stack([bits(d) for d in (x, noise, t, cond["label"], dropped)], 1))
         return jnp.zeros(len(x))
 
-    make_objective, resolve.make_objective = resolve.make_objective, lambda *_: look
-    times = resolve.make_times(CONFIG)
-    loss_fn = train.make_loss(CONFIG, network, times, None)
-    resolve.make_objective = make_objective
+    recording = E._replace(objective=lambda levels: record, apply=network)
+    make_losses = train.make_loss(recording, None)
 
-    def looks(key, params, batch, extra):
-        losses, _ = loss_fn(key, params, batch)
-        return losses, digests.pop()
+    def loss_fn(key, params, batch, extra):
+        losses = make_losses(key, params, batch, extra)
+        return Losses(losses.loss, {"digest": digests.pop()})
 
-    remembers = times._replace(
-        init=lambda: jnp.zeros((BATCH, 5), jnp.uint32), remember=lambda extra, seen: seen
-    )
-    tx, nothing = resolve.make_optimizer(CONFIG.optimizer), jnp.zeros(())
-    key = resolve.make_streams(CONFIG).train
-    init = lambda: init_state(key, nothing, tx, remembers.init())
-    step = make_step(looks, remembers, accumulate)[1]
+    step = make_step(loss_fn, lambda extra, seen: seen["digest"], accumulate)
+    nothing, extra = jnp.zeros(()), jnp.zeros((BATCH, 5), jnp.uint32)
+    init = lambda: init_state(E.keys().train, nothing, E.optimizer, extra)
     state, _ = runner.step(step)(runner.init(init), batch_of(runner, 3))
     return whole(state.extra)
 
@@ -134,17 +128,15 @@ def parameters(runner, steps=20, accumulate=1):
 
 
 def images(runner):
-    """Sixteen samples of the network as it is made."""
-    network = resolve.make_network(CONFIG)
-    init, _ = make_step(None, resolve.make_times(CONFIG))
-    generate = runner.map(resolve.make_generate(CONFIG, network, (8, 8, 1)))
+    """Sixteen samples of the network with its initial parameters."""
+    init, generate = initial_state(E, (8, 8, 1)), runner.map(make_generate(E, (8, 8, 1)))
     index = np.arange(BATCH, dtype=np.int32)
     batch = {"index": index, "label": index % 10}
     return runners.in_batches(runner, generate, runner.init(init).params, batch, BATCH)
 
 
 def assert_close(got, expected, where):
-    """Within 1e-6, but for the bias of attention's keys."""
+    """Every array is within 1e-6, except the bias of the keys of attention."""
     for name, value in expected.items():
         a, b = got[name], value
         if "qkv" in name and "bias" in name:
@@ -154,7 +146,7 @@ def assert_close(got, expected, where):
 
 
 def main(out, *words):
-    """Write what each layout gives in this process of many; the first one writes."""
+    """Compute the draws, samples and parameters of each layout; the first process writes them."""
     which = dict(word.removeprefix("--distributed.").split("=") for word in words)
     count, process = int(which["processes"]), int(which["process"])
     distributed.setup(distributed.Distributed(which["coordinator"], count, process), BATCH)

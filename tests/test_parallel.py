@@ -1,4 +1,4 @@
-"""Layouts: whatever the devices, what is drawn is the same, and what is learned nearly so."""
+"""Layouts: draws are equal on any devices, and parameters are equal up to rounding."""
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from diffjax.training import distributed, runners
-from diffjax.parallel import Distributed
+from diffjax.training.distributed import Distributed
 
 
 def on(monkeypatch, devices):
-    """Let the layouts have the first so many devices."""
+    """Use only this many devices, from the first."""
     some = jax.devices()[:devices]
     monkeypatch.setattr(runners, "_devices", lambda: some)
     monkeypatch.setattr(runners, "SMALL", 64)
@@ -19,7 +19,7 @@ def on(monkeypatch, devices):
 
 @pytest.fixture(scope="module")
 def alone():
-    """What one device gives."""
+    """Draws, samples and parameters on one device."""
     with pytest.MonkeyPatch.context() as patch:
         on(patch, 1)
         runner = runners.sharded()
@@ -103,7 +103,7 @@ def test_the_largest_divisible_axis_is_split():
 
 
 @pytest.mark.parametrize("name", layouts.LAYOUTS)
-def test_in_batches_takes_any_length(name):
+def test_in_batches_takes_batches_of_any_length(name):
     runner = layouts.LAYOUTS[name]()
     double = runner.map(lambda params, batch: params * batch["x"])
     for n in (1, 8, 13):
@@ -130,8 +130,10 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused():
         distributed.check_batch(24, accumulate=2)
 
 
-def test_a_process_of_a_cluster_never_thinks_itself_alone(monkeypatch):
-    """Here JAX has started, so it cannot join; without a cluster that is a notebook."""
+def test_a_process_of_a_cluster_never_runs_alone(monkeypatch):
+    """Here JAX has started, so that the process cannot join: without a cluster, as in a notebook,
+    it runs alone.
+    """
     distributed.setup(Distributed(), 16)
     monkeypatch.setenv("SLURM_PROCID", "3")
     with pytest.raises(RuntimeError, match="before any JAX calls"):
@@ -147,6 +149,6 @@ def test_a_process_of_a_cluster_never_thinks_itself_alone(monkeypatch):
         (Distributed("host:1", 2, 2), r"process must be in 0\.\.1"),
     ],
 )
-def test_processes_that_make_no_sense_are_refused(given, message):
+def test_impossible_numbers_of_processes_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
         distributed.setup(given, 16)

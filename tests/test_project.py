@@ -1,8 +1,11 @@
-"""What the project promises of itself: layers, documentation, a README that runs."""
+"""What the project promises of itself: layers, tables, documentation, a README that runs."""
 
 import ast
+import dataclasses
+import functools
 import importlib
 import inspect
+import itertools
 import json
 import re
 import subprocess
@@ -10,80 +13,88 @@ import sys
 import typing
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import diffjax
 from catalogue import SAMPLERS, SCHEDULES, TARGETS, WEIGHTINGS
-from diffjax import samplers, schedules, weightings
+from diffjax import data, weightings
+from diffjax.evaluation import distances
+from diffjax.experiment import Config, Data, Optimizer, Sampling, Walk, command_line
+from diffjax.models import MODELS, make_module, name_of
+from diffjax.samplers import multistep, onestep
+from diffjax.training.runners import RUNNERS
+from diffjax.training.writers import WRITERS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "diffjax"
 
 MAY_IMPORT = {
-    "types": set(),
-    "keys": {"types"},
-    "schedules": {"types"},
-    "weightings": {"types"},
-    "targets": {"types"},
-    "process": {"types", "keys", "schedules"},
-    "denoisers": {"types", "schedules", "process", "targets"},
-    "losses": {"types", "keys", "schedules", "process", "targets", "weightings"},
-    "loss_aware": {"types", "losses"},
-    "learned_variance": {
-        *("types", "schedules", "process", "targets", "denoisers", "weightings", "losses"),
-        "likelihood",
-    },
-    "ode": {"types", "schedules", "process"},
-    "oracles": {"types", "keys", "schedules", "process", "ode"},
-    "samplers": {"types", "keys", "schedules", "process", "ode", "samplers"},
-    "likelihood": {"types", "keys", "schedules", "process", "ode"},
-    "inverse": {"types", "keys", "schedules", "process", "denoisers", "samplers"},
-    "super_resolution": {"types", "keys", "schedules", "process", "inverse"},
-    "models": {"types", "models"},
-    "training": {"types", "keys"},
+    "mathematics": {"mathematics"},
+    "models": {"mathematics", "models"},
     "data": {"data"},
-    "files": set(),
-    "preemption": set(),
-    "parallel": {"preemption", "telemetry"},
-    "launch": {"parallel", "preemption", "telemetry"},
-    "telemetry": set(),
-    "metrics": {"types", "files", "telemetry", "writers"},
-    "writers": set(),
-    "plots": {"types", "schedules", "data", "metrics"},
-    "evaluation": set(),
-    "provenance": set(),
-    "classifier": {"types", "data", "config"},
-    "features": {"classifier", "evaluation", "provenance"},
-    "comparison": {"config", "plots"},
-    "drawing": {"types", "config", "data", "experiment", "parallel", "provenance"},
-    "pretrained": set(),
+    "training": {"mathematics", "training"},
+    "plots": {"mathematics", "data"},
+    "experiment": {"mathematics", "models", "data", "training", "experiment"},
+    "published": {"mathematics", "models", "training", "experiment", "published", "doors"},
+    "evaluation": {
+        *("mathematics", "models", "data", "training", "plots", "experiment", "evaluation"),
+        "doors",
+    },
+    "doors": {"mathematics", "training", "experiment", "published", "doors"},
 }
-"""Which of diffjax's modules a module may import; those above all others are not listed."""
+"""Which parts of diffjax may import which. `mathematics` is every file and package of diffjax/ that
+is not named here."""
+OF_TRAINING = {"types", "keys", "losses"}
+"""The mathematics that training may know: it trains anything."""
+DOORS = {"checkpoint", "launch", "inspect", "export"}
+"""Modules that users name: `diffjax.checkpoint.load` and `python -m diffjax.launch`."""
+
+
+def part_of(name):
+    """The part that a module or package of diffjax/ belongs to."""
+    if name in DOORS:
+        return "doors"
+    return name if name in MAY_IMPORT else "mathematics"
 
 
 def imports_of(path):
-    """The modules of diffjax that a file imports, by their first name below the package."""
-    found = set()
-    depth = len(path.relative_to(PACKAGE).parts)
+    """The first names below diffjax of the modules that a file imports from it."""
+    parts = path.relative_to(PACKAGE).parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            inside = depth - node.level > 0  # of a sub-package such as models/
+            inside = parts[: len(parts) - node.level]  # of a package such as training/
             if inside:
-                found.add(path.relative_to(PACKAGE).parts[0])
+                yield inside[0]
             elif node.module:
-                found.add(node.module.split(".")[0])
+                yield node.module.split(".")[0]
             else:
-                found |= {alias.name for alias in node.names}
-    return found
+                yield from (alias.name for alias in node.names)
 
 
-@pytest.mark.parametrize("name", MAY_IMPORT)
-def test_layers(name):
-    path = PACKAGE / name
-    files = sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
-    for file in files:
-        assert imports_of(file) <= MAY_IMPORT[name], file
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.stem)
+def test_layers(path):
+    part = part_of(path.relative_to(PACKAGE).parts[0].removesuffix(".py"))
+    imported = {name for name in imports_of(path) if name != "__version__"}
+    assert {part_of(name) for name in imported} <= MAY_IMPORT[part]
+    if part in ("training", "models"):
+        core = {name for name in imported if part_of(name) == "mathematics"}
+        assert core <= OF_TRAINING
+
+
+def test_the_mathematics_knows_of_nothing_else():
+    """Its files import JAX, NumPy, jaxtyping and the standard library; one function, diffrax."""
+    allowed = {"jax", "numpy", "jaxtyping", "diffrax", *sys.stdlib_module_names}
+    for path in PACKAGE.rglob("*.py"):
+        if part_of(path.relative_to(PACKAGE).parts[0].removesuffix(".py")) == "mathematics":
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = []
+                if isinstance(node, ast.Import):
+                    names = [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom) and not node.level:
+                    names = [str(node.module)]
+                assert {name.split(".")[0] for name in names} <= allowed, path
 
 
 def test_importing_the_core_imports_nothing_heavy():
@@ -96,33 +107,96 @@ def test_importing_the_core_imports_nothing_heavy():
     assert done.stdout.strip() == "['diffjax']", done.stdout + done.stderr
 
 
-def test_the_catalogue_is_complete():
-    """A public schedule, target, weighting or sampler that the tests do not cover is an error."""
+def returning(module, kind):
+    """The public functions that a module defines and that return a `kind`."""
+    for name, f in vars(module).items():
+        if inspect.isfunction(f) and not name.startswith("_") and f.__module__ == module.__name__:
+            hint = typing.get_type_hints(f).get("return")
+            if hint == kind:
+                yield name
 
-    def public(module, returns):
-        for name, f in vars(module).items():
-            if inspect.isfunction(f) and not name.startswith("_"):
-                hint = typing.get_type_hints(f).get("return")
-                if hint is returns:
-                    yield name
 
+def test_every_row_is_there_and_every_row_is_tested():
+    """A schedule, weighting, sampler or guidance that was left out of its table is found here."""
     made = " ".join(inspect.getsource(sys.modules["catalogue"]).split())
-    for name in public(diffjax.schedules, diffjax.Schedule):
-        assert f"diffjax.{name}(" in made, name
-    for name in public(diffjax.samplers, diffjax.Sampler):
-        assert f"diffjax.{name}" in made, name
-    plain = [
-        name
-        for name, f in vars(weightings).items()
-        if inspect.isfunction(f) and list(inspect.signature(f).parameters)[:1] == ["log_snr"]
-    ]
-    assert len(plain) > 3
-    for name in (*plain, *public(weightings, weightings.Weighting)):
-        assert f"weightings.{name}" in made, name
-    assert set(schedules.SCHEDULES) <= set(SCHEDULES)
-    assert set(samplers.SAMPLERS) <= set(SAMPLERS)
-    assert set(weightings.WEIGHTINGS) <= set(WEIGHTINGS)
-    assert set(diffjax.TARGETS) == set(TARGETS)
+    # Those that take more than numbers are not in a table: the catalogue makes them itself.
+    for name in returning(diffjax.schedules, diffjax.Schedule):
+        assert name in diffjax.SCHEDULES or f"diffjax.{name}(" in made, name
+    assert set(returning(weightings, weightings.Weighting)) <= set(weightings.WEIGHTINGS)
+    for module in (onestep, multistep):
+        assert set(returning(module, diffjax.Sampler)) <= set(diffjax.SAMPLERS)
+    needs_a_function = {"autoguidance", "classifier_guidance"}
+    guidances = set(returning(diffjax.guidance, diffjax.Denoiser))
+    assert guidances == set(diffjax.GUIDANCES) | needs_a_function
+    measured = {row.measure.__name__ for row in distances.METRICS.values()}
+    for kind in (float, distances.Estimate):
+        assert set(returning(distances, kind)) <= measured
+    for table, rows in (
+        (diffjax.SCHEDULES, SCHEDULES),
+        (diffjax.SAMPLERS, SAMPLERS),
+        (weightings.WEIGHTINGS, WEIGHTINGS),
+        (diffjax.TARGETS, TARGETS),
+    ):
+        assert set(table) <= set(rows)
+    # And each is public, if it is a function of its name.
+    for name in (*diffjax.SCHEDULES, *diffjax.SAMPLERS, *diffjax.GUIDANCES):
+        assert name in diffjax.__all__ and callable(getattr(diffjax, name))
+    assert {row.times for row in diffjax.SAMPLERS.values()} <= set(diffjax.samplers.TIMES)
+
+
+def test_every_name_of_a_table_can_be_asked_for_on_the_command_line(capsys):
+    """`--help` lists all choices, whatever rows are added."""
+    with pytest.raises(SystemExit):
+        command_line.parse(["--help"])
+    text = re.sub(r"[\s│]+", "", capsys.readouterr().out)
+    for table in (
+        *(diffjax.TARGETS, diffjax.SCHEDULES, diffjax.SAMPLERS, diffjax.samplers.TIMES),
+        *(weightings.WEIGHTINGS, data.DATASETS, RUNNERS, WRITERS),
+    ):
+        assert "{" + ",".join(table) + "}" in text
+    assert ",".join(MODELS) in text
+
+
+def test_every_network_is_a_row_that_trains(tmp_path):
+    """Its config is what a run needs to know of it, and its output has the shape of the data."""
+    files = {p.stem for p in (PACKAGE / "models").glob("*.py")} - {"__init__"}
+    assert files == set(MODELS)
+    for name, row in MODELS.items():
+        config = row.config()
+        assert dataclasses.is_dataclass(config) and name_of(config) == name
+        for field in ("dropout", "out_channels", "labels", "null_label", "image_cond"):
+            getattr(config, field)
+        takes = [shape for shape in ((32, 32, 3), (2,)) if accepts(config, shape)]
+        assert takes, name
+        make = functools.partial(make_module(config).init, jax.random.key(0))
+        x = jax.ShapeDtypeStruct((1, *takes[0]), np.float32)
+        assert "params" in jax.eval_shape(make, x, jax.ShapeDtypeStruct((1,), np.float32), None)
+
+
+def accepts(config, shape):
+    try:
+        config.check_input(shape)
+    except ValueError:
+        return False
+    return True
+
+
+def test_every_section_of_a_config_is_checked_and_explained():
+    """A field without a docstring is one that `--help` does not explain."""
+    for section in (
+        Config,
+        Data,
+        Optimizer,
+        Walk,
+        Sampling,
+        *(row.config for row in MODELS.values()),
+    ):
+        tree = ast.parse(inspect.getsource(section)).body[0]
+        for field, after in itertools.pairwise(tree.body):
+            if isinstance(field, ast.AnnAssign):
+                sections = ("data", "optimizer", "sampling")
+                explained = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                assert explained or field.target.id in sections, (section, field.target.id)
 
 
 def test_every_public_name_is_documented_with_its_arguments():

@@ -1,4 +1,4 @@
-"""The scripts as their users run them: every config, resumption, and refusals."""
+"""train.py as users run it: every config, resumption, and the input that it refuses."""
 
 import dataclasses
 import json
@@ -19,9 +19,11 @@ from test_images import draw_folder
 import evaluate
 import train
 from diffjax import checkpoint, data
+from diffjax.evaluation.sampling import Drawing
 from diffjax.experiment import command_line, config as config_lib, resolve, run_directory
-from diffjax.training import checkpoints, distributed, metrics, runners
-from diffjax.drawing import Drawing
+from diffjax.models import MLPConfig, SongUNetConfig
+from diffjax.training import checkpoints, metrics, runners
+from diffjax.training.distributed import Distributed
 from test_data import write_cifar, write_mnist
 
 ROOT = Path(__file__).parents[1]
@@ -30,14 +32,14 @@ TINY = ["--config=configs/digits.py:smoke"]
 
 
 def run(workdir, *argv):
-    """Train as train.py does, on two devices: eight virtual ones would only take longer."""
+    """Train as train.py does, on two devices, which is faster than on eight virtual ones."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runners, "_devices", lambda: jax.devices()[:2])
         train.train(*command_line.parse([*argv, f"--workdir={workdir}"]))
 
 
 def rows_of(workdir):
-    """The metrics without what depends on the clock and on the machine."""
+    """The rows without the numbers that depend on the clock and on the machine."""
     return [{k: v for k, v in row.items() if k not in COSTS} for row in metrics.read(workdir)]
 
 
@@ -59,7 +61,7 @@ def copied(finished, tmp_path):
 
 
 def interrupted(finished, workdir):
-    """A copy of the run as it was when it had just saved step 20."""
+    """A copy of the run, as if it had been killed after it saved step 20."""
     shutil.copytree(finished, workdir)
     shutil.rmtree(workdir / "checkpoints" / "40")
     (workdir / "samples.png").unlink()
@@ -78,7 +80,7 @@ def test_every_config_runs_its_smoke_variant(name, tmp_path, capsys):
     if name == "folder":
         draw_folder(tmp_path)
         argv.append(f"--config.data.path={tmp_path}")
-    if name != "digits":  # whose programs other tests run as well
+    if name != "digits":  # other tests run its programs as well
         argv.append("--config.batch_size=8")
     run(tmp_path / "run", *argv, "--config.steps=20")
     out = capsys.readouterr().out
@@ -94,9 +96,9 @@ def test_every_config_runs_its_smoke_variant(name, tmp_path, capsys):
 
 
 def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(finished, tmp_path, capsys):
-    """From the checkpoint of step 20, which was written while training went on."""
+    """It resumes from the checkpoint of step 20, which was written during training."""
     parts = interrupted(finished, tmp_path / "parts")
-    # Rows after the restored step are dropped, and so is a line that a kill cut short.
+    # The run drops rows after the restored step, and a line that a kill cut short.
     with (parts / "metrics.jsonl").open("a") as file:
         file.write('{"step": 50, "lo')
     run(parts, *TINY, "--config.steps=40")
@@ -109,8 +111,8 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(finished, tmp_path, 
 
 
 LEARNED = [
-    *("--config.bound-weight=0.001", "--config.time-steps=10", "--config.model.out-channels=2"),
-    *("--config.loss-aware-times=True", "--config.sampling.sampler=ancestral"),
+    *("--config.bound_weight=0.001", "--config.time_steps=10", "--config.model.out_channels=2"),
+    *("--config.loss_aware_times=True", "--config.sampling.sampler=ancestral"),
     *("--config.sampling.options", "variance=learned"),
 ]
 
@@ -126,15 +128,15 @@ def test_learned_variance_and_loss_aware_times_are_trained_resumed_and_evaluated
     assert sorted(a.shape for a in history) == [(10,), (10, 10)]
     assert min(float(jnp.abs(a).max()) for a in history) > 0
 
-    evaluate.main(
-        evaluate.Arguments(tmp_path / "whole", held_out=32, looks=4, drawing=Drawing(n=0))
+    evaluate.run(
+        evaluate.Arguments(tmp_path / "whole", held_out=32, bound_samples=4, drawing=Drawing(n=0))
     )
     assert "bits/dim" in capsys.readouterr().out
 
 
-def test_how_steps_are_run_may_change_at_resumption(finished, tmp_path):
+def test_a_resumed_run_may_change_how_steps_are_run(finished, tmp_path):
     parts = interrupted(finished, tmp_path / "parts")
-    changes = "--config.parallel=sharded", "--config.steps-per-call=5"
+    changes = "--config.parallel=sharded", "--config.steps_per_call=5"
     run(parts, *TINY, "--config.steps=40", *changes)
     rows = metrics.read(parts), metrics.read(finished)
     assert [row["step"] for row in rows[0]] == [10, 20, 30, 40]
@@ -158,7 +160,7 @@ def test_a_run_is_read_back_in_two_lines(copied):
 
 
 def test_reading_a_run_leaves_it_alone(copied):
-    """It may still be writing: what is in flight is not cleaned up."""
+    """The run may still be writing: reading keeps an unfinished checkpoint."""
     in_flight = copied / "checkpoints" / "60.orbax-checkpoint-tmp"
     in_flight.mkdir()
     checkpoint.load(copied)
@@ -171,16 +173,16 @@ def test_a_finished_run_draws_again_when_sampling_changes(copied):
     assert (copied / "samples.png").read_bytes() != before
 
 
-def test_the_scaled_network_is_what_is_trained_drawn_and_read_back(copied):
-    """With unit_output the fresh score network's output is scaled; `load` knows."""
+def test_unit_output_scales_the_network_that_is_trained_sampled_and_read_back(copied):
+    """`unit_output` divides the output of a score network by sigma, in `load` too."""
     config = config_lib.from_json((copied / "config.json").read_text())
     scaled = dataclasses.replace(config, target="score", unit_output=True)
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
     cond = {"label": jnp.zeros(2, jnp.int32)}
     _, params, _ = checkpoint.load(copied)
     log_snr = jnp.array([-3.0, 5.0])
-    plain = resolve.make_network(config)(params, x, log_snr, cond)
-    out = resolve.make_network(scaled)(params, x, log_snr, cond)
+    plain = resolve(config).apply(params, x, log_snr, cond)
+    out = resolve(scaled).apply(params, x, log_snr, cond)
     sigma = jnp.sqrt(jax.nn.sigmoid(-log_snr))[:, None, None, None]
     np.testing.assert_allclose(out * sigma, plain, rtol=1e-4, atol=1e-5)
 
@@ -205,23 +207,23 @@ def test_another_experiment_in_the_same_directory_is_refused(copied):
         ("--config.target=x_0", "target: the run has 'eps', asked for 'x_0'"),
         ("--config.model.width=16", "model.width: the run has 8, asked for 16"),
         ("--config.batch_size=32", "batch_size: the run has 16, asked for 32"),
-        ("--config.optimizer.learning-rate=0.1", "optimizer.learning_rate: the run has 0.002"),
+        ("--config.optimizer.learning_rate=0.1", "optimizer.learning_rate: the run has 0.002"),
     ):
         with pytest.raises(SystemExit, match=re.escape(line)):
             run(copied, *TINY, "--config.steps=40", change)
 
 
-def test_a_nan_stops_the_run_says_where_and_keeps_the_last_checkpoint(
+def test_a_nan_stops_the_run_with_the_step_and_keeps_the_last_checkpoint(
     tmp_path, monkeypatch, capsys
 ):
     make_loss = train.make_loss
 
-    def breaks(*args):
-        loss_fn = make_loss(*args)
+    def breaks(*args, **options):
+        loss_fn = make_loss(*args, **options)
 
-        def broken(key, params, batch, *rest, **options):
-            losses = loss_fn(key, params, batch, *rest, **options)
-            # At some step, when Adam has moved far enough: the loss is fine, its gradient not.
+        def broken(key, params, batch, extra):
+            losses = loss_fn(key, params, batch, extra)
+            # When Adam has moved the bias far enough, the gradient is NaN and the loss is finite.
             bias = jnp.abs(params["conv_out"]["bias"]).max()
             nothing = 0 * jnp.sqrt(jnp.where(bias > 0.006, 0 * bias, 1.0))
             return jax.tree.map(lambda x: x + nothing, losses)
@@ -239,7 +241,7 @@ def test_a_nan_stops_the_run_says_where_and_keeps_the_last_checkpoint(
     at, rate, examples = int(found[1]), float(found[2]), json.loads(found[3])
     kept = int(re.search(r"the newest checkpoint: step (\d+)", capsys.readouterr().out)[1])
     config = command_line.from_file("configs/digits.py:smoke")
-    schedule = resolve.make_learning_rate(config.optimizer)
+    schedule = resolve(config).learning_rate
     np.testing.assert_allclose(rate, schedule(at - 1), rtol=1e-2)
     assert examples == data.batch_indices(0, at - 1, 1497, 16).tolist()
     step, arrays = newest(tmp_path)
@@ -250,7 +252,7 @@ def test_a_nan_stops_the_run_says_where_and_keeps_the_last_checkpoint(
 def test_the_loop_compiles_the_step_once_and_fetches_nothing_between_log_points(
     tmp_path, monkeypatch
 ):
-    """Whatever turns a device array into numbers on the host goes through `_value`."""
+    """Every conversion of a device array to numbers on the host goes through `_value`."""
     array = type(jnp.zeros(()))
     fetched, at_step, compiled, losses, under_way = [], [], [], [], []
     value = array._value
@@ -267,7 +269,7 @@ def test_the_loop_compiles_the_step_once_and_fetches_nothing_between_log_points(
             def guarded(state, batch):
                 at_step.append(len(fetched))
                 under_way.append(sum(not loss.is_ready() for loss in losses))
-                with jax.transfer_guard("disallow"):  # what it needs is on the devices already
+                with jax.transfer_guard("disallow"):  # its arguments are on the devices already
                     state, metrics = g(state, batch)
                 losses.append(metrics["loss"])
                 return state, metrics
@@ -287,8 +289,11 @@ def test_the_loop_compiles_the_step_once_and_fetches_nothing_between_log_points(
     assert 0 < max(under_way) <= 3  # the host is ahead of the devices, but not far
 
 
-def test_a_cpus_cores_become_its_devices_unless_the_user_chose(monkeypatch):
-    code = "import jax; from diffjax.parallel import *; setup(ALONE, %s); print(jax.device_count())"
+def test_the_cores_of_a_cpu_become_devices_unless_the_user_chose_a_number(monkeypatch):
+    code = (
+        "import jax; from diffjax.training.distributed import *; "
+        "setup(ALONE, %s); print(jax.device_count())"
+    )
 
     def devices(batch, **environment):
         env = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
@@ -312,7 +317,7 @@ BAD = {
     "target": (["--config.target=epsilon"], "unknown target 'epsilon': one of x_0, eps"),
     "schedule": (["--config.schedule=cosin"], "unknown schedule 'cosin': one of cosine, linear"),
     "schedule option": (
-        ["--config.schedule-options", "beta=1.0"],
+        ["--config.schedule_options", "beta=1.0"],
         "schedule cosine has no option beta; it has log_snr_min, log_snr_max",
     ),
     "sampler": (["--config.sampling.sampler=dim"], "unknown sampler 'dim': one of ancestral, ddim"),
@@ -334,44 +339,56 @@ BAD = {
         "/nowhere/train-images-idx3-ubyte.gz is not there",
     ),
     "shape": (["--config.data.shape", *"883"], "data.shape=(8, 8, 3): the examples are of"),
-    "continuous time": (["--config.time-input=True"], "need discrete time, time_steps=T"),
+    "continuous time": (["--config.time_input=True"], "need discrete time, time_steps=T"),
     "labels": (["--config.model.labels=5"], "the data has labels up to 9"),
-    "guidance": (["--config.model.null-label=False"], "needs model.null_label=True"),
-    "saving": (["--config.save-every=15"], "must be multiples of log_every=10"),
+    "guidance": (["--config.model.null_label=False"], "needs model.null_label=True"),
+    "unknown guidance": (
+        ["--config.sampling.guidance", "classifier:weight=2"],
+        "unknown guidance 'classifier': one of classifier_free",
+    ),
+    "guidance option": (
+        ["--config.sampling.guidance", "classifier_free:scale=2"],
+        "guidance classifier_free has no option scale; it has weight",
+    ),
+    "conditioning noise": (
+        ["--config.max_cond_noise=0.1"],
+        "max_cond_noise=0.1, sampling.cond_noise=0.0: need low_resolution",
+    ),
+    "saving": (["--config.save_every=15"], "must be multiples of log_every=10"),
     "ema": (["--config.ema=1.0"], "ema=1.0: must be in [0, 1)"),
-    "decay": (["--config.optimizer.decay-steps=5"], "must exceed warmup=100"),
+    "decay": (["--config.optimizer.decay_steps=5"], "must exceed warmup=100"),
     "points": (["--config.data.name=two_moons"], "examples of shape (2,)"),
     "flip": (
         ["--config=configs/two_moons.py:smoke", "--config.data.flip=True"],
         "data.flip=True needs images",
     ),
-    "option": (["--config.schedule-options", "log_snr_min=nan"], "must be a finite number"),
-    "option text": (["--config.schedule-options", "log_snr_min=low"], "must be a finite number"),
-    "no labels": (["--config.model.labels=0", "--config.model.null-label=False"], "null_label"),
+    "option": (["--config.schedule_options", "log_snr_min=nan"], "must be a finite number"),
+    "option text": (["--config.schedule_options", "log_snr_min=low"], "must be a finite number"),
+    "no labels": (["--config.model.labels=0", "--config.model.null_label=False"], "null_label"),
     "seed": (["--config.seed=-1"], "seed=-1: must be at least 0"),
     "attention": (["--config.model.attention", "16"], "model.attention=(16,): the heights are"),
     "two Ts": (
         [
             "--config=configs/cifar10.py:smoke",
-            "--config.time-steps=500",
+            "--config.time_steps=500",
         ],
         "time_steps=500: the table of linear_betas has 1000 steps",
     ),
     "outputs": (
-        ["--config.model.out-channels=2"],
+        ["--config.model.out_channels=2"],
         "no learned variance (bound_weight=None) need 1",
     ),
     "no variance": (
-        ["--config.bound-weight=0.001", "--config.time-steps=100"],
+        ["--config.bound_weight=0.001", "--config.time_steps=100"],
         "model.out_channels=None: data of 1 channels and a learned variance (bound_weight=0.001) "
         "need 2",
     ),
-    "continuous variance": (["--config.bound-weight=0.001"], "need discrete time, time_steps=T"),
+    "continuous variance": (["--config.bound_weight=0.001"], "need discrete time, time_steps=T"),
     "negative bound": (
-        ["--config.bound-weight=-1", "--config.time-steps=100"],
+        ["--config.bound_weight=-1", "--config.time_steps=100"],
         "bound_weight=-1.0: must be at least 0",
     ),
-    "continuous aware": (["--config.loss-aware-times=True"], "need discrete time, time_steps=T"),
+    "continuous aware": (["--config.loss_aware_times=True"], "need discrete time, time_steps=T"),
     "variance not learned": (
         ["--config.sampling.sampler=ancestral", "--config.sampling.options", "variance=learned"],
         "the run must learn one, by its bound_weight",
@@ -381,9 +398,9 @@ BAD = {
         ["--config.parallel=sharded", "--config.fsdp=3"],
         "fsdp=3: must be 0, for all, or divide the 2 devices",
     ),
-    "best": (["--config.keep-best=1", "--config.eval-every=40"], "a multiple of eval_every=40"),
-    "skip": (["--config.skip-nonfinite=-1"], "skip_nonfinite=-1: must be at least 0"),
-    "log_every": (["--config.log-every=0"], "log_every=0: must be at least 1"),
+    "best": (["--config.keep_best=1", "--config.eval_every=40"], "a multiple of eval_every=40"),
+    "skip": (["--config.skip_nonfinite=-1"], "skip_nonfinite=-1: must be at least 0"),
+    "log_every": (["--config.log_every=0"], "log_every=0: must be at least 1"),
     "order": (
         ["--config.sampling.sampler=unipc", "--config.sampling.options", "order=5"],
         "unipc of order 5: there are orders 1 to 3",
@@ -433,7 +450,7 @@ def test_checkpoints_without_a_config_are_refused(tmp_path):
         run(tmp_path, *TINY)
 
 
-def test_an_unknown_key_is_answered_with_a_guess(capsys):
+def test_an_unknown_flag_gets_a_suggestion(capsys):
     with pytest.raises(SystemExit):
         command_line.parse(["--config.tagret=eps"])
     out = capsys.readouterr()
@@ -441,7 +458,7 @@ def test_an_unknown_key_is_answered_with_a_guess(capsys):
     assert "--config.target" in text and "erhaps you meant" in text
 
 
-def test_an_unknown_config_or_variant_is_answered_with_the_choices():
+def test_an_unknown_config_or_variant_gets_the_choices():
     with pytest.raises(SystemExit, match=r"no config configs/digit\.py; .*configs/digits\.py"):
         command_line.parse(["--config=configs/digit.py"])
     with pytest.raises(SystemExit, match="no variant 'smok': one of smoke"):
@@ -464,9 +481,46 @@ def test_help_lists_every_field_with_its_choices():
                 names.add(f"{prefix}.{field.name}")
 
     collect(command_line.from_file("configs/digits.py"), "--config")
-    missing = [n for n in names if n not in text and n.replace("_", "-") not in text]
-    assert not missing
+    assert not [name for name in names if name not in text]
     assert "--workdir" in text and "{x_0,eps,score,v,flow,F}" in text
+
+
+def test_the_command_line_switches_the_network_and_keeps_common_options():
+    common = dict(width=32, blocks=1, dropout=0.0, labels=10, null_label=True)
+    levels = dict(mults=(1, 1), attention=(4,))
+    for argv, model in (
+        (["--config.model=song_unet"], SongUNetConfig(**common, **levels)),
+        (["--config.model", "mlp"], MLPConfig(**common)),
+        (
+            ["--config.model.taps", *"1331", "--config.model=song_unet"],
+            SongUNetConfig(**common, **levels, taps=(1, 3, 3, 1)),
+        ),
+    ):
+        config = command_line.parse(argv).config
+        assert config.model == model
+        assert config == dataclasses.replace(command_line.parse([]).config, model=model)
+        assert config_lib.from_json(config_lib.to_json(config)) == config
+    e = resolve(config)
+    params = jax.eval_shape(lambda key: e.init(key, (8, 8, 1)), jax.random.key(0))
+    x, label = jnp.zeros((2, 8, 8, 1)), jnp.zeros(2, jnp.int32)
+    assert jax.eval_shape(e.apply, params, x, jnp.zeros(2), {"label": label}).shape == x.shape
+
+
+def test_an_unknown_network_gets_the_choices():
+    with pytest.raises(SystemExit) as stop:
+        command_line.parse(["--config.model=nope"])
+    assert str(stop.value) == "error: unknown model 'nope': one of unet, song_unet, mlp"
+
+
+def test_help_shows_the_options_of_the_chosen_network(capsys):
+    own = {"unet": "--config.model.patch", "song_unet": "--config.model.residual_input"}
+    for name in own:
+        with pytest.raises(SystemExit) as stop:
+            command_line.parse([f"--config.model={name}", "--help"])
+        assert not stop.value.code
+        out = capsys.readouterr().out
+        assert [flag in out for flag in own.values()] == [name == chosen for chosen in own]
+        assert "--config.model.width" in out and "--config.target" in out
 
 
 def test_the_config_survives_json():
@@ -476,20 +530,43 @@ def test_the_config_survives_json():
             assert config_lib.from_json(config_lib.to_json(config)) == config
 
 
+def test_the_json_of_version_0_1_is_read():
+    for name in ("digits", "fashion_sr"):
+        config = command_line.from_file(f"configs/{name}.py")
+        tree = json.loads(config_lib.to_json(config))
+        model, sampling = tree["model"], tree["sampling"]
+        tree["low"], tree["augment"] = tree.pop("low_resolution"), tree.pop("max_cond_noise")
+        sampling["level"], sampling["score"] = (
+            sampling.pop("cond_noise"),
+            sampling.pop("eval_samples"),
+        )
+        sampling["guidance"] = 1.2 if sampling["guidance"] else 1.0
+        model["kind"] = "UNetConfig"
+        for new, old in (
+            ("log_snr_scale", "level_scale"),
+            ("log_snr_shift", "level_shift"),
+            ("embedding_period", "level_period"),
+            ("embed_image_log_snr", "image_level"),
+        ):
+            model[old] = model.pop(new)
+        assert config_lib.from_json(json.dumps(tree)) == config
+
+
 def test_the_default_run_directory_is_named_after_the_config():
     config, workdir, distributed, profile = command_line.parse([])
     assert profile == 0 and workdir == Path("runs/digits") and config.data.name == "digits"
-    assert distributed == distributed.Distributed()
+    assert distributed == Distributed()
     _, workdir, *_ = command_line.parse(["--config=configs/two_moons.py:smoke"])
     assert workdir == Path("runs/two_moons")
 
 
-def test_the_learning_rate_is_constant_unless_a_decay_says_when_it_ends():
+def test_the_learning_rate_is_constant_unless_decay_steps_is_set():
+    rate_of = lambda o: resolve(config_lib.Config(optimizer=o)).learning_rate
     o = config_lib.Optimizer(learning_rate=0.5, warmup=10)
-    rate = resolve.make_learning_rate(o)
+    rate = rate_of(o)
     np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(10**6)], [0, 0.25, 0.5, 0.5])
-    rate = resolve.make_learning_rate(dataclasses.replace(o, decay_steps=110))
+    rate = rate_of(dataclasses.replace(o, decay_steps=110))
     np.testing.assert_allclose([rate(10), rate(60), rate(110)], [0.5, 0.25, 0], atol=1e-6)
     for decay in (None, 110):
-        rate = resolve.make_learning_rate(dataclasses.replace(o, warmup=0, decay_steps=decay))
-        assert rate(0) == 0.5  # no warm-up: at once
+        rate = rate_of(dataclasses.replace(o, warmup=0, decay_steps=decay))
+        assert rate(0) == 0.5  # without warm-up, from the first step

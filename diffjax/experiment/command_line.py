@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import tyro
 
-from ..models import switched
+from ..models import MODELS, name_of, switched
 from ..training.distributed import Distributed
 from .config import Config, Walk
 
@@ -67,7 +67,8 @@ def parse(argv: Sequence[str], default: str = "configs/digits.py") -> Command:
         Arguments,
         args=rest,
         description=f"--config=FILE[:variant] chooses the experiment; this is {file}. "
-        "--config.model=NAME chooses the network. Every field can be changed:",
+        f"--config.model=NAME chooses the network, one of {{{','.join(MODELS)}}}; this is "
+        f"{name_of(base.model)}. Every field can be changed:",
         config=SETTINGS,
         use_underscores=True,
     )

@@ -17,6 +17,7 @@ import tyro
 
 from ..data import DATASETS, check_workers
 from ..data.images import UNREADABLE
+from ..guidance import GUIDANCES
 from ..models import MODELS, ModelConfig, UNetConfig, name_of
 from ..samplers import SAMPLERS, TIMES
 from ..schedules import SCHEDULES
@@ -107,7 +108,7 @@ Guidance = Annotated[
     tuple[str, ...],
     tyro.constructors.PrimitiveConstructorSpec(
         nargs="*",
-        metavar="[NAME:OPTION=VALUE,... ...]",
+        metavar="[{" + ",".join(GUIDANCES) + "}:OPTION=VALUE,... ...]",
         instance_from_str=as_chain,
         is_instance=lambda value: isinstance(value, tuple),
         str_from_instance=list,
@@ -224,8 +225,8 @@ class Walk:
     steps: int = 50
     """Steps of the grid."""
     guidance: Guidance = ()
-    """A chain of guidances, as in `classifier_free:weight=3 within:low=-2,high=4`; a number is the
-    weight of classifier_free. Empty: no guidance."""
+    """A chain of guidances, such as classifier_free:weight=3 within:low=-2,high=4. A number alone is
+    the weight of classifier_free. Empty: no guidance."""
     cond_noise: float = 0.0
     """Super-resolution: the time to which the low-resolution image is diffused, at most
     max_cond_noise."""
@@ -299,7 +300,7 @@ class Config:
     """Noise on the low-resolution image in training: it is diffused to a random time between 0 and
     this one."""
     model: Model = UNetConfig()  # noqa: RUF009, it is frozen
-    """The network, --config.model=NAME with NAME one of unet, song_unet, mlp; and its options."""
+    """The network and its options; on the command line, --config.model=NAME chooses another."""
     optimizer: Optimizer = Optimizer()
     ema: float = 0.999
     """Decay of the moving average of parameters."""

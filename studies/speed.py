@@ -1,12 +1,12 @@
-"""Time diffjax beside PyTorch on the same work, in interleaved rounds.
+"""Measure the speed of diffjax beside PyTorch's on the same work, in interleaved rounds.
 
-    make bench        # on a CPU
-    make bench-gpu    # on an NVIDIA GPU
+    make bench        # on a CPU; or: python studies/speed.py
+    make bench-gpu    # on an NVIDIA GPU; or: python studies/speed.py --device=gpu
 
-Each side runs in a process of its own, both alive at once, and they take turns: in every round each
-does a few steps while the others wait. Reported are medians over the rounds, and the median of the
-rounds' ratios. Both have the allocator settings of `make train`. Written to
-`benchmarks/results/<cpu or gpu>.json`; `benchmarks/page.py` makes docs/performance.md of it.
+Each side runs in a process of its own, and they take turns: in every round each process does a few
+steps while the others wait. Both sides have the allocator settings of `make train`. The times of
+every round go to studies/results/cpu.json or gpu.json, of which `speed_page.py` writes medians, and
+medians of the rounds' ratios, into docs/performance.md.
 """
 
 import argparse
@@ -22,8 +22,8 @@ import tempfile
 from pathlib import Path
 
 from diffjax.evaluation import provenance
-from diffjax.telemetry import ALLOCATOR, TUNABLES
-from workloads import CPU, GPU, WORKLOADS
+from diffjax.training.telemetry import ALLOCATOR, TUNABLES
+from speed_workloads import CPU, GPU, WORKLOADS
 
 HERE = Path(__file__).parent
 PLANS = {
@@ -40,7 +40,7 @@ SECONDS = 2.5
 
 
 class Worker:
-    """A process of one side, which waits for work."""
+    """A process of one side, which does the work that it is given."""
 
     def __init__(self, command, environment):
         self.process = subprocess.Popen(
@@ -88,12 +88,12 @@ def timed(workers, what, rounds):
 
 
 def compare(name, device, python, cores, rounds):
-    """All variants on one workload."""
+    """The seconds and the memory of all variants on one workload."""
     affinity = ["taskset", "-c", f"0-{cores - 1}"] if device == "cpu" else []
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         workers = {}
         for variant in OURS[device]:
-            command = [*affinity, sys.executable, "ours.py", name, variant, folder]
+            command = [*affinity, sys.executable, "speed_ours.py", name, variant, folder]
             cold = {"JAX_COMPILATION_CACHE_DIR": folder + "/compiled", "PYTHONPATH": ".."}
             first = Worker(command, cold)
             stack.callback(first.close)
@@ -102,7 +102,7 @@ def compare(name, device, python, cores, rounds):
             workers[f"diffjax {variant}"] = second
             second.ready["cold"] = {k: first.ready[k] for k in ("first_step", "first_image")}
         for variant in PLANS[device][name]:
-            command = [*affinity, python, "peers.py", name, variant, folder, str(cores)]
+            command = [*affinity, python, "speed_peers.py", name, variant, folder, str(cores)]
             workers[f"torch {variant}"] = Worker(command, {})
             stack.callback(workers[f"torch {variant}"].close)
         rows = {label: worker.ready for label, worker in workers.items()}
@@ -126,9 +126,10 @@ def compare(name, device, python, cores, rounds):
 
 
 def main():
+    """Measure the workloads of a device, and write each as soon as it is done."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--peers", default="../.venv-peers/bin/python", help="its interpreter")
+    parser.add_argument("--peers", default="../.venv-peers/bin/python", help="PyTorch's interpreter")
     parser.add_argument("--cores", type=int, default=2, help="CPU cores to use")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", help="workloads; by default all of the device's")

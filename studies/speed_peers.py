@@ -1,7 +1,10 @@
-"""PyTorch's side of a benchmark: `python benchmarks/peers.py WORKLOAD VARIANT FOLDER [THREADS]`.
+"""PyTorch's side of the comparison, a process that `speed.py` starts and gives work.
 
-The same lines in and out as ours.py. diffusers' UNet2DModel gets our parameters and must give our
-outputs; lucidrains' Unet is of its own architecture and only stands beside it.
+    python studies/speed_peers.py WORKLOAD VARIANT FOLDER [THREADS]
+
+It reads and prints the same lines as `speed_ours.py`, and runs in an environment of its own.
+diffusers' UNet2DModel gets our parameters and must give our outputs. lucidrains' Unet has another
+architecture, so that only its speed is compared.
 """
 
 import time
@@ -22,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from workloads import CLIP, DDIM_STEPS, EMA, IMAGES, LEARNING_RATE, WORKLOADS
+from speed_workloads import CLIP, DDIM_STEPS, EMA, IMAGES, LEARNING_RATE, WORKLOADS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DEFAULT = dict(layout=torch.channels_last, autocast=False, compiled=False, own=False)
@@ -69,7 +72,7 @@ def diffusers_unet(w):
 
 
 def converted(params, names):
-    """Our parameters as diffusers' state dict, by the names that ours.py has written."""
+    """Our parameters as diffusers' state dict, by the names that speed_ours.py has written."""
     modules, layers, state = names["modules"], names["layers"], {}
     for path, value in params.items():
         *inside, leaf = path.split("/")
@@ -110,20 +113,15 @@ def cosine_log_snr(t):
 
 
 class Side:
-    """A network, its training step and its walk."""
+    """A network, its training step and its sampler."""
 
     def __init__(self, name, variant, folder):
-        options = {
-            "layout": torch.channels_last,
-            "autocast": False,
-            "compiled": False,
-            "own": False,
-        }
-        self.o = options | VARIANTS[variant]
+        self.o = DEFAULT | VARIANTS[variant]
         self.w = w = WORKLOADS[name]
         self.difference = None
         if self.o["own"]:
-            # Its trainer wants torchvision, which not every build of PyTorch has; its network not.
+            # Its trainer imports torchvision, which not every build of PyTorch has; its network
+            # works without.
             if importlib.util.find_spec("torchvision") is None:
                 for module in ("torchvision", "torchvision.transforms", "torchvision.utils"):
                     sys.modules[module] = unittest.mock.MagicMock()
@@ -139,7 +137,7 @@ class Side:
         self.average = copy.deepcopy(net).eval().requires_grad_(False)
         self.parameters = sum(p.numel() for p in net.parameters())
         self.net = torch.compile(net) if self.o["compiled"] else net
-        self.drawing = torch.compile(self.average) if self.o["compiled"] else self.average
+        self.sampled = torch.compile(self.average) if self.o["compiled"] else self.average
         self.pairs = list(self.average.parameters()), list(net.parameters())
         self.adam = torch.optim.Adam(net.parameters(), lr=LEARNING_RATE, fused=True)
         self.x = self.images(w.batch).uniform_(-1, 1)
@@ -180,7 +178,7 @@ class Side:
         ts = torch.linspace(1, 0, DDIM_STEPS + 1, device=DEVICE)
         for t, s in itertools.pairwise(ts):
             at, to = cosine_log_snr(t), cosine_log_snr(s)
-            out = self.eps(self.drawing, x, at.expand(IMAGES), label).float()
+            out = self.eps(self.sampled, x, at.expand(IMAGES), label).float()
             x_0 = (x - torch.sigmoid(-at).sqrt() * out) / torch.sigmoid(at).sqrt()
             x_0 = x_0.clamp(-1, 1)
             out = (x - torch.sigmoid(at).sqrt() * x_0) / torch.sigmoid(-at).sqrt()
@@ -189,7 +187,7 @@ class Side:
 
 
 def load(side, batches):
-    """As PyTorch's tutorials do it: a data set of examples, a loader in the process."""
+    """Load batches as PyTorch's tutorials do: a data set of examples, a loader in the process."""
     w = side.w
     images = torch.randint(0, 256, (20_000, w.channels, w.size, w.size), dtype=torch.uint8)
 

@@ -1,9 +1,11 @@
-"""diffjax's side of a benchmark: `python benchmarks/ours.py WORKLOAD VARIANT FOLDER`.
+"""diffjax's side of the comparison, a process that `speed.py` starts and gives work.
 
-Prints a line of JSON when it is ready; then for each line `train N`, `sample N`, `load N` (batches)
-or `loop N` (steps of train.py) that it reads it does that, and prints the seconds it took; for
-`peaks 1`, what the hardware can do. Writes parameters, and what the network says of some inputs,
-into the folder for the peers to compare with.
+    PYTHONPATH=. python studies/speed_ours.py WORKLOAD VARIANT FOLDER
+
+It prints a line of JSON when it is ready. Then it reads lines `train N`, `sample N`, `load N`
+(batches) or `loop N` (steps of train.py), does what each asks for, and prints the seconds that it
+took; for `peaks 1` it prints what the hardware can do. Into the folder it writes the parameters and
+the network's outputs for some inputs, which `speed_peers.py` compares with its own.
 """
 
 import time
@@ -28,12 +30,13 @@ import numpy as np
 import diffjax
 import train
 from diffjax import data, training
-from diffjax.experiment import resolve
-from diffjax.training import distributed, metrics as metrics_lib, runners, telemetry
-from diffjax.config import Config, Data, Optimizer, UNetConfig
+from diffjax.experiment import Config, Data, Experiment, Optimizer, resolve
+from diffjax.experiment.functions import initial_state
+from diffjax.models import UNetConfig
 from diffjax.published import diffusers
 from diffjax.published.arrays import unet
-from workloads import CLIP, DDIM_STEPS, EMA, IMAGES, LEARNING_RATE, WORKLOADS
+from diffjax.training import distributed, metrics as metrics_lib, runners, telemetry
+from speed_workloads import CLIP, DDIM_STEPS, EMA, IMAGES, LEARNING_RATE, WORKLOADS, Workload
 
 VARIANTS = {
     "float32": {},
@@ -41,7 +44,8 @@ VARIANTS = {
 }
 
 
-def make_config(workload, variant: str) -> Config:
+def make_config(workload: Workload, variant: str) -> Config:
+    """The config that trains a workload's network as PyTorch's side does."""
     fields = workload._asdict()
     for name in ("size", "channels", "batch"):
         del fields[name]
@@ -56,54 +60,60 @@ def make_config(workload, variant: str) -> Config:
 
 
 class Work(NamedTuple):
-    """A workload, ready to run: what train.py makes of a config."""
+    """A workload, ready to run.
 
-    config: Config
-    network: Callable
+    Attributes:
+      experiment: what its config means.
+      state: the state before the first step.
+      step: the training step, compiled over the devices at its first call.
+      batch: to train on.
+      generate: a function (parameters, request) -> samples, compiled likewise.
+      requested: the samples to draw.
+    """
+
+    experiment: Experiment
     state: training.TrainState
     step: Callable
     batch: training.Batch
     generate: Callable
-    asked: training.Batch
+    requested: training.Batch
 
 
 def prepare(name: str, variant: str) -> Work:
+    """Set the devices up, and make a workload's functions and data."""
     workload = WORKLOADS[name]
     config = make_config(workload, variant)
     distributed.setup(distributed.ALONE, config.batch_size)
+    e = resolve(config)
     runner = runners.pmap()
     shape = (workload.size, workload.size, workload.channels)
-    network, times = resolve.make_network(config), resolve.make_times(config)
-    loss_fn = train.make_loss(config, network, times, None)
-    tx = resolve.make_optimizer(config.optimizer)
-    state = runner.init(resolve.make_initial_state(config, shape, tx, times))
-    step = runner.step(resolve.make_step(config, loss_fn, tx, times))
+    state = runner.init(initial_state(e, shape))
+    step = runner.step(train.make_step(e, train.make_loss(e, levels=None)))
     n = config.batch_size
     batch = {
         "x": np.random.default_rng(0).uniform(-1, 1, (n, *shape)).astype(np.float32),
         "label": np.arange(n, dtype=np.int32) % max(workload.labels, 1),
         "index": np.arange(n, dtype=np.int32),
     }
-    schedule = resolve.make_schedule(config)
-    streams = resolve.make_streams(config)
 
     def draw(params, batch):
-        key = diffjax.keys.fold_in(streams.samples, batch["index"])
+        key = diffjax.keys.fold_in(e.keys().samples, batch["index"])
         cond = {"label": batch["label"]} if workload.labels else None
-        net = functools.partial(network, params)
-        denoise = functools.partial(resolve.make_denoiser(config, net), cond=cond)
-        walk = diffjax.ddim(denoise, schedule)
-        x_1 = diffjax.prior_sample(key, schedule, (len(batch["index"]), *shape))
+        denoise = e.clip(e.denoiser(functools.partial(e.apply, params)))
+        walk = diffjax.ddim(functools.partial(denoise, cond=cond), e.schedule)
+        x_1 = diffjax.prior_sample(key, e.schedule, (len(batch["index"]), *shape))
         return diffjax.sample(key, walk, x_1, diffjax.uniform_times(DDIM_STEPS))[0]
 
     index = np.arange(IMAGES, dtype=np.int32)
-    asked = runner.put({"index": index, "label": index % max(workload.labels, 1)})
-    return Work(config, network, state, step, runner.put(batch), runner.map(draw), asked)
+    requested = runner.put({"index": index, "label": index % max(workload.labels, 1)})
+    return Work(e, state, step, runner.put(batch), runner.map(draw), requested)
 
 
 def main(name: str, variant: str, folder: str) -> None:
-    config, network, state, step, batch, generate, asked = prepare(name, variant)
-    workload, n = WORKLOADS[name], config.batch_size
+    """Get ready, and do what the lines of the standard input ask for."""
+    e, state, step, batch, generate, requested = prepare(name, variant)
+    config, workload = e.config, WORKLOADS[name]
+    n = config.batch_size
     shape = (workload.size, workload.size, workload.channels)
     state, metrics = step(state, batch)
     jax.block_until_ready(metrics)
@@ -112,9 +122,9 @@ def main(name: str, variant: str, folder: str) -> None:
     compiled = step.lower(state, batch).compile()
     moved = (compiled.cost_analysis() or {}).get("bytes accessed", 0.0)
     began = time.perf_counter()
-    jax.block_until_ready(generate(state.ema_params, asked))
+    jax.block_until_ready(generate(state.ema_params, requested))
     first_image = time.perf_counter() - began
-    dump(Path(folder), network, state.params, shape, workload)
+    dump(Path(folder), e.apply, state.params, shape, workload)
     names = {"modules": diffusers.modules(unet(config)), "layers": diffusers.LAYERS}
     (Path(folder) / "names.json").write_text(json.dumps(names))
     ready = {
@@ -131,7 +141,7 @@ def main(name: str, variant: str, folder: str) -> None:
     examples = data.Examples(pixels)
     for line in sys.stdin:
         what, count = line.split()[0], int(line.split()[1])
-        if what == "peaks":  # last: their memory would count
+        if what == "peaks":  # comes last, because its arrays would count as memory
             product, copy = product_speed(config.model.bfloat16), copy_speed()
             peaks = {"product_tflop_per_s": product / 1e12, "copy_gb_per_s": copy / 1e9}
             print(json.dumps(peaks), flush=True)
@@ -145,7 +155,7 @@ def main(name: str, variant: str, folder: str) -> None:
                 if len(window) > train.AHEAD:
                     jax.block_until_ready(window[-train.AHEAD])
             elif what == "sample":
-                metrics = generate(state.ema_params, asked)
+                metrics = generate(state.ema_params, requested)
             elif what == "load":
                 data.train_batch(examples, 0, i, n, flip=True)
         jax.block_until_ready(metrics)
@@ -158,10 +168,10 @@ def loop(config: Config, steps: int) -> float:
 
     It logs every `steps` and saves at every third log; its first and last rows are left out.
     """
-    often = dict(log_every=steps, save_every=3 * steps, eval_every=1000 * steps)
+    intervals = dict(log_every=steps, save_every=3 * steps, eval_every=1000 * steps)
     sampling = dataclasses.replace(config.sampling, steps=1, columns=1)
     config = dataclasses.replace(
-        config, steps=8 * steps, sample_every=10**9, sampling=sampling, **often
+        config, steps=8 * steps, sample_every=10**9, sampling=sampling, **intervals
     )
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         train.train(config, Path(folder))
@@ -170,20 +180,20 @@ def loop(config: Config, steps: int) -> float:
 
 
 def product_speed(bfloat16: bool) -> float:
-    """Operations a second of a product of two large matrices: what the hardware can do."""
+    """Operations per second of a product of two large matrices: what the hardware can do."""
     n = 2048 if jax.default_backend() == "cpu" else 16384
     x = jnp.ones((n, n), jnp.bfloat16 if bfloat16 else jnp.float32)
     return 2 * n**3 / fastest(jnp.matmul, x, x)
 
 
 def copy_speed() -> float:
-    """Bytes a second, read and written, of a large array's doubling."""
+    """Bytes per second, read and written, when a large array is multiplied by 2."""
     x = jnp.ones(2**27 if jax.default_backend() == "cpu" else 2**30)
     return 2 * x.nbytes / fastest(lambda x: 2 * x, x)
 
 
 def fastest(f: Callable, *args: jax.Array) -> float:
-    """Seconds of the fastest of ten calls on one device, which on a CPU uses all cores."""
+    """Seconds of the fastest of ten calls on one device; on a CPU it uses all cores."""
     f, seconds = jax.jit(f), []
     for _ in range(10):
         began = time.perf_counter()
@@ -193,21 +203,21 @@ def fastest(f: Callable, *args: jax.Array) -> float:
 
 
 def dump(folder, network, params, shape, workload):
-    """Shaken parameters, so that every path matters, and the network's answer to some inputs."""
+    """Write perturbed parameters, of which every one matters, and the network's outputs with them."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     rng = np.random.default_rng(1)
-    shaken = {
+    perturbed = {
         "/".join(str(k.key) for k in path): np.asarray(x)
         + 0.05 * rng.standard_normal(x.shape).astype(np.float32)
         for path, x in leaves
     }
-    params = jax.tree.unflatten(tree, list(shaken.values()))
+    params = jax.tree.unflatten(tree, list(perturbed.values()))
     x = rng.standard_normal((4, *shape)).astype(np.float32)
     log_snr = np.linspace(-6, 6, 4, dtype=np.float32)
     label = np.arange(4, dtype=np.int32) % max(workload.labels, 1)
     out = jax.jit(network)(params, jnp.asarray(x), jnp.asarray(log_snr), {"label": label})
     inputs = {"x": x, "log_snr": log_snr, "label": label, "out": np.asarray(out)}
-    np.savez(folder / "ours.npz", **inputs, **{f"params/{k}": v for k, v in shaken.items()})
+    np.savez(folder / "ours.npz", **inputs, **{f"params/{k}": v for k, v in perturbed.items()})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Seconds and quality of each sampler against its number of steps, on a trained model.
+"""Measure seconds and quality of samplers against their number of steps, on a trained model.
 
-    PYTHONPATH=. python benchmarks/sampling.py --workdir=runs/fashion
+    python studies/speed_sampling.py --workdir=runs/fashion
+    python studies/speed_page.py
 
-Writes benchmarks/results/sampling.json.
+Writes studies/results/sampling.json, which the second command puts into docs/performance.md.
 """
 
 import argparse
@@ -18,7 +19,8 @@ import numpy as np
 
 from diffjax import checkpoint, data
 from diffjax.evaluation import distances, sampling
-from diffjax.experiment import resolve
+from diffjax.experiment import dataset
+from diffjax.experiment.command_line import walk_defaults
 from diffjax.training import distributed, runners
 
 HERE = Path(__file__).parent
@@ -35,37 +37,40 @@ EVALUATIONS = (6, 10, 20, 50)
 
 
 def main() -> None:
+    """Draw with each sampler, on the grid that suits it best, and write what it costs and yields."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=Path, default=Path("runs/fashion"))
     parser.add_argument("--n", type=int, default=1000, help="images of each kind")
     args = parser.parse_args()
     size = args.n // 2
     distributed.setup(distributed.ALONE, size)
-    network, params, config = checkpoint.load(args.workdir)
-    dataset = data.load(config.data.name, config.data.path, config.data.size)
-    real, label = data.all_examples(dataset)
+    _, params, config = checkpoint.load(args.workdir)
+    examples = dataset.load_data(config)
+    shape = examples.train.x.shape[1:]
+    real, label = data.all_examples(examples)
     some = np.random.default_rng(0).permutation(len(real))[:10_000]  # 5,000 in each half at most
     runner = runners.pmap()
     index = np.arange(args.n, dtype=np.int32)
     batch = {"index": index, "label": index % config.model.labels}
     rows = []
     for sampler in SAMPLERS:
-        drawn = sampling.Drawing(sampler=sampler, steps=1, seed=config.seed)
-        each_step = sampling.function_evaluations(sampling.drawn_by(config, drawn))
+        walk = dataclasses.replace(walk_defaults(config.sampling, sampler), steps=1)
+        drawing = sampling.Drawing(seed=config.seed, walk=walk)
+        each_step = sampling.function_evaluations(sampling.drawn_by(config, drawing))
         for evaluations in EVALUATIONS:
-            drawn = dataclasses.replace(drawn, steps=evaluations // each_step)
-            changed = sampling.drawn_by(config, drawn)
-            shape = dataset.train.x.shape[1:]
-            draw = runner.map(resolve.make_generate(changed, network, shape))
-            runners.in_batches(runner, draw, params, {k: v[:1] for k, v in batch.items()}, size)
-            began = time.perf_counter()  # it is compiled now
+            walk = dataclasses.replace(walk, steps=evaluations // each_step)
+            e = sampling.drawn_by(config, dataclasses.replace(drawing, walk=walk))
+            draw = runner.map(sampling.make_generate(e, shape))
+            first = {k: v[:1] for k, v in batch.items()}
+            runners.in_batches(runner, draw, params, first, size)  # compiles the program
+            began = time.perf_counter()
             x = runners.in_batches(runner, draw, params, batch, size)
             seconds = time.perf_counter() - began
             scores = distances.from_halves(x, batch["label"], real[some], label[some])
             row = {
                 "sampler": sampler,
-                "times": changed.sampling.times,
-                "steps": changed.sampling.steps,
+                "times": walk.grid,
+                "steps": walk.steps,
                 "evaluations": evaluations,
                 "seconds per 1000": seconds * 1000 / args.n,
             }
@@ -77,7 +82,7 @@ def main() -> None:
         "cores": len(os.sched_getaffinity(0)),
         "n": args.n,
         "data": config.data.name,
-        "guidance": config.sampling.guidance,
+        "guidance": " ".join(config.sampling.guidance) or "none",
         "training steps": config.steps,
         "rows": rows,
     }

@@ -1,8 +1,9 @@
-"""Where the milliseconds of a training step and of a walk go, by XLA's own trace.
+"""Measure where the milliseconds of a training step and of a sampling step go, by XLA's own trace.
 
-    PYTHONPATH=. python benchmarks/breakdown.py
+    PYTHONPATH=. python studies/speed_breakdown.py
+    python studies/speed_page.py
 
-Writes benchmarks/results/breakdown.json.
+Writes studies/results/breakdown.json, which the second command puts into docs/performance.md.
 """
 
 import collections
@@ -20,8 +21,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from ours import prepare, product_speed
-from workloads import CPU, DDIM_STEPS
+from speed_ours import prepare, product_speed
+from speed_workloads import CPU, DDIM_STEPS
 
 HERE = Path(__file__).parent
 STEPS = 5
@@ -34,7 +35,7 @@ KINDS = (
     ("copies, transposes", r"^(copy|transpose|concatenate|slice|pad)"),
     ("normalisation, activations, softmax, sums", r"UNet"),
 )
-"""Kinds of work, by an operation's description; the first that matches counts.
+"""Kinds of work, and a pattern of an operation's description; the first pattern that matches counts.
 
 The gradient of a kernel is a convolution whose window is the image."""
 OTHER = "optimiser, average, noise, the rest"
@@ -43,7 +44,7 @@ INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = \w+\[([\d,]*)\]\S* ([\w\-
 
 
 def described(hlo: str) -> dict[str, tuple[str, float]]:
-    """What each instruction of a compiled program does, and the operations of its convolutions.
+    """A description of each instruction of a compiled program, and the operations of its convolutions.
 
     A fusion is described by what it contains: its convolution, its product, or a line of the model.
     """
@@ -78,15 +79,17 @@ def described(hlo: str) -> dict[str, tuple[str, float]]:
 
 
 def telling(text: str) -> int:
+    """How much a description says about the kind of work; the highest of a fusion's is kept."""
     return 3 * text.startswith("conv ") or 2 * text.startswith("dot ") or "UNet" in text
 
 
 def kind_of(text: str) -> str:
+    """The kind of work that a description stands for."""
     return next((kind for kind, pattern in KINDS if re.search(pattern, text)), OTHER)
 
 
 def traced(run) -> dict[str, float]:
-    """Milliseconds in each instruction, added up over threads."""
+    """Milliseconds spent in each instruction during a run, added up over threads."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             run()
@@ -102,13 +105,13 @@ def traced(run) -> dict[str, float]:
 
 
 def profile(name: str) -> dict[str, dict]:
-    """Milliseconds of a device by kind, for a training step and for a step of a walk."""
+    """Milliseconds of a device by kind of work, for a training step and for a sampling step."""
     work = prepare(name, "float32")
     state = work.state
-    params = jax.tree.map(jnp.copy, state.ema_params)  # the step gives its state's memory away
+    params = jax.tree.map(jnp.copy, state.ema_params)  # the step donates its state
     programs = {
         "train": work.step.lower(state, work.batch),
-        "sample": work.generate.lower(params, work.asked),
+        "sample": work.generate.lower(params, work.requested),
     }
 
     def train():
@@ -117,7 +120,10 @@ def profile(name: str) -> dict[str, dict]:
             state, metrics = work.step(state, work.batch)
         jax.block_until_ready(metrics)
 
-    runs = {"train": train, "sample": lambda: work.generate(params, work.asked).block_until_ready()}
+    def sample():
+        work.generate(params, work.requested).block_until_ready()
+
+    runs = {"train": train, "sample": sample}
     result = {}
     for what, run in runs.items():
         texts = described(programs[what].compile().as_text())
@@ -139,6 +145,7 @@ def profile(name: str) -> dict[str, dict]:
 
 
 def main() -> None:
+    """Measure the workloads of a CPU, and write the result."""
     found = {
         "date": datetime.date.today().isoformat(),
         "cores": len(os.sched_getaffinity(0)),

@@ -1,12 +1,13 @@
-"""The networks and batches that are timed, as plain numbers that both sides can read."""
+"""The networks and batches that `speed.py` times, as plain numbers that both sides can read."""
 
 from typing import NamedTuple
 
 
 class Workload(NamedTuple):
-    """A U-Net on images of `size` x `size` x `channels`, and how many of them make a batch.
+    """A U-Net on images of `size` x `size` x `channels`, and the size of a batch.
 
-    The fields are those of `diffjax.models.UNetConfig`; images folded by a patch are given folded.
+    The other fields are those of `diffjax.models.UNetConfig`. For images that a network would fold
+    into patches, `size` and `channels` are those after folding.
     """
 
     size: int

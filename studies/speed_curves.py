@@ -1,8 +1,10 @@
-"""How a training step's time, memory and compilation grow, one thing at a time.
+"""Measure how a training step's time, memory and compilation grow, one parameter at a time.
 
-    PYTHONPATH=. python benchmarks/curves.py
+    PYTHONPATH=. python studies/speed_curves.py
+    python studies/speed_page.py
 
-Writes benchmarks/results/curves.json. How they grow with devices is in docs/scaling.md.
+Writes studies/results/curves.json, which the second command puts into docs/performance.md.
+`scaling.py` measures how the cost grows with the number of devices.
 """
 
 import datetime
@@ -15,9 +17,10 @@ import jax
 import numpy as np
 
 import train
-from diffjax.experiment import resolve
+from diffjax.experiment import Config, Optimizer, resolve
+from diffjax.experiment.functions import initial_state
+from diffjax.models import UNetConfig
 from diffjax.training import distributed, runners
-from diffjax.config import Config, Optimizer, UNetConfig
 
 HERE = Path(__file__).parent
 BASE = dict(size=16, batch=64, width=32, blocks=1, remat=False)
@@ -31,15 +34,12 @@ STEPS = 5
 
 
 def point(size: int, batch: int, width: int, blocks: int, remat: bool) -> dict[str, float]:
-    """One training step of a U-Net of two levels with attention at 8x8."""
+    """Measure one training step of a U-Net of two levels with attention at 8x8."""
     model = UNetConfig(width, (1, 2), blocks, attention=(8,), groups=8, dropout=0.0, remat=remat)
-    config = Config(model=model, optimizer=Optimizer(), batch_size=batch)
-    network, times = resolve.make_network(config), resolve.make_times(config)
-    tx = resolve.make_optimizer(config.optimizer)
+    e = resolve(Config(model=model, optimizer=Optimizer(), batch_size=batch))
     runner, shape = runners.pmap(), (size, size, 3)
-    state = runner.init(resolve.make_initial_state(config, shape, tx, times))
-    loss_fn = train.make_loss(config, network, times, None)
-    step = runner.step(resolve.make_step(config, loss_fn, tx, times))
+    state = runner.init(initial_state(e, shape))
+    step = runner.step(train.make_step(e, train.make_loss(e, levels=None)))
     x = np.random.default_rng(0).uniform(-1, 1, (batch, *shape)).astype(np.float32)
     data = runner.put({"x": x, "index": np.arange(batch, dtype=np.int32)})
     lowered = step.lower(state, data)
@@ -61,6 +61,7 @@ def point(size: int, batch: int, width: int, blocks: int, remat: bool) -> dict[s
 
 
 def main() -> None:
+    """Measure all curves, and write them."""
     jax.config.update("jax_enable_compilation_cache", False)
     distributed.setup(distributed.ALONE, 16)
     found = {
