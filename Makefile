@@ -37,11 +37,11 @@ notebooks: $(VENV)/notebooks.stamp
 
 # Whether the digits come out as docs/results.md has them.
 reproduce: $(VENV)/plots.stamp
-	$(BIN)/python docs/results.py --check
+	$(BIN)/python studies/results.py --check
 
 # Two processes train, one is killed, and the run heals.
 pod: $(VENV)/plots.stamp
-	$(BIN)/python docs/pod.py
+	$(BIN)/python studies/pod.py
 
 # The site, build/site/index.html, without a warning.
 docs: $(VENV)/docs.stamp
@@ -52,13 +52,13 @@ docs: $(VENV)/docs.stamp
 # workloads took 23 minutes on two cores of a busy machine on 2026-11-23.
 bench: $(VENV)/plots.stamp
 	$(MAKE) VENV=.venv-peers .venv-peers/lucidrains.stamp
-	$(BIN)/python benchmarks/run.py $(ARGS)
-	$(BIN)/python benchmarks/page.py
+	$(BIN)/python studies/speed.py $(ARGS)
+	$(BIN)/python studies/speed_page.py
 
 bench-gpu: $(VENV)/cuda12.stamp
 	$(MAKE) VENV=.venv-peers .venv-peers/lucidrains.stamp
-	$(BIN)/python benchmarks/run.py --device=gpu $(ARGS)
-	$(BIN)/python benchmarks/page.py
+	$(BIN)/python studies/speed.py --device=gpu $(ARGS)
+	$(BIN)/python studies/speed_page.py
 
 # Its package asks for torchvision, which not every build of PyTorch has; its network does not.
 $(VENV)/lucidrains.stamp: $(VENV)/peers.stamp

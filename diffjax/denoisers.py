@@ -1,7 +1,7 @@
 """From networks to denoisers: `denoise(x_t, t, cond) -> Prediction(x_0, eps)`.
 
-A sampler calls a denoiser and never learns what the network behind it predicts. Clipping, and all of
-`guidance`, takes a denoiser and returns a denoiser, so they compose;
+A sampler calls a denoiser, so it does not depend on the target of the network. Clipping and the
+functions of `guidance` take a denoiser and return a denoiser, so they compose.
 `functools.partial(denoise, cond=...)` binds the conditioning.
 """
 
@@ -28,18 +28,18 @@ from .types import (
 def denoiser(
     network: Network, schedule: Schedule, target: str | Row, *, learned_variance: bool = False
 ) -> Denoiser:
-    """Give a network its meaning: decode its output into x_0 and eps.
+    """Make a denoiser from a network: decode its output into x_0 and eps.
 
     Args:
       network: (x_t `[batch, ...]`, log_snr `[batch]`, cond) -> an estimate of the target.
       schedule: the `Schedule` it was trained with.
-      target: what it was trained to predict, a name in `TARGETS` or a row function.
-      learned_variance: whether the last axis of its output is twice as long, the second half
-        saying where the decoder's variance lies: v in [-1, 1], and (v + 1) / 2 is the `fraction`
-        of a `LearnedPrediction` (improved-diffusion's convention).
+      target: the target it was trained on, a name in `TARGETS` or a row function.
+      learned_variance: whether the last axis of its output is twice as long, and the second half
+        gives the decoder's variance: v in [-1, 1], where (v + 1) / 2 is the `fraction` of a
+        `LearnedPrediction` (improved-diffusion's convention).
 
     Raises:
-      ValueError: if the target is unknown; when called, if the network's output has not the shape.
+      ValueError: if the target is unknown; when called, if the network's output has a wrong shape.
 
     >>> import diffjax
     >>> schedule = diffjax.cosine()
@@ -71,16 +71,16 @@ def _shaped(out, x_t, factor):
 
 
 def unit_output(network: Network, target: str | Row, schedule: Schedule) -> Network:
-    """Scale a network's output by sqrt(a^2 + b^2), so that it need only produce numbers near one.
+    """Scale a network's output by sqrt(a^2 + b^2), so that the network's own output is of order 1.
 
-    A score spans 1 to 1800 over log-SNR in [-15, 15]; for it this is the division by sigma of Song
-    & Ermon 2020, "Improved techniques for training score-based generative models", technique 3.
-    Train and sample with the same wrapping.
+    The scale of a score runs from 1 to 1800 over log-SNR in [-15, 15]; for the score this is the
+    division by sigma of Song & Ermon 2020, "Improved techniques for training score-based generative
+    models", technique 3. Use the same wrapper in training and in sampling.
 
     Raises:
       ValueError: if the target is unknown.
     """
-    row(target)  # refused now if it is unknown
+    row(target)  # raises now if the target is unknown
 
     def scaled(x_t, log_snr, cond):
         variance = unit_variance(target, *schedule.scales(log_snr))
@@ -90,12 +90,12 @@ def unit_output(network: Network, target: str | Row, schedule: Schedule) -> Netw
 
 
 def unit_input(network: Network, schedule: Schedule, sigma_data: Scalar = 0.5) -> Network:
-    """Scale a network's input to variance one: divide by sqrt(alpha^2 sigma_data^2 + sigma^2).
+    """Scale a network's input to unit variance: divide by sqrt(alpha^2 sigma_data^2 + sigma^2).
 
     With target "F" (of the same sigma_data) this is the preconditioning of Karras et al. 2022,
-    equation 7: c_in before the network, c_skip and c_out behind it; the network sees log-SNR, where
-    theirs sees c_noise = log(sigma / alpha) / 4 = -log_snr / 8. Train and sample with the same
-    wrapping.
+    equation 7: c_in scales the input, and the target applies c_skip and c_out to the output. The
+    network is given log-SNR, and theirs c_noise = log(sigma / alpha) / 4 = -log_snr / 8. Use the
+    same wrapper in training and in sampling.
 
     Args:
       network: (x_t, log_snr `[batch]`, cond) -> an estimate of the target.
@@ -112,10 +112,11 @@ def unit_input(network: Network, schedule: Schedule, sigma_data: Scalar = 0.5) -
 
 
 def time_input(network: Network, schedule: Schedule, steps: int) -> Network:
-    """Let a network see its discrete time, 0 to T - 1 as t goes from 1/T to 1, in place of log-SNR.
+    """Give a network discrete time, 0 to T - 1 for t from 1/T to 1, in place of log-SNR.
 
-    What DDPM's descendants see, here at any time between too: steps t - 1, with the t at which the
-    schedule has the log-SNR. Train and sample with the same wrapping.
+    This is the input of DDPM and its descendants, extended to times between the steps: steps t - 1,
+    with the t at which the schedule has the log-SNR. Use the same wrapper in training and in
+    sampling.
 
     Args:
       network: (x_t, time `[batch]`, cond) -> an estimate of the target.
@@ -128,15 +129,15 @@ def time_input(network: Network, schedule: Schedule, steps: int) -> Network:
 def clip_x_0(
     denoise: Denoiser, schedule: Schedule, low: Scalar = -1.0, high: Scalar = 1.0
 ) -> Denoiser:
-    """Clip the estimate of x_0 to the range of the data, and let eps follow.
+    """Clip the estimate of x_0 to the range of the data, and recompute eps.
 
-    Ho et al. 2020, as in their code ("clip_denoised"); static thresholding in Saharia et al. 2022.
+    Ho et al. 2020, in their code ("clip_denoised"); static thresholding in Saharia et al. 2022.
 
     Args:
       denoise: a denoiser.
       schedule: its `Schedule`.
-      low: the least value of the data.
-      high: the greatest.
+      low: the smallest value of the data.
+      high: the largest value of the data.
 
     Raises:
       ValueError: unless `low < high`.
@@ -149,13 +150,13 @@ def clip_x_0(
 def add_score(
     prediction: Prediction | LearnedPrediction, schedule: Schedule, t: Time, score: Data
 ) -> Prediction | LearnedPrediction:
-    """The prediction whose score is `score` more: eps - sigma score, and x_0 follows.
+    """Add `score` to the score of a prediction: eps becomes eps - sigma score, and x_0 follows.
 
     Args:
-      prediction: at some x_t.
+      prediction: a prediction at some x_t.
       schedule: its `Schedule`.
       t: times `[]` or `[batch]`.
-      score: what to add, `[batch, ...]`.
+      score: the score to add, `[batch, ...]`.
     """
     alpha, sigma = scales_at(schedule, t, score)
     return prediction._replace(
@@ -164,7 +165,7 @@ def add_score(
 
 
 def with_x_0(denoise: Denoiser, schedule: Schedule, change: Callable[..., Data]) -> Denoiser:
-    """A denoiser whose x_0 is changed, and whose eps follows.
+    """Change the x_0 of a denoiser, and recompute eps.
 
     Args:
       denoise: a denoiser.

@@ -1,12 +1,12 @@
-"""Guidance: functions from denoiser to denoiser, which change where a walk goes.
+"""Guidance: functions from denoiser to denoiser that steer sampling.
 
-They compose: each takes the denoiser that it guides first, whatever guided that one before. Some
-also need the denoiser without guidance, to compare with or to return to.
+They compose: the first argument of each is the denoiser that it guides, which may already be
+guided. Some also take the denoiser without guidance, as a reference or for other noise levels.
 
     guided = diffjax.classifier_free(denoise, weight=3.0, null={"label": 10})
     guided = diffjax.within(guided, denoise, schedule, low=-2.0, high=4.0)
 
-A config names such a chain by the rows of `GUIDANCES`.
+A config gives such a chain by names in `GUIDANCES`.
 """
 
 from collections.abc import Callable
@@ -24,10 +24,11 @@ def classifier_free(denoise: Denoiser, weight: Time, null: Cond) -> Denoiser:
 
     Args:
       denoise: a denoiser trained with and without its conditioning.
-      weight: w, `[]` or `[batch]`; 0 is unconditional, 1 conditional, above 1 exaggerates the
-        condition. (Ho & Salimans 2022, section 3.2, with their w = this one - 1.)
-      null: the conditioning that means "none", a pytree like `cond` whose leaves broadcast
-        against cond's; None if the network takes None for it, which then is called twice.
+      weight: w, `[]` or `[batch]`; 0 is unconditional, 1 is conditional, and more than 1 amplifies
+        the effect of the condition (Ho & Salimans 2022, section 3.2, whose w is this w - 1).
+      null: the conditioning that means "no condition", a pytree like `cond` whose leaves broadcast
+        against those of `cond`; or None, if the network takes None for this, which is then called
+        twice.
 
     Raises:
       ValueError: when called, if `cond` is not a pytree like `null`.
@@ -38,7 +39,8 @@ def classifier_free(denoise: Denoiser, weight: Time, null: Cond) -> Denoiser:
     def guided(x_t, t, cond=None):
         if jax.tree.structure(cond) != jax.tree.structure(null):
             raise ValueError(f"guidance needs a cond like its null {null!r}, got {cond!r}")
-        # Each example beside itself, so that one split over devices stays where it is.
+        # The two copies of an example are neighbours, so that a batch split over devices stays in
+        # place.
         twice = lambda a, b: jnp.stack([a, b], 1).reshape(2 * len(a), *a.shape[1:])
         conds = jax.tree.map(lambda c, n: twice(c, jnp.broadcast_to(n, jnp.shape(c))), cond, null)
         both = denoise(twice(x_t, x_t), t if jnp.ndim(t) == 0 else twice(t, t), conds)
@@ -52,11 +54,11 @@ def autoguidance(denoise: Denoiser, weaker: Denoiser, weight: Time) -> Denoiser:
     """Guide a denoiser away from a weaker one: (1 - w) weaker + w denoise.
 
     Karras et al. 2024, "Guiding a diffusion model with a bad version of itself".
-    `classifier_free` is this with the unconditional denoiser for the weaker one.
+    `classifier_free` is the case in which the weaker denoiser is the unconditional one.
 
     Args:
       denoise: a denoiser.
-      weaker: a smaller or less trained one of the same task and schedule.
+      weaker: a smaller or less trained denoiser for the same task and schedule.
       weight: w, `[]` or `[batch]`; 1 is no guidance.
     """
 
@@ -78,16 +80,16 @@ def classifier_guidance(
     log_prob: Callable[[Data, Time, Cond], Array],
     weight: Time = 1.0,
 ) -> Denoiser:
-    """Add w grad log p(y | x_t), by a classifier of noisy data, to the score.
+    """Add w grad log p(y | x_t), from a classifier of noisy data, to the score.
 
     Dhariwal & Nichol 2021, "Diffusion models beat GANs", Algorithm 2: eps - sigma w grad.
 
     Args:
       denoise: a denoiser.
       schedule: its `Schedule`.
-      log_prob: (x_t, t, cond) -> log p(y | x_t) of each example, `[batch]`; what y is, it takes
-        from `cond` or knows.
-      weight: w, `[]` or `[batch]`; 1 is Bayes' rule, 0 no guidance.
+      log_prob: (x_t, t, cond) -> log p(y | x_t) of each example, `[batch]`; y may be fixed or
+        part of `cond`.
+      weight: w, `[]` or `[batch]`; 1 is Bayes' rule, 0 is no guidance.
     """
 
     def guided(x_t, t, cond=None):
@@ -103,14 +105,14 @@ def within(
     """Guide at some noise levels only: `guided` where low <= log-SNR <= high, else `denoise`.
 
     Kynkaanniemi et al. 2024, "Applying guidance in a limited interval". With one time for the whole
-    batch, as in `sample`, only the one that is needed is evaluated.
+    batch, as in `sample`, only the denoiser that is needed is evaluated.
 
     Args:
       guided: a denoiser with guidance.
-      denoise: the same without.
+      denoise: the same denoiser without guidance.
       schedule: their `Schedule`.
-      low: the least log-SNR to guide at.
-      high: the greatest.
+      low: the smallest log-SNR at which to guide.
+      high: the largest log-SNR at which to guide.
 
     Raises:
       ValueError: unless `low < high`.
@@ -131,16 +133,16 @@ def within(
 def rescale(
     guided: Denoiser, denoise: Denoiser, schedule: Schedule, amount: Scalar = 0.7
 ) -> Denoiser:
-    """Give each example's guided x_0 the standard deviation it has without guidance.
+    """Give each example's guided x_0 the standard deviation that it has without guidance.
 
     Lin et al. 2024, "Common diffusion noise schedules and sample steps are flawed", section 3.4,
-    on x_0: strong guidance otherwise overexposes.
+    applied to x_0: strong guidance otherwise overexposes images.
 
     Args:
       guided: a denoiser with guidance.
-      denoise: the same without.
+      denoise: the same denoiser without guidance.
       schedule: their `Schedule`.
-      amount: how far to go, from 0, not at all, to 1.
+      amount: strength, from 0 (no change) to 1.
 
     Raises:
       ValueError: unless `0 <= amount <= 1`.
@@ -159,17 +161,17 @@ def rescale(
 def dynamic_threshold(
     denoise: Denoiser, schedule: Schedule, quantile: Scalar = 0.995, limit: Scalar = 1.0
 ) -> Denoiser:
-    """Where an example's x_0 leaves the data's range, clip at a quantile and scale back into it.
+    """Clip an x_0 that exceeds the data's range at a quantile, and scale it back into the range.
 
-    Saharia et al. 2022, "Photorealistic text-to-image diffusion models", section 2.3: with s a
-    quantile of |x_0| over the example, but at least `limit`, x_0 becomes clip(x_0, -s, s) limit / s
-    and guided samples saturate less than with `clip_x_0`.
+    Saharia et al. 2022, "Photorealistic text-to-image diffusion models", section 2.3: let s be a
+    quantile of |x_0| over the example, but at least `limit`; x_0 becomes clip(x_0, -s, s) limit / s.
+    Guided samples saturate less than with `clip_x_0`.
 
     Args:
       denoise: a denoiser.
       schedule: its `Schedule`.
-      quantile: from 0 to 1, which only scales.
-      limit: the greatest absolute value of the data.
+      quantile: a number from 0 to 1; 1 only scales, and does not clip.
+      limit: the largest absolute value of the data.
 
     Raises:
       ValueError: unless `0 <= quantile <= 1` and `limit > 0`.
@@ -193,8 +195,8 @@ GUIDANCES: dict[str, Callable[..., Denoiser]] = {
     "rescale": rescale,
     "dynamic_threshold": dynamic_threshold,
 }
-"""The guidances that a config may chain. The first argument of each is the denoiser that it guides;
-`denoise`, the one without guidance, `schedule` and `null` are known to the run; every other
+"""The guidances that a config may chain. The first argument of each is the denoiser that it guides.
+The run supplies `denoise` (the denoiser without guidance), `schedule` and `null`; every other
 argument is an option."""
 
 __all__ = ["GUIDANCES", "autoguidance", "classifier_guidance", *GUIDANCES]

@@ -1,9 +1,9 @@
-"""Randomness per example: what example i draws depends on its own key and on nothing else.
+"""Per-example randomness: the draws of example i depend only on the key of example i.
 
-A `key` argument anywhere in diffjax is one key, or one key per example `[batch]`. One key is
+A `key` argument anywhere in diffjax is one key, or one key per example `[batch]`. A single key is
 folded with the positions 0..batch-1. A caller that splits a batch over devices, processes or
-micro-batches passes `fold_in(key, global_index)` instead, and every draw stays the same bit
-for bit. That holds for JAX's default threefry keys; `rbg` keys draw differently under `vmap`.
+micro-batches passes `fold_in(key, global_index)` instead, so that all draws are the same, bit for
+bit. This holds for JAX's default threefry keys; `rbg` keys draw differently under `vmap`.
 """
 
 from typing import Any
@@ -16,21 +16,21 @@ from .types import Array, Key, Real
 
 
 def typed(key: Key) -> Key:
-    """`key` as typed keys, also if it is the raw `uint32` data of `jax.random.PRNGKey`."""
+    """Return `key` as typed keys, wrapping the raw `uint32` data of `jax.random.PRNGKey`."""
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
     return jax.random.wrap_key_data(key)
 
 
 def fold_in(key: Key, data: int | Int[Real, "..."]) -> Key:
-    """`jax.random.fold_in` for one key or many, and one number or many.
+    """Apply `jax.random.fold_in` to one or many keys, and one or many numbers.
 
     Args:
       key: one key, or keys `[batch]`.
       data: an integer `[]` or integers `[batch]`.
 
     Returns:
-      One key if both are single, else keys `[batch]`.
+      One key if both arguments are single, else keys `[batch]`.
     """
     key, data = typed(key), jnp.asarray(data)
     shape = jnp.broadcast_shapes(key.shape, data.shape)
@@ -40,7 +40,7 @@ def fold_in(key: Key, data: int | Int[Real, "..."]) -> Key:
 
 
 def per_example(key: Key, batch: int) -> Key:
-    """The keys `[batch]` that `key` stands for.
+    """Return one key per example, `[batch]`; a single `key` is folded with the positions.
 
     Raises:
       ValueError: if `key` is an array of keys of another length than `batch`.
@@ -54,17 +54,19 @@ def per_example(key: Key, batch: int) -> Key:
     if key.ndim == 0:
         return fold_in(key, jnp.arange(batch))
     if key.shape != (batch,):
-        raise ValueError(f"keys of shape {key.shape} for a batch of {batch}: one key, or [batch]")
+        raise ValueError(
+            f"keys of shape {key.shape} for a batch of {batch}: need one key, or keys [batch]"
+        )
     return key
 
 
 def normal(key: Key, shape: tuple[int, ...], dtype: Any = float) -> Float[Array, "..."]:
-    """Standard normal noise `[batch, ...]`, each example drawn from its own key.
+    """Draw standard normal noise `[batch, ...]`, each example from its own key.
 
     Args:
       key: one key, or one per example `[batch]`.
       shape: `[batch, ...]`.
-      dtype: floating; by default JAX's own, float32 (float64 where that is enabled).
+      dtype: a floating-point dtype; by default float32, or float64 where that is enabled.
     """
     keys, dtype = per_example(key, shape[0]), jnp.result_type(dtype)
     return jax.vmap(lambda k: jax.random.normal(k, shape[1:], dtype))(keys)

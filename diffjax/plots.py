@@ -1,15 +1,16 @@
-"""Pictures: samples and animations by Pillow, figures by Matplotlib (the extra `plots`).
+"""Pictures of samples and animations (Pillow), and figures (Matplotlib, the extra `plots`).
 
-Pure functions of arrays. Where a picture is pixels it is a `PIL.Image`; else a Matplotlib `Figure`,
-which belongs to its caller: nothing is global, and none needs a display. In a notebook, after
-`%matplotlib inline`, it shows as the value of a cell; `figure.savefig(path)` writes it.
+All functions are pure functions of arrays. They return pixels as a `PIL.Image`, and other pictures
+as a Matplotlib `Figure`, which the caller owns: there is no global state, and no display is needed.
+In a notebook, after `%matplotlib inline`, a figure is shown as the value of a cell;
+`figure.savefig(path)` writes it to a file.
 
-A function that takes `ax` draws into axes that are there already, so pictures compose; `panels`
-makes a figure of empty axes in the one style that all of them have.
+A function that takes `ax` draws into existing axes, so that pictures can be combined; `panels`
+makes a figure of empty axes in the common style.
 
-Images are `[n, height, width, 1 or 3]` in [-1, 1], points `[n, 2]`. A walk is what `sample`
-records with `observe=lambda state, t: (state.x, state.x_0, t)`: x_t and the estimates of x_0
-`[steps, n, ...]`, and times `[steps]`.
+Images are `[n, height, width, 1 or 3]` in [-1, 1], and points are `[n, 2]`. A walk is a sampling
+trajectory that `sample` records with `observe=lambda state, t: (state.x, state.x_0, t)`: x_t and
+the estimates of x_0 `[steps, n, ...]`, and times `[steps]`.
 """
 
 from __future__ import annotations
@@ -34,20 +35,20 @@ if TYPE_CHECKING:
     from .types import Array
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
-"""Distinct for the colour-blind too (Okabe & Ito 2008), the yellow replaced by a grey."""
+"""Colours that stay distinct under colour blindness (Okabe & Ito 2008), with grey for yellow."""
 INK = "#444444"
 FAINT = "#E6E6E6"
 MASSES = (0.99, 0.9, 0.7, 0.5, 0.3, 0.1)
-"""How much probability the contours of a density hold."""
+"""The probabilities that the contours of a density enclose."""
 
 
 def image_grid(x: np.ndarray, columns: int, height: int = 56) -> Image.Image:
-    """Images as one picture, row by row.
+    """Arrange images in a grid, row by row.
 
     Args:
-      x: images `[n, height, width, 1 or 3]` in [-1, 1]; what is beyond is clipped.
-      columns: how many stand in a row.
-      height: small images are enlarged by a whole factor, to about so many pixels.
+      x: images `[n, height, width, 1 or 3]` in [-1, 1]; values outside are clipped.
+      columns: images per row.
+      height: small images are enlarged by an integer factor, to at most this height in pixels.
     """
     n, h, w, c = x.shape
     scale = max(1, height // h)
@@ -61,7 +62,10 @@ def image_grid(x: np.ndarray, columns: int, height: int = 56) -> Image.Image:
 
 
 def scatter(x: np.ndarray, size: int = 480) -> Image.Image:
-    """Points `[n, 2]` as a picture: the more, the darker; those beyond 1.25 are on its border."""
+    """Draw points `[n, 2]` as a picture that is darker where there are more points.
+
+    Points outside [-1.25, 1.25] are drawn on the border.
+    """
     x = np.clip(x, -1.25, 1.25)
     counts, _, _ = np.histogram2d(-x[:, 1], x[:, 0], bins=size // 4, range=[[-1.25, 1.25]] * 2)
     ink = 255 * np.exp(-3 * counts / max(counts.max(), 1))
@@ -69,11 +73,11 @@ def scatter(x: np.ndarray, size: int = 480) -> Image.Image:
 
 
 def samples(x: np.ndarray, classes: int = 0) -> Image.Image:
-    """Samples as a picture: a grid of images, or a scatter plot of vectors.
+    """Draw samples: a grid of images, or a scatter plot of points.
 
     Args:
       x: images, or points.
-      classes: if sample i is of class i modulo this number, the grid has a row for each.
+      classes: if sample i is of class i modulo this number, the grid has one row per class.
     """
     if x.ndim != 4:
         return scatter(x)
@@ -85,11 +89,11 @@ def samples(x: np.ndarray, classes: int = 0) -> Image.Image:
 
 
 def walk_frames(x_t: np.ndarray, x_0: np.ndarray, classes: int = 0) -> list[Image.Image]:
-    """The frames of a walk: on the left where it is, on the right the estimate of where it ends.
+    """Draw the frames of a walk: x_t on the left, the estimate of x_0 on the right.
 
     Args:
       x_t: images or points after each step, `[steps, n, ...]`.
-      x_0: the estimates that these steps were made with, of the same shape.
+      x_0: the estimates that these steps used, of the same shape.
       classes: as in `samples`.
     """
     frames = []
@@ -107,19 +111,19 @@ def save_animation(
 
     Args:
       frames: pictures of one size.
-      path: a file `.gif`, or `.webp`, which is smaller and keeps colours exactly.
-      seconds: how long each is seen; a GIF counts in hundredths.
-      hold: how long the last is.
+      path: a `.gif` file, or a `.webp` file, which is smaller and keeps colours exactly.
+      seconds: time for which each frame is shown; a GIF counts in hundredths of a second.
+      hold: time for which the last frame is shown.
 
     Raises:
-      ValueError: if the path has another ending, there are no frames, or a time is below 0.02 s,
+      ValueError: if the path has another suffix, there are no frames, or a time is below 0.02 s,
         which browsers do not show.
     """
     path = Path(path)
     if path.suffix not in (".gif", ".webp") or not frames or min(seconds, hold) < 0.02:
         raise ValueError(
             f"{path}, {len(frames)} frames, {seconds=}, {hold=}: need a path ending in .gif or "
-            ".webp, a frame, and at least 0.02 s"
+            ".webp, a frame, and times of at least 0.02 s"
         )
     times = [round(1000 * seconds)] * (len(frames) - 1) + [round(1000 * hold)]
     others = {"append_images": frames[1:], "duration": times, "loop": 0, "lossless": True}
@@ -129,19 +133,19 @@ def save_animation(
 def panels(
     rows: int = 1, columns: int = 1, width: float = 4.0, height: float = 3.0
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of empty axes in the style of all pictures here.
+    """Make a figure of empty axes in the style of all pictures here.
 
     Args:
-      rows: of axes.
-      columns: of axes.
-      width: of each, in inches.
-      height: of each, in inches.
+      rows: number of rows of axes.
+      columns: number of columns of axes.
+      width: width of each, in inches.
+      height: height of each, in inches.
 
     Returns:
       The figure, and its axes, row by row.
 
     Raises:
-      ModuleNotFoundError: if there is no Matplotlib.
+      ModuleNotFoundError: if Matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -165,7 +169,7 @@ def panels(
 
 
 def rendered(figure: Figure) -> Image.Image:
-    """A figure as a picture, for an animation or a writer of metrics."""
+    """Render a figure as an image, for an animation or a metrics writer."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
@@ -174,12 +178,12 @@ def rendered(figure: Figure) -> Image.Image:
 
 
 def sample_grid(x: np.ndarray, classes: int = 0, ax: Axes | None = None) -> Figure:
-    """`samples` in axes, beside other pictures.
+    """Draw `samples` into axes, for example beside other pictures.
 
     Args:
       x: images, or points.
       classes: as in `samples`.
-      ax: where to; a new figure by default.
+      ax: axes to draw into; a new figure by default.
     """
     ax = _bare(_axes(ax))
     ax.imshow(samples(np.asarray(x), classes), cmap="gray", vmin=0, vmax=255)
@@ -193,27 +197,27 @@ def denoising_strip(
     columns: int = 9,
     ax: Axes | None = None,
 ) -> Figure:
-    """A walk, from left to right: for each example x_t, and below it the estimate of x_0.
+    """Draw a walk from left to right: for each example x_t, and below it the estimate of x_0.
 
     Args:
       x_t: images after each step, `[steps, n, height, width, 1 or 3]`; clipped to [-1, 1].
-      x_0: the estimates that these steps were made with, of the same shape.
-      ts: the times that the steps arrived at, `[steps]`.
-      columns: how many steps to show, evenly chosen, the first and the last among them.
-      ax: where to; a new figure by default.
+      x_0: the estimates that these steps used, of the same shape.
+      ts: the times after these steps, `[steps]`.
+      columns: number of steps to show, evenly spaced, including the first and the last.
+      ax: axes to draw into; a new figure by default.
 
     Raises:
-      ValueError: if these are not images, or their shapes do not agree.
+      ValueError: if the arrays are not images, or their shapes do not agree.
     """
     x_t, x_0, ts = np.asarray(x_t), np.asarray(x_0), np.asarray(ts)
     if x_t.ndim != 5 or x_t.shape != x_0.shape or ts.shape != x_t.shape[:1] or columns < 1:
         raise ValueError(
             f"x_t {x_t.shape}, x_0 {x_0.shape}, ts {ts.shape}, {columns=}: need images [steps, n, "
-            "height, width, 1 or 3], twice, times [steps], and a column"
+            "height, width, 1 or 3] of equal shapes, times [steps], and at least one column"
         )
     shown = np.unique(np.linspace(0, len(ts) - 1, columns).round().astype(int))
     n, columns = x_t.shape[1], len(shown)
-    # [step, 2, example, ...] to rows of (example, x_t or x_0) and columns of steps.
+    # From [step, 2, example, ...] to rows of (example, x_t or x_0) and columns of steps.
     both = np.stack([x_t[shown], x_0[shown]], 1).swapaxes(0, 2)
     picture = image_grid(both.reshape(-1, *x_t.shape[2:]), columns)
     cell_width, cell_height = picture.width / columns, picture.height / (2 * n)
@@ -230,11 +234,11 @@ def denoising_strip(
 def schedule_curves(
     schedules: Mapping[str, Schedule], axes: Sequence[Axes] | None = None
 ) -> Figure:
-    """Log-SNR, alpha and sigma over t, of several schedules.
+    """Plot log-SNR, alpha and sigma over t for several schedules.
 
     Args:
-      schedules: by name.
-      axes: three to draw into; a new figure by default.
+      schedules: schedules by name.
+      axes: three axes to draw into; a new figure by default.
     """
     axes = panels(1, 3, 3.2, 2.8)[1] if axes is None else axes
     t = jnp.linspace(0, 1, 401)
@@ -244,7 +248,7 @@ def schedule_curves(
             ax.plot(t, np.broadcast_to(y, t.shape), label=name)
     for ax, label in zip(axes, ("log-SNR", r"$\alpha_t$", r"$\sigma_t$"), strict=True):
         ax.set(xlabel="$t$", ylabel=label)
-    if axes[2].get_ylim()[1] > 4:  # a variance that explodes
+    if axes[2].get_ylim()[1] > 4:  # variance exploding
         axes[2].set_yscale("log")
     _legend(axes[0])
     return _figure(axes[0])
@@ -256,13 +260,13 @@ def weight_curves(
     high: float = 12.0,
     ax: Axes | None = None,
 ) -> Figure:
-    """Functions of log-SNR, such as several objectives' `losses.effective_weight`.
+    """Plot functions of log-SNR, such as `losses.effective_weight` of several objectives.
 
     Args:
-      weights: by name, log-SNR `[n]` to weights `[n]`; where one is 0 there is no curve.
-      low: where log-SNR begins.
-      high: where it ends.
-      ax: where to; a new figure by default.
+      weights: functions by name, from log-SNR `[n]` to weights `[n]`; zeros are not drawn.
+      low: the smallest log-SNR.
+      high: the largest log-SNR.
+      ax: axes to draw into; a new figure by default.
     """
     ax = _axes(ax, xlabel="log-SNR", ylabel=r"weight of $|x_0 - \hat x_0|^2$", yscale="log")
     log_snr = jnp.linspace(low, high, 401)
@@ -274,11 +278,11 @@ def weight_curves(
 
 
 def loss_by_log_snr(rows: Mapping[str, Mapping[str, Any]], ax: Axes | None = None) -> Figure:
-    """How the loss is spread over noise levels, of several rows of metrics.
+    """Plot the loss over log-SNR for several rows of metrics.
 
     Args:
-      rows: by name, of one run or of several; those without a `loss_by_log_snr` are left out.
-      ax: where to; a new figure by default.
+      rows: rows by name, of one run or of several; rows without `loss_by_log_snr` are left out.
+      ax: axes to draw into; a new figure by default.
     """
     ax = _axes(ax, xlabel="log-SNR", ylabel="loss", yscale="log")
     for (name, row), colour in zip(rows.items(), itertools.cycle(COLOURS)):
@@ -292,12 +296,12 @@ def loss_by_log_snr(rows: Mapping[str, Mapping[str, Any]], ax: Axes | None = Non
 def training_curves(
     runs: Mapping[str, Sequence[Mapping[str, Any]]], metric: str = "loss", ax: Axes | None = None
 ) -> Figure:
-    """A metric of several runs over training steps, and dots for the same on held-out data.
+    """Plot a metric of several runs over training steps, with dots for held-out data.
 
     Args:
-      runs: by name, rows of metrics as `metrics.read` gives them.
-      metric: which; that on held-out data is called `eval_` and this.
-      ax: where to; a new figure by default.
+      runs: rows of metrics, as `metrics.read` returns them, by name of the run.
+      metric: name of the metric; its value on held-out data has this name after `eval_`.
+      ax: axes to draw into; a new figure by default.
     """
     ax = _axes(ax, xlabel="step", ylabel=metric.replace("_", " "), yscale="log")
     for (name, rows), colour in zip(runs.items(), itertools.cycle(COLOURS)):
@@ -313,10 +317,10 @@ def training_curves(
 
 
 def progress(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
-    """What a run has done so far: its training curve, and its loss by log-SNR early and late.
+    """Plot the progress of a run: its training curve, and its loss by log-SNR early and late.
 
     Args:
-      rows: of metrics, as `metrics.read` gives them.
+      rows: rows of metrics, as `metrics.read` returns them.
     """
     figure, (left, right) = panels(1, 2)
     training_curves({"training": rows}, ax=left)
@@ -329,7 +333,7 @@ def progress(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
 
 
 def order(evaluations: Sequence[int], errors: Sequence[float]) -> float:
-    """The order of convergence: minus the slope of log error against log evaluations.
+    """Estimate the order of convergence: minus the slope of log error over log evaluations.
 
     >>> round(order([10, 20, 40], [0.4, 0.1, 0.025]), 6)
     2.0
@@ -340,12 +344,12 @@ def order(evaluations: Sequence[int], errors: Sequence[float]) -> float:
 def convergence(
     errors: Mapping[str, tuple[Sequence[int], Sequence[float]]], ax: Axes | None = None
 ) -> Figure:
-    """Errors against evaluations of the network, each with its order of convergence.
+    """Plot errors over evaluations of the network, labelled with the order of convergence.
 
     Args:
-      errors: by name, evaluations `[n]` and errors `[n]`, both positive; the order is fitted to
-        all of them, so give the range where it holds.
-      ax: where to; a new figure by default.
+      errors: positive evaluations `[n]` and errors `[n]`, by name; the order is fitted to all of
+        them, so give only the range in which it holds.
+      ax: axes to draw into; a new figure by default.
     """
     ax = _axes(ax, xlabel="evaluations", ylabel="error", xscale="log", yscale="log")
     for name, (evaluations, error) in errors.items():
@@ -363,13 +367,13 @@ def bound_terms(
     terms: Mapping[str, np.ndarray],
     ax: Axes | None = None,
 ) -> Figure:
-    """The terms of the bound over time, such as `denoising_term` at many times.
+    """Plot the terms of the bound over time, such as `denoising_term` at many times.
 
     Args:
       ts: times `[n]`.
-      terms: by name, nats `[n]`, or `[n, batch]`, whose mean is drawn, and its standard error
-        shaded.
-      ax: where to; a new figure by default.
+      terms: terms by name, in nats, `[n]`, or `[n, batch]`, of which the mean is drawn with its
+        standard error shaded.
+      ax: axes to draw into; a new figure by default.
     """
     ax = _axes(ax, xlabel="$t$", ylabel="nats", yscale="log")
     for name, values in terms.items():
@@ -392,14 +396,14 @@ def density(
     high: float = 3.0,
     ax: Axes | None = None,
 ) -> Figure:
-    """The regions of the plane that hold the fractions `MASSES` of a distribution.
+    """Draw the regions of the plane that hold the fractions `MASSES` of a distribution.
 
     Args:
-      log_density: points `[n, 2]` to `[n]`, up to a constant; an oracle's at a time, say
-        `lambda x: oracle.log_density(x, 0.5)`.
-      low: where both coordinates begin.
-      high: where they end.
-      ax: where to; a new figure by default.
+      log_density: a function from points `[n, 2]` to log densities `[n]`, up to a constant, such
+        as `lambda x: oracle.log_density(x, 0.5)`.
+      low: the smallest value of both coordinates.
+      high: the largest value of both coordinates.
+      ax: axes to draw into; a new figure by default.
     """
     ax = _plane(ax)
     side = np.linspace(low, high, 161)
@@ -420,15 +424,16 @@ def vector_field(
     equal: bool = False,
     ax: Axes | None = None,
 ) -> Figure:
-    """A function from the plane to vectors as arrows on a grid: a score, or what a network says.
+    """Draw a vector field, such as a score or a network's output, as arrows on a grid.
 
     Args:
-      field: points `[n, 2]` to vectors `[n, 2]`, say `lambda x: oracle.score(x, 0.5)`.
-      low: where both coordinates begin.
-      high: where they end.
-      n: arrows a side.
-      equal: draw all of one length, where lengths differ by orders of magnitude.
-      ax: where to; a new figure by default.
+      field: a function from points `[n, 2]` to vectors `[n, 2]`, such as
+        `lambda x: oracle.score(x, 0.5)`.
+      low: the smallest value of both coordinates.
+      high: the largest value of both coordinates.
+      n: arrows per side.
+      equal: draw all arrows with the same length, for vectors of very different lengths.
+      ax: axes to draw into; a new figure by default.
     """
     ax = _plane(ax)
     points = _mesh(np.linspace(low, high, n))
@@ -440,11 +445,11 @@ def vector_field(
 
 
 def trajectories(x: np.ndarray, ax: Axes | None = None) -> Figure:
-    """Walks in the plane, each from a ring to a dot.
+    """Draw walks in the plane, each from a ring at its start to a dot at its end.
 
     Args:
-      x: points `[steps, n, 2]`; put the start before what `sample` records after each step.
-      ax: where to; a new figure by default.
+      x: points `[steps, n, 2]`: the start, then the points that `sample` records after each step.
+      ax: axes to draw into; a new figure by default.
     """
     ax, x = _plane(ax), np.asarray(x)
     ax.plot(x[..., 0], x[..., 1], "-", color=COLOURS[1], linewidth=0.7, alpha=0.7)
@@ -456,14 +461,16 @@ def trajectories(x: np.ndarray, ax: Axes | None = None) -> Figure:
 def arrow(
     ax: Axes, tail: np.ndarray, head: np.ndarray, label: str = "", color: str = COLOURS[0]
 ) -> None:
-    """An arrow between two points, both in sight, with a label on its left as seen along it.
+    """Draw an arrow between two points, with a label to the left of its direction.
+
+    The limits of the axes are extended to include both points.
 
     Args:
-      ax: where to.
-      tail: `[2]`.
-      head: `[2]`.
-      label: text.
-      color: of both.
+      ax: axes to draw into.
+      tail: the start `[2]`.
+      head: the end `[2]`.
+      label: text of the label.
+      color: colour of the arrow and the label.
     """
     tail, head = np.asarray(tail, float), np.asarray(head, float)
     middle = (tail + head) / 2
@@ -473,7 +480,7 @@ def arrow(
     ax.autoscale_view()
     along = (head - tail) / max(float(np.linalg.norm(head - tail)), 1e-30)
     left = np.array([-along[1], along[0]])
-    # The side of the text that faces the arrow: none where this runs the other way.
+    # Align the text by the side that faces the arrow, or by its centre if no side does.
     across, up = np.sign(np.round(left, 0)).astype(int)
     ax.annotate(
         label,
@@ -490,14 +497,14 @@ def arrow(
 def circle(
     ax: Axes, centre: np.ndarray, radius: float, label: str = "", color: str = COLOURS[0]
 ) -> None:
-    """A circle, such as one standard deviation about a mean, with a label above it.
+    """Draw a circle, such as one standard deviation about a mean, with a label above it.
 
     Args:
-      ax: where to.
-      centre: `[2]`.
-      radius: in the units of the axes.
-      label: text.
-      color: of both.
+      ax: axes to draw into.
+      centre: the centre `[2]`.
+      radius: the radius, in the units of the axes.
+      label: text of the label.
+      color: colour of the circle and the label.
     """
     from matplotlib.patches import Circle
 
@@ -516,7 +523,7 @@ def _axes(ax: Axes | None, **options: Any) -> Axes:
 
 
 def _plane(ax: Axes | None) -> Axes:
-    """Axes of two coordinates that are alike."""
+    """Give both coordinates of the axes the same scale."""
     ax = panels(1, 1, 3.6, 3.6)[1][0] if ax is None else ax
     ax.set_aspect("equal", adjustable="box")
     ax.grid(visible=False)
@@ -524,7 +531,7 @@ def _plane(ax: Axes | None) -> Axes:
 
 
 def _bare(ax):
-    """Axes for pixels."""
+    """Remove grid, spines and ticks from axes that show pixels."""
     ax.grid(visible=False)
     ax.spines[:].set_visible(False)
     ax.set(xticks=[], yticks=[])
@@ -541,5 +548,5 @@ def _legend(ax):
 
 
 def _mesh(side):
-    """All points of a square `[n * n, 2]`, the first coordinate running first."""
+    """All points of a square grid, `[n * n, 2]`; the first coordinate varies fastest."""
     return jnp.asarray(np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2))

@@ -1,12 +1,12 @@
-r"""The forward process: Gaussians with no parameters to learn.
+r"""The forward process, whose Gaussians have no learned parameters, and the decoder.
 
     q(x_t | x_0)      = N(alpha_t x_0, sigma_t^2 I)
     q(x_t | x_s)      = N(alpha_t/alpha_s x_s, sigma_t^2 (1 - c) I)                     s < t
     q(x_s | x_t, x_0) = N(alpha_s (x_0 + c (x_t/alpha_t - x_0)), sigma_s^2 (1 - c) I)
 
-with c = snr_t / snr_s = exp(log_snr_t - log_snr_s) in (0, 1): the last line is Bayes' rule on the
-two above it (Kingma et al. 2021, appendix A). Its mean walks from x_t towards x_0; its variance
-depends on the two times alone, neither on x_0 nor on x_t. DDPM's posterior is s = t - 1/T.
+with c = snr_t / snr_s = exp(log_snr_t - log_snr_s) in (0, 1). The last line follows from the two
+above it by Bayes' rule (Kingma et al. 2021, appendix A). As s decreases, its mean moves from x_t
+towards x_0; its variance depends only on the two times. DDPM's posterior is the case s = t - 1/T.
 """
 
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from .types import Array, Data, Key, LearnedPrediction, Prediction, Scale, Time,
 
 
 def scales_at(schedule: Schedule, t: Time, like: Data) -> tuple[Array, Array]:
-    """The scales (alpha_t, sigma_t), shaped to multiply data `like` `[batch, ...]`.
+    """The scales (alpha_t, sigma_t), shaped to multiply the data `like`.
 
     Args:
       schedule: a `Schedule`.
@@ -34,7 +34,7 @@ def scales_at(schedule: Schedule, t: Time, like: Data) -> tuple[Array, Array]:
 
 
 def q_sample(schedule: Schedule, x_0: Data, t: Time, eps: Data) -> Data:
-    """A draw of q(x_t | x_0): x_t = alpha_t x_0 + sigma_t eps.
+    """Sample from q(x_t | x_0): x_t = alpha_t x_0 + sigma_t eps.
 
     Args:
       schedule: a `Schedule`.
@@ -64,7 +64,7 @@ def q_transition(schedule: Schedule, x_s: Data, s: Time, t: Time) -> tuple[Data,
       The mean, of the shape of `x_s`, and the standard deviation, which broadcasts against it.
 
     Source: Kingma et al. 2021, appendix A.1; DDPM's sqrt(1 - beta_t) x_{t-1} and sqrt(beta_t) are
-    s = t - 1/T.
+    the case s = t - 1/T.
     """
     alpha_s, _ = scales_at(schedule, s, x_s)
     alpha_t, sigma_t = scales_at(schedule, t, x_s)
@@ -72,7 +72,7 @@ def q_transition(schedule: Schedule, x_s: Data, s: Time, t: Time) -> tuple[Data,
 
 
 def q_posterior(schedule: Schedule, x_0: Data, x_t: Data, t: Time, s: Time) -> tuple[Data, Scale]:
-    """Mean and standard deviation of q(x_s | x_t, x_0), s <= t: the step a decoder must imitate.
+    """Mean and standard deviation of q(x_s | x_t, x_0), s <= t, which a decoder approximates.
 
     Args:
       schedule: a `Schedule`.
@@ -102,23 +102,24 @@ def decoder(
     s: Time,
     variance: str = "posterior",
 ) -> tuple[Data, Scale]:
-    """Mean and standard deviation of p(x_s | x_t), the posterior with a prediction for x_0.
+    """Mean and standard deviation of p(x_s | x_t), the posterior with a predicted x_0.
 
     Args:
       schedule: a `Schedule`.
-      prediction: what a denoiser says of x_t.
+      prediction: a denoiser's prediction at x_t.
       x_t: noisy data `[batch, ...]`.
       t: later times, `[]` or `[batch]`.
       s: earlier times, `[]` or `[batch]`.
-      variance: "posterior", that of q(x_s | x_t, x_0), right for data at a single point; "beta",
-        that of q(x_t | x_s), right for data that is standard normal; or "learned", between the
-        two, by the prediction's `fraction`.
+      variance: "posterior", the variance of q(x_s | x_t, x_0), which is exact for data at a single
+        point; "beta", the variance of q(x_t | x_s), which is exact for standard normal data; or
+        "learned", which interpolates between the two by the prediction's `fraction`.
 
     Returns:
       The mean, of the shape of `x_t`, and the standard deviation, which broadcasts against it.
 
     Raises:
-      ValueError: if `variance` is none of these, or learned and the prediction has none.
+      ValueError: if `variance` is none of these, or is "learned" and the prediction has no
+        `fraction`.
 
     Source: Ho et al. 2020, section 3.2; Nichol & Dhariwal 2021, equation 15.
     """
@@ -134,30 +135,31 @@ def log_variance_ratio(
     s: Time,
     variance: str,
 ) -> Scale:
-    """log of the decoder's variance over the posterior's: see `decoder`, whose arguments it has.
+    """The log of the decoder's variance over the posterior's; the arguments are those of `decoder`.
 
-    0 for "posterior", log(sigma_t^2 / sigma_s^2) for "beta", a fraction of that if "learned".
+    It is 0 for "posterior", log(sigma_t^2 / sigma_s^2) for "beta", and a fraction of the latter for
+    "learned".
     """
     fraction = variance_fraction(prediction, variance)
     sigma_s, sigma_t = (scales_at(schedule, u, x_t)[1] for u in (s, t))
     if variance == "posterior":
-        # Not 0 times the logarithms: in a scan, XLA of jax 0.12.0 has been seen to lose the 0.
+        # Not 0 times the logarithms: in a scan, XLA of jax 0.12.0 was seen to drop the factor 0.
         return jnp.zeros_like(sigma_t)
     return 2 * fraction * (jnp.log(sigma_t) - jnp.log(sigma_s))
 
 
 def variance_fraction(prediction: Prediction | LearnedPrediction, variance: str) -> Scale:
-    """Where the log of the decoder's variance lies between the posterior's, 0, and beta, 1.
+    """The position of the decoder's log variance between the posterior's, at 0, and beta, at 1.
 
     Raises:
-      ValueError: if there is no such variance, or it is learned and the prediction has none.
+      ValueError: if `variance` is unknown, or is "learned" and the prediction has no `fraction`.
     """
     check_variance(variance)
     fraction = _FRACTIONS[variance](prediction)
     if fraction is None:
         raise ValueError(
             "variance='learned' needs a denoiser that has learned one: "
-            "denoiser(..., learned_variance=True) of a network of twice the channels"
+            "denoiser(..., learned_variance=True) with a network of twice the channels"
         )
     return fraction
 
@@ -176,7 +178,7 @@ _FRACTIONS = {
 
 
 def prior_sample(key: Key, schedule: Schedule, shape: tuple[int, ...]) -> Data:
-    """A draw of x_1 ~ N(0, sigma_1^2 I), where sampling starts.
+    """Sample x_1 ~ N(0, sigma_1^2 I), from which sampling starts.
 
     Args:
       key: one key, or one per example `[batch]`.
@@ -188,5 +190,5 @@ def prior_sample(key: Key, schedule: Schedule, shape: tuple[int, ...]) -> Data:
 
 
 def _forgotten(schedule, t, s):
-    """sqrt(1 - c): the part of the noise at t, or at s, that the other one does not determine."""
+    """sqrt(1 - c), the fraction of fresh noise in q(x_t | x_s) and in q(x_s | x_t, x_0)."""
     return jnp.sqrt(-jnp.expm1(schedule.log_snr(t) - schedule.log_snr(s)))

@@ -1,10 +1,10 @@
-r"""Noise schedules: *how fast* (log-SNR as a function of t) times *how normalised* (the scales).
+r"""Noise schedules: log-SNR as a function of t, and the scales alpha and sigma that it splits into.
 
-A Gaussian diffusion is x_t = alpha_t x_0 + sigma_t eps. All that matters of it is
+A Gaussian diffusion x_t = alpha_t x_0 + sigma_t eps is determined by
 
     log_snr(t) = log(alpha_t^2 / sigma_t^2),    strictly decreasing and finite on [0, 1],
 
-and a convention that splits the ratio into alpha and sigma:
+and by a convention that splits the ratio into alpha and sigma:
 
     vp    alpha^2 + sigma^2 = 1     alpha = sqrt(sigmoid(l)),  sigma = sqrt(sigmoid(-l))
     ve    alpha = 1                 sigma = exp(-l / 2)
@@ -14,10 +14,11 @@ and a convention that splits the ratio into alpha and sigma:
 alpha-bar_t of DDPM (Ho et al. 2020) is `alpha_t**2`.
 
 Schedules whose textbook form is infinite at an end are made finite by rescaling t, so that
-`log_snr(0) == log_snr_max` and `log_snr(1) == log_snr_min`; never by clipping, which would leave
-flat ends. Nothing here computes `1 - alpha**2`. Measured over log-SNR in [-20, 20], float32
-against float64 (`tests/test_schedules.py`): alpha and sigma are within 2e-6 relative for a given
-log-SNR, and log-SNR within 4e-6 for a given t (its own spacing at 20 is 1.9e-6).
+`log_snr(0) == log_snr_max` and `log_snr(1) == log_snr_min`. They are not clipped, because that
+would leave flat ends. No function computes `1 - alpha**2`, which loses precision. In float32
+against float64, over log-SNR in [-20, 20] (`tests/test_schedules.py`), alpha and sigma are within
+2e-6 relative for a given log-SNR, and log-SNR is within 4e-6 for a given t (the spacing of float32
+at 20 is 1.9e-6).
 """
 
 import math
@@ -38,8 +39,8 @@ Scales = Callable[[Array], tuple[Array, Array]]
 class Schedule(NamedTuple):
     """A noise schedule: two functions, and a pytree of their parameters.
 
-    Because it is a pytree (of `jax.tree_util.Partial`) a schedule can be an argument of a jitted
-    function without a retrace, be vmapped over its parameters, and be learned by gradient.
+    Because it is a pytree (of `jax.tree_util.Partial`), a schedule can be an argument of a jitted
+    function without retracing, be vmapped over its parameters, and be learned by gradient descent.
 
     Attributes:
       log_snr: t in [0, 1] -> log(alpha_t^2 / sigma_t^2), strictly decreasing, elementwise.
@@ -89,8 +90,8 @@ def cosine(
 
 
 def _cosine(log_snr_min, log_snr_max, t):
-    # tan(a) = sin(a) / sin(pi/2 - a): both angles are built from their own small end, so that
-    # neither loses its digits to pi/2.
+    # tan(a) = sin(a) / sin(pi/2 - a): each angle is computed from its own small end, so that
+    # neither loses precision to pi/2.
     first, last = jnp.atan(jnp.exp(-log_snr_max / 2)), jnp.atan(jnp.exp(log_snr_min / 2))
     span = jnp.pi / 2 - first - last
     return 2 * (jnp.log(jnp.sin(last + (1 - t) * span)) - jnp.log(jnp.sin(first + t * span)))
@@ -103,8 +104,8 @@ def linear(beta_min: Scalar = 0.1, beta_max: Scalar = 20.0, log_snr_max: Scalar 
     log-SNR at t = 1 follows from the betas: -10.05 by default.
 
     Raises:
-      ValueError: if a beta is negative or both are zero, or they forget so little that the log-SNR
-        at t = 1 is not below `log_snr_max`.
+      ValueError: if a beta is negative or both are zero, or they are so small that the log-SNR at
+        t = 1 is not below `log_snr_max`.
     """
     if known(beta_min, beta_max):
         if min(beta_min, beta_max) < 0 or beta_min + beta_max == 0:
@@ -132,15 +133,15 @@ def sigmoid(
     log_snr_max: Scalar = 15.0,
     scales: Scales = vp,
 ) -> Schedule:
-    """The sigmoid schedule: alpha_t^2 falls as a piece of the logistic curve from start to end.
+    """The sigmoid schedule: alpha_t^2 follows a section of the logistic curve, from start to end.
 
     With u = (start + t (end - start)) / tau, alpha_t^2 is sigmoid(-u) rescaled to run from 1 to 0
     (Jabri et al. 2022, "Scalable adaptive computation for iterative generation"; Chen 2023), and t
     is rescaled to finite ends.
 
     Args:
-      start: where on the logistic curve t = 0 lies.
-      end: where t = 1 lies.
+      start: the point on the logistic curve at t = 0.
+      end: the point on the logistic curve at t = 1.
       tau: temperature; a smaller one makes the curve sharper.
       log_snr_min: log-SNR at t = 1.
       log_snr_max: log-SNR at t = 0.
@@ -152,7 +153,7 @@ def sigmoid(
     if known(start, end, tau) and (start >= end or tau <= 0):
         raise ValueError(f"{start=}, {end=}, {tau=}: need start < end and tau > 0")
     _require_decreasing(log_snr_min, log_snr_max)
-    # The logistic function refuses integers.
+    # jax.nn.sigmoid does not accept integers.
     params = [1.0 * value for value in (start, end, tau, log_snr_min, log_snr_max)]
     return Schedule(Partial(_sigmoid, *params), Partial(scales))
 
@@ -163,7 +164,7 @@ def _sigmoid(start, end, tau, log_snr_min, log_snr_max, t):
     low, high = start / tau, end / tau
     p_low, p_high = jax.nn.sigmoid(low), jax.nn.sigmoid(high)
     rise = p_high * jax.nn.sigmoid(-low) * -jnp.expm1(low - high)
-    # How far inside the ends the curve starts and stops, in units of u.
+    # How far inside the ends the curve starts and stops: in units of p, then of u.
     d_max = rise * jax.nn.sigmoid(-log_snr_max)
     d_min = rise * jax.nn.sigmoid(log_snr_min)
     first = jnp.log1p(d_max / p_low) - jnp.log1p(-d_max / jax.nn.sigmoid(-low))
@@ -177,9 +178,9 @@ def _sigmoid(start, end, tau, log_snr_min, log_snr_max, t):
 def log_uniform(
     sigma_min: Scalar = 0.002, sigma_max: Scalar = 80.0, scales: Scales = ve
 ) -> Schedule:
-    """sigma / alpha geometric in t, from `sigma_min` at t = 0 to `sigma_max` at t = 1.
+    """A schedule whose sigma / alpha is geometric in t, from `sigma_min` to `sigma_max` at t = 1.
 
-    The VE-SDE of Song et al. 2021; the defaults are those of Karras et al. 2022 (EDM).
+    This is the VE-SDE of Song et al. 2021; the defaults are from Karras et al. 2022 (EDM).
 
     Raises:
       ValueError: unless `0 < sigma_min < sigma_max`.
@@ -214,13 +215,13 @@ def _rectified_flow(log_snr_min, log_snr_max, t):
 
 
 class MonotoneParams(NamedTuple):
-    """What a `monotone` schedule learns: g = e^line t + sum e^height sigmoid(e^slope (t - centre)).
+    """Parameters of `monotone`: g = e^line t + sum e^height sigmoid(e^slope (t - centre)).
 
     Attributes:
       line: log of the slope of the line, `[]`.
       height: log of each sigmoid's height, `[width]`.
-      slope: log of its slope.
-      centre: where it is steepest.
+      slope: log of each sigmoid's slope, `[width]`.
+      centre: the time at which each sigmoid is steepest, `[width]`.
     """
 
     line: Array
@@ -235,19 +236,19 @@ def monotone(
     log_snr_max: Scalar = 10.0,
     scales: Scales = vp,
 ) -> Schedule:
-    """A schedule to be learned: any falling curve between two ends, by gradient on `params`.
+    """A learnable schedule: a decreasing curve between two ends, parametrised by `params`.
 
-    log_snr = max - (max - min) (g(t) - g(0)) / (g(1) - g(0)), where g is a line plus sigmoids, all
-    rising (Kingma et al. 2021, appendix H). The bound in continuous time depends on the
-    ends alone; what lies between changes the variance of its estimate, so VDM trains it on the mean
-    squared loss (appendix I.2):
+    log_snr = max - (max - min) (g(t) - g(0)) / (g(1) - g(0)), where g is an increasing line plus
+    increasing sigmoids (Kingma et al. 2021, appendix H). The bound in continuous time depends only
+    on the ends; the curve between them changes the variance of its estimate, so VDM trains the
+    curve on the mean squared loss (appendix I.2):
 
         variance = lambda p: jnp.mean(diffusion_loss(key, network, monotone(p), target, x_0,
                                                      weight=weightings.elbo()) ** 2)
         gradient = jax.grad(variance)(params)
 
     Args:
-      params: of `monotone_params`.
+      params: parameters, such as those of `monotone_params`.
       log_snr_min: log-SNR at t = 1; may be learned too.
       log_snr_max: log-SNR at t = 0; may be learned too.
       scales: how log-SNR splits into alpha and sigma.
@@ -260,7 +261,7 @@ def monotone(
 
 
 def monotone_params(width: int = 32) -> MonotoneParams:
-    """The parameters of a nearly straight `monotone` schedule of so many sigmoids.
+    """Make the parameters of a nearly straight `monotone` schedule with `width` sigmoids.
 
     Raises:
       ValueError: if `width` is below 1.
@@ -297,14 +298,14 @@ def _shift(log_snr, by, t):
 
 
 def time_at(schedule: Schedule, log_snr: Float[Real, "..."]) -> Float[Array, "..."]:
-    """The time in [0, 1] at which a schedule has a given log-SNR: its inverse, by bisection.
+    """Invert a schedule by bisection: the time in [0, 1] at which it has a given log-SNR.
 
-    Its gradients, with respect to `log_snr` and the schedule's parameters, are those of the
-    implicit function.
+    Gradients with respect to `log_snr` and the schedule's parameters are those of the implicit
+    function.
 
     Args:
       schedule: a `Schedule`.
-      log_snr: of any shape; values outside the schedule's range give its nearer end.
+      log_snr: log-SNR of any shape; values outside the schedule's range give the nearer end.
 
     >>> float(time_at(cosine(), jnp.zeros(())))  # alpha = sigma half-way
     0.5
@@ -316,21 +317,23 @@ def time_at(schedule: Schedule, log_snr: Float[Real, "..."]) -> Float[Array, "..
         noisier = schedule.log_snr(middle) < log_snr
         return jnp.where(noisier, low, middle), jnp.where(noisier, middle, high)
 
-    # Times near 0 are resolved to their own precision, hence more halvings than a float has bits.
+    # Times near 0 are resolved to their own precision, which takes more halvings than a float has
+    # bits.
     bracket = jnp.zeros_like(log_snr), jnp.ones_like(log_snr)
     low, high = jax.lax.stop_gradient(jax.lax.fori_loop(0, 100, halve, bracket))
     t = (low + high) / 2
     found, rise = jax.jvp(schedule.log_snr, (t,), (jnp.ones_like(t),))
     error = found - log_snr
-    # Of value t, and with the slope of a Newton step.
+    # The value is t, and the derivative is that of a Newton step.
     return t - (error - jax.lax.stop_gradient(error)) / jax.lax.stop_gradient(rise)
 
 
 def rate_at(schedule: Schedule, t: Time, steps: int | None = None) -> Array:
-    """How fast the log-SNR falls at t, of the shape of t.
+    """The rate at which the log-SNR falls at t, of the shape of t.
 
-    -d log_snr / dt in continuous time; T expm1(log_snr_s - log_snr_t), s = t - 1/T, on the grid
-    of T = `steps`, to which the former is the limit (Kingma et al. 2021, equations 14 and 17).
+    In continuous time it is -d log_snr / dt. On the grid of T = `steps` it is
+    T expm1(log_snr_s - log_snr_t) with s = t - 1/T, which tends to the former as T grows (Kingma
+    et al. 2021, equations 14 and 17).
     """
     t = at_least_float32(t)
     if steps is None:
@@ -340,7 +343,7 @@ def rate_at(schedule: Schedule, t: Time, steps: int | None = None) -> Array:
 
 
 def at_least_float32(t: Time) -> Array:
-    """Times as an array, of a precision in which neighbours on a grid differ."""
+    """Times as an array of at least float32, in which neighbours on a grid differ."""
     t = jnp.asarray(t)
     return t.astype(jnp.promote_types(t.dtype, jnp.float32))
 
@@ -348,11 +351,11 @@ def at_least_float32(t: Time) -> Array:
 def from_betas(
     betas: np.ndarray, log_snr_max: float = 24.0, log_snr_min: float = -24.0
 ) -> Schedule:
-    """A discrete schedule of T steps: at t = i/T it is step i of DDPM, linear in log-SNR between.
+    """A discrete schedule of T steps: step i of DDPM at t = i/T, and linear log-SNR in between.
 
-    Node i holds log(abar_i / (1 - abar_i)) with abar_i = prod_{j<=i} (1 - beta_j), i = 1..T; node
-    0, which the papers do not have, is `log_snr_max`. Only an infinite last node (beta_T = 1, zero
-    terminal SNR) becomes `log_snr_min`. The table is made and kept in float64.
+    Node i holds log(abar_i / (1 - abar_i)) with abar_i = prod_{j<=i} (1 - beta_j), i = 1..T. The
+    papers define no node 0; here it is `log_snr_max`. The last node is `log_snr_min` if it would be
+    infinite (beta_T = 1, zero terminal SNR). The table is computed and stored in float64.
 
     Args:
       betas: `[T]`, each in (0, 1); the last may be 1. `betas[i - 1]` is the papers' beta_i.
@@ -389,8 +392,8 @@ def from_betas(
 
 
 def _interpolate(table, t):
-    # Steps are counted from the nearer end: in the second half 1 - t is exact, and t * steps, where
-    # a table falls steeply, is not.
+    # Steps are counted from the nearer end: in the second half 1 - t is exact, but t * steps is
+    # not, which matters where a table falls steeply.
     steps = len(table) - 1
     late = jnp.asarray(t) > 0.5
     position = jnp.where(late, 1 - t, t) * float(steps)
@@ -404,10 +407,10 @@ def _interpolate(table, t):
 def linear_betas(steps: int, start: float = 1e-4, end: float = 0.02) -> np.ndarray:
     """beta_i linear in i, float64 `[steps]` (Ho et al. 2020, section 4).
 
-    The ends are not rescaled by 1000 / steps: they are those of DDPM for `steps=1000`.
+    The ends are not rescaled by 1000 / steps; the defaults are DDPM's for `steps=1000`.
 
     Raises:
-      ValueError: if `steps` is below 1 (`from_betas` refuses betas out of range).
+      ValueError: if `steps` is below 1 (`from_betas` checks that the betas are in range).
     """
     _require_steps(steps)
     return np.linspace(start, end, steps, dtype=np.float64)
@@ -461,7 +464,7 @@ def _require_steps(steps):
 
 
 def _require_decreasing(log_snr_min, log_snr_max):
-    # Those of a vmapped or learned schedule are not known.
+    # The ends of a vmapped or learned schedule are traced and cannot be checked.
     if known(log_snr_min, log_snr_max) and not log_snr_min < log_snr_max:
         raise ValueError(f"{log_snr_min=} must be below {log_snr_max=}")
 
@@ -488,8 +491,8 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "scaled_linear_betas": _scaled_linear_betas,
     "cosine_betas": _cosine_betas,
 }
-"""Every schedule by name, as configs and the command line choose it. One with an option `steps` is
-a table of so many steps of discrete time."""
+"""Schedules by name, as configs and the command line choose them. A schedule with an option `steps`
+is a table of that many steps of discrete time."""
 
 __all__ = [
     "SCHEDULES",

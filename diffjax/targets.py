@@ -1,18 +1,18 @@
-r"""What the network regresses: x_0, eps, the score, or any other mix of x_0 and eps.
+r"""Regression targets: x_0, eps, the score, or any other linear combination of x_0 and eps.
 
-A target is one row of a table, a linear form in the clean data and the noise:
+A target is a linear form in the clean data and the noise:
 
     target = a x_0 + b eps,    (a, b) = row(alpha, sigma).
 
-Together with x_t = alpha x_0 + sigma eps it is two equations in two unknowns, so a network's
+Together with x_t = alpha x_0 + sigma eps, this gives two equations in two unknowns, so a network's
 output and x_t determine both x_0 and eps:
 
     [ x_t    ]   [ alpha  sigma ] [ x_0 ]         x_0 = (b x_t - sigma out) / det
     [ target ] = [ a      b     ] [ eps ]         eps = (alpha out - a x_t) / det
                                                   det = alpha b - sigma a
 
-`encode` is the second row, `decode` is the solve; every conversion between targets is one after
-the other. This is the only place in the repository that knows one target from another.
+`encode` computes the second row, and `decode` solves the system; a conversion between targets is
+`decode` followed by `encode`. No other module distinguishes one target from another.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ Row = Callable[[Scale, Scale], tuple[Scale, Scale]]
 def edm(alpha: Scale, sigma: Scale, sigma_data: float = 0.5) -> tuple[Scale, Scale]:
     """The row of EDM's F, (x_0 - c_skip x_t) / c_out, for any alpha.
 
-    Karras et al. 2022, equation 7 and table 1. For data of another standard deviation pass
+    Karras et al. 2022, equation 7 and table 1. For data of another standard deviation, pass
     `functools.partial(edm, sigma_data=...)` as the target.
     """
     std = (alpha**2 * sigma_data**2 + sigma**2) ** 0.5
@@ -43,7 +43,7 @@ TARGETS: dict[str, Row] = {
 
 
 def row(target: str | Row) -> Row:
-    """The row of a target: a name in `TARGETS`, or a function (alpha, sigma) -> (a, b).
+    """The row of a target, which is a name in `TARGETS` or a function (alpha, sigma) -> (a, b).
 
     Raises:
       ValueError: if `target` is a name that `TARGETS` does not have.
@@ -80,12 +80,12 @@ def encode(target: str | Row, x_0: Data, eps: Data, alpha: Scale, sigma: Scale) 
 
 
 def decode(target: str | Row, out: Data, x_t: Data, alpha: Scale, sigma: Scale) -> Prediction:
-    """What a network's output says of x_0 and eps: the inverse of `encode` given x_t.
+    """Compute x_0 and eps from a network's output and x_t: the inverse of `encode`.
 
     Args:
-      target: what `out` estimates, a name in `TARGETS` or a row function.
+      target: the target that `out` estimates, a name in `TARGETS` or a row function.
       out: the network's output `[batch, ...]`.
-      x_t: the noisy data it saw, of the same shape.
+      x_t: the noisy data that the network was given, of the same shape.
       alpha: scales that broadcast against the data (see `scales_at`).
       sigma: likewise.
 
@@ -100,15 +100,15 @@ def decode(target: str | Row, out: Data, x_t: Data, alpha: Scale, sigma: Scale) 
 def convert(
     out: Data, x_t: Data, alpha: Scale, sigma: Scale, source: str | Row, to: str | Row
 ) -> Data:
-    """A prediction of one target as a prediction of another.
+    """Convert a prediction of one target into a prediction of another.
 
     Args:
       out: the network's output `[batch, ...]`.
-      x_t: the noisy data it saw, of the same shape.
+      x_t: the noisy data that the network was given, of the same shape.
       alpha: scales that broadcast against the data (see `scales_at`).
       sigma: likewise.
-      source: what `out` estimates.
-      to: what it is to be turned into.
+      source: the target that `out` estimates.
+      to: the target to convert to.
 
     >>> import jax.numpy as jnp
     >>> eps = jnp.ones((1, 2))
@@ -119,12 +119,12 @@ def convert(
 
 
 def unit_variance(target: str | Row, alpha: Scale, sigma: Scale) -> Scale:
-    """a^2 + b^2: the variance of a target whose data and noise have variance one."""
+    """a^2 + b^2: the variance of a target for data and noise of unit variance."""
     a, b = row(target)(alpha, sigma)
     return a**2 + b**2
 
 
 def eps_per_out(target: str | Row, alpha: Scale, sigma: Scale) -> Scale:
-    """alpha / det: how far the decoded eps moves when the output moves by one."""
+    """alpha / det: the derivative of the decoded eps with respect to the output."""
     a, b = row(target)(alpha, sigma)
     return alpha / (alpha * b - sigma * a)

@@ -1,7 +1,7 @@
-"""The vocabulary: array shapes, keys, and the two functions everything else is made of.
+"""Types of arrays and keys, and the protocols of networks and denoisers.
 
-Arrays are `[batch, ...]`, images are NHWC, times are `[]` or `[batch]`. The shapes are checked
-in the tests (jaxtyping + beartype); at run time they are documentation and cost nothing.
+Arrays are `[batch, ...]`, images are NHWC, times are `[]` or `[batch]`. The tests check the shapes
+(jaxtyping + beartype); at run time they are documentation and cost nothing.
 """
 
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -14,26 +14,26 @@ from jaxtyping import Float
 
 Array = jax.Array
 Key = jax.Array
-"""One `jax.random.key`, or one per example, `[batch]`."""
+"""One `jax.random.key`, or one key per example, `[batch]`."""
 
 Real = jax.Array | np.ndarray
 Data = Float[Real, "batch *data"]
 """Clean or noisy examples, `[batch, ...]`."""
 Scale = float | int | Float[Real, "..."]
-"""alpha or sigma, already of a shape that broadcasts against the data (see `scales_at`)."""
+"""alpha or sigma, in a shape that broadcasts against the data (see `scales_at`)."""
 Time = float | int | np.floating | Float[Real, ""] | Float[Real, " batch"]
-"""Diffusion time in [0, 1]: 0 is data, 1 is noise. One for the batch, or one per example."""
+"""Diffusion time in [0, 1], 0 at data and 1 at noise; one for the batch, or one per example."""
 Scalar = float | int | np.floating | Float[Real, ""]
-"""A number that may be traced: a schedule's parameter, a guidance weight."""
+"""A number that may be traced, such as a schedule's parameter or a guidance weight."""
 Cond = Any
-"""Whatever the network is conditioned on: a pytree of arrays `[batch, ...]`, or None."""
+"""The conditioning of a network: a pytree of arrays `[batch, ...]`, or None."""
 
 
 class Prediction(NamedTuple):
-    """What a denoiser knows about x_t: the clean data and the noise it was made of.
+    """A denoiser's estimates of the clean data x_0 and of the noise eps in x_t.
 
-    The two satisfy `x_t = alpha_t x_0 + sigma_t eps`; both are kept so that nobody divides by a
-    small alpha or sigma to get back what the network said.
+    They satisfy `x_t = alpha_t x_0 + sigma_t eps`. Both are stored, because computing one from the
+    other divides by alpha or sigma, which may be small.
     """
 
     x_0: Data
@@ -41,10 +41,11 @@ class Prediction(NamedTuple):
 
 
 class LearnedPrediction(NamedTuple):
-    """A `Prediction` by a network that has learned the decoder's variance too.
+    """A `Prediction` by a network that also learned the decoder's variance.
 
-    `fraction` says where log std^2 lies between that of the posterior, 0, and "beta", that of
-    q(x_t | x_s), 1; for each element of the data (Nichol & Dhariwal 2021, equation 15).
+    For each element of the data, `fraction` interpolates log std^2 from the variance of the
+    posterior, at 0, to "beta", the variance of q(x_t | x_s), at 1 (Nichol & Dhariwal 2021,
+    equation 15).
     """
 
     x_0: Data
@@ -61,18 +62,18 @@ class Network(Protocol):
 
 @runtime_checkable
 class Denoiser(Protocol):
-    """A network with its meaning: noisy data and time to the `Prediction` of x_0 and eps."""
+    """Any function from noisy data and time to the `Prediction` of x_0 and eps."""
 
     def __call__(self, x_t: Data, t: Time, cond: Cond = None) -> Prediction | LearnedPrediction: ...
 
 
 def known(*values: Any) -> bool:
-    """Whether all of them have a value to check: none is traced, as under `jit` or `vmap`."""
+    """Whether all values are concrete and can be checked: none is traced by `jit` or `vmap`."""
     return not any(isinstance(value, Tracer) for value in values)
 
 
 def select(chosen: Any, a: Any, b: Any) -> Any:
-    """Of each example a where `chosen`, a condition `[]` or `[batch]`, else b; pytrees of data."""
+    """Take each example from a where `chosen`, `[]` or `[batch]`, else from b; pytrees of data."""
     chosen = jnp.asarray(chosen)
     pick = lambda x, y: jnp.where(
         chosen.reshape(chosen.shape + (1,) * (x.ndim - chosen.ndim)), x, y
@@ -83,11 +84,11 @@ def select(chosen: Any, a: Any, b: Any) -> Any:
 def expand(value: Any, like: Any) -> Array:
     """Broadcast per-example numbers, `[]` or `[batch]`, against data `[batch, ...]`.
 
-    Appends axes of length one and casts to the dtype of `like`. This and `select` are
-    the only places where anything in diffjax is broadcast by rank.
+    Appends axes of length one and casts to the dtype of `like`. This and `select` are the only
+    functions in diffjax that broadcast by rank.
 
     Raises:
-      TypeError: if `like` is not floating point: integers would round every scale to 0 or 1.
+      TypeError: if `like` is not floating point, because a cast would round the scales to integers.
 
     >>> import jax.numpy as jnp
     >>> expand(jnp.ones(4), like=jnp.ones((4, 8, 8, 3))).shape

@@ -1,6 +1,8 @@
-"""The site: `make docs` builds it into build/site. Modules are imported; nothing is executed."""
+"""The site: `make docs` builds it into build/site. It imports modules, and executes no page."""
 
 import re
+
+from sphinx import addnodes
 
 import diffjax
 
@@ -15,7 +17,7 @@ suppress_warnings = ["misc.highlighting_failure"]  # a shell's line in a noteboo
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
-# Annotations of shapes are long, and the docstrings say the shapes in words.
+# Annotations of shapes are long, and the docstrings have the shapes.
 autodoc_typehints = "none"
 autodoc_preserve_defaults = True
 autodoc_default_options = {"ignore-module-all": True}  # a page has what its module defines
@@ -24,7 +26,7 @@ napoleon_use_ivar = True
 napoleon_attr_annotations = False
 python_maximum_signature_line_length = 90
 
-# In a docstring a word in backticks links to what it names, or is code if it names nothing.
+# In a docstring a name in backticks becomes a link, or code if nothing has the name.
 default_role = "py:obj"
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", ".*")]
@@ -52,14 +54,36 @@ def is_field(app, what, name, obj, skip, options):
     return True if type(obj).__name__ == "_tuplegetter" else None
 
 
+def by_last_name(app, env, node, contnode):
+    """Link a name without its module to what has this name, if that is one object."""
+    domain = env.get_domain("py")
+    if node.get("refdomain") != "py":
+        return None
+    found = domain.find_obj(env, None, None, node["reftarget"], None, 1)
+    full = [name for name, entry in found if entry.objtype not in ("attribute", "method")]
+    if len(full) != 1:
+        return None
+    where = node["refdoc"], app.builder, "obj", full[0]
+    return domain.resolve_xref(env, *where, node, contnode)
+
+
+def without_long_value(app, domain, objtype, content):
+    """Leave out the value of a table, whose docstring says what it holds."""
+    for value in list(content.parent.findall(addnodes.desc_annotation)):
+        if value.astext().startswith(" = ") and len(value.astext()) > 60:
+            value.parent.remove(value)
+
+
 def readme(app, path, parent, content):
-    """The site has the notebooks below docs/, by a link, which no path may go through."""
+    """Link the README's notebooks to their pages: the site has them below docs/, by a symlink."""
     link = r"\[([^]]*)\]\(notebooks/(\w+)\.ipynb\)"
     content[0] = re.sub(link, r'<a href="notebooks/\2.html">\1</a>', content[0])
 
 
 def setup(app):
-    """Connect them."""
+    """Connect the functions above to the events of Sphinx."""
     app.connect("include-read", readme)
     app.connect("autodoc-process-docstring", as_rst, priority=400)  # before napoleon
     app.connect("autodoc-skip-member", is_field)
+    app.connect("missing-reference", by_last_name)
+    app.connect("object-description-transform", without_long_value)

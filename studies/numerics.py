@@ -3,9 +3,10 @@ r"""Measure the arithmetic: every schedule over the whole of t in [0, 1] against
     python studies/numerics.py        # writes docs/numerics.md
 
 The references below are the textbook definitions in mpmath. They share no code with diffjax, and do
-not avoid cancellation as diffjax does, because with 50 digits they need not. A float32 time, log-SNR
-or number of the data enters its reference as the exact real number that it is. Every error is the
-largest one found. `tests/test_numerics.py` bounds the errors at about twice their recorded values.
+not avoid cancellation as diffjax does, because with 50 digits they need not. A float32 time,
+log-SNR or number of the data enters its reference as the exact real number that it is. Every error
+is the largest one found. `tests/test_numerics.py` bounds the errors at about twice their
+recorded values.
 """
 
 import datetime
@@ -23,7 +24,7 @@ import numpy as np
 import diffjax
 from diffjax import TARGETS
 from diffjax.types import expand
-from markdown import table
+from markdown_table import table
 
 ROOT = Path(__file__).parents[1]
 
@@ -136,7 +137,7 @@ SCHEDULES = {
 
 
 def rows(alpha, sigma):
-    """The factors of the data and of the noise in x_t and in each target, as the papers write them."""
+    """The factors of the data and of the noise in x_t and each target, as the papers write them."""
     zero, one = 0 * alpha, alpha**0
     std, half = sigma / alpha, mp.mpf("0.5")  # Karras et al. 2022, equation 7: of x_0 + std eps
     c_skip, c_out = half**2 / (std**2 + half**2), std * half / sqrt(std**2 + half**2)
@@ -266,10 +267,10 @@ def two_digits(x):
 PAGE = """\
 # Numerics
 
-This page has the largest errors of diffjax's arithmetic over the whole of t in [0, 1], compared with
-50 digits. The times are both ends, others at distances from 1e-12 on from them, and many between.
-Each float32 time, log-SNR and number of the data is taken as the exact real number that it is.
-`tests/test_numerics.py` bounds every number here.
+This page has the largest errors of diffjax's arithmetic over the whole of t in [0, 1], compared
+with 50 digits. The times are both ends, others at distances from 1e-12 on from them, and many
+between. Each float32 time, log-SNR and number of the data is taken as the exact real number that it
+is. `tests/test_numerics.py` bounds every number here.
 
 Written by `python studies/numerics.py` on {date}: JAX {jax}, CPU. That file has the textbook
 references, and defines exactly what is measured.
@@ -294,12 +295,12 @@ bfloat16 data:
 {bfloat16_scales}
 ## Conversions between targets
 
-Each number is the worst of all 36 conversions, from any of x_0, eps, score, v, flow and F to any, for
-log-SNRs in a range, in units of sqrt(a^2 + b^2) of the resulting target a x_0 + b eps. Far from
-log-SNR 0 some conversions are ill-conditioned, such as that from x_0 to eps where there is hardly any
-noise: the rounding errors of the inputs are amplified by exp(|log-SNR| / 2) in any implementation.
-The last column divides the error by the effect of one rounding of x_t and of the network's output on
-the exact answer.
+Each number is the worst of all 36 conversions, from any of x_0, eps, score, v, flow and F to any,
+for log-SNRs in a range, in units of sqrt(a^2 + b^2) of the resulting target a x_0 + b eps. Far from
+log-SNR 0 some conversions are ill-conditioned, such as that from x_0 to eps where there is hardly
+any noise: the rounding errors of the inputs are amplified by exp(|log-SNR| / 2) in any
+implementation. The last column divides the error by the effect of one rounding of x_t and of the
+network's output on the exact answer.
 
 float32 data:
 

@@ -1,6 +1,8 @@
-"""Draw the picture of docs/plots.md: what `diffjax.plots` has, on exact denoisers.
+"""Draw the picture of docs/plots.md, which shows what `diffjax.plots` draws.
 
-python docs/plots.py        # writes docs/images/plots.png; a minute on two cores
+    python studies/plots.py        # writes docs/images/plots.png; a minute on two cores
+
+All denoisers in it are exact.
 """
 
 import os
@@ -16,7 +18,7 @@ from PIL import Image
 import diffjax
 from diffjax import data, losses, oracles, plots, weightings
 
-PICTURE = Path(__file__).parent / "images" / "plots.png"
+PICTURE = Path(__file__).parents[1] / "docs" / "images" / "plots.png"
 SCHEDULE = diffjax.cosine(-8, 8)
 MIXTURE = oracles.gaussian_mixture(
     SCHEDULE,
@@ -28,7 +30,7 @@ KEY = jax.random.key(4)
 
 
 def walk(sampler, x_1, ts):
-    """x_t, the estimates of x_0 and the times of a walk, after each step."""
+    """x_t, the estimate of x_0 and the time, after each step of a walk."""
     observe = lambda state, t: (state.x, state.x_0, t)
     return diffjax.sample(KEY, sampler, x_1, ts, observe)[1]
 
@@ -65,20 +67,12 @@ def one_step(ax):
 def figure():
     """Nine panels."""
     picture, axes = plots.panels(3, 3)
-    schedules = {
-        "cosine": diffjax.cosine(),
-        "linear": diffjax.linear(),
-        "rectified_flow": diffjax.rectified_flow(),
-    }
-    plots.schedule_curves(schedules, axes[:3])
+    names = ("cosine", "linear", "rectified_flow")
+    plots.schedule_curves({name: diffjax.SCHEDULES[name]() for name in names}, axes[:3])
 
-    choices = {
-        "constant": weightings.constant(),
-        "elbo": weightings.elbo(),
-        "min_snr": weightings.min_snr(),
-        "edm": weightings.edm(),
-        "sigmoid": weightings.sigmoid(-1.0),
-    }
+    names = ("constant", "elbo", "min_snr", "edm")
+    choices = {name: weightings.WEIGHTINGS[name]() for name in names}
+    choices["sigmoid"] = weightings.sigmoid(-1.0)
     weights = {k: diffjax.effective_weight(diffjax.cosine(), "eps", w) for k, w in choices.items()}
     plots.weight_curves(weights, ax=axes[3])
 
@@ -90,8 +84,8 @@ def figure():
         exact = lambda x_t, log_snr, cond, target=target: diffjax.encode(
             target, *MIXTURE(x_t, t), *diffjax.scales_at(SCHEDULE, t, x_t)
         )
-        losses = diffjax.diffusion_loss(KEY, exact, SCHEDULE, target, x_0, t=t)
-        sums, counts = np.asarray(losses.by_log_snr(log_snr, losses))
+        each = diffjax.diffusion_loss(KEY, exact, SCHEDULE, target, x_0, t=t)
+        sums, counts = np.asarray(losses.by_log_snr(log_snr, each))
         means = [total / n if n else None for total, n in zip(sums, counts, strict=True)]
         rows[f"{target}, exact"] = {"loss_by_log_snr": means}
     plots.loss_by_log_snr(rows, axes[4])
@@ -113,11 +107,8 @@ def figure():
 
     errors = {}
     exact = MIXTURE.flow_map(x_1, 1.0, 0.0)
-    for name, make, evaluations in (
-        ("ddim", diffjax.ddim, 1),
-        ("heun", diffjax.heun, 2),
-        ("dpm_solver_pp_2m", diffjax.dpm_solver_pp_2m, 1),
-    ):
+    for name, evaluations in (("ddim", 1), ("heun", 2), ("dpm_solver_pp_2m", 1)):
+        make = diffjax.SAMPLERS[name].make
         counts, found = (16, 32, 64, 128), []
         for count in counts:
             ts = diffjax.log_snr_times(SCHEDULE, count // evaluations)

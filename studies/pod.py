@@ -1,8 +1,10 @@
-"""A pod on a laptop: two processes of four devices train, one is killed, and the run heals.
+"""Show that a run survives a failure: two processes train, one is killed, and the run goes on.
 
-    make pod        # or: python docs/pod.py; about two minutes on two cores
+    make pod        # or: python studies/pod.py; about two minutes on two cores
 
-It is what a preempted machine looks like from inside, with real processes that talk to each other.
+The processes have four devices each, and communicate as those of a pod do; the killed one stands
+for a preempted machine. The launcher starts the processes again, and they resume from the newest
+checkpoint.
 """
 
 import os
@@ -21,7 +23,7 @@ VICTIM = 1
 
 
 def main() -> int:
-    """Train, kill, watch."""
+    """Train, kill a process after the second checkpoint, and return the launcher's exit status."""
     shutil.rmtree(WORKDIR, ignore_errors=True)
     launcher = subprocess.Popen([*LAUNCH, *TRAIN, f"--workdir={WORKDIR}"], cwd=ROOT)
     while launcher.poll() is None and not (WORKDIR / "checkpoints" / "40" / "seal.json").exists():
@@ -32,12 +34,12 @@ def main() -> int:
     status = launcher.wait()
     if status == 0:
         subprocess.run([sys.executable, "-m", "diffjax.inspect", str(WORKDIR)], cwd=ROOT)
-        print("pod: the run healed")
+        print("pod: the run was resumed and ended normally")
     return status
 
 
 def process_of(launcher: subprocess.Popen, index: int) -> list[int]:
-    """The process id of one of the launcher's processes; empty if it has ended."""
+    """The process ids of one of the launcher's processes; none if it has ended."""
     pattern = f"distributed.process={index}"
     command = ["pgrep", "-P", str(launcher.pid), "-f", pattern]
     found = subprocess.run(command, capture_output=True, text=True)

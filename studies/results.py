@@ -1,13 +1,14 @@
-"""Train and measure what docs/results.md reports, and write it.
+"""Train and evaluate the networks of docs/results.md, and write that page.
 
-    python docs/results.py                          # all studies: 2 h 30 min on two cores
-    python docs/results.py --only digits guidance   # some of them
-    python docs/results.py --only                   # none: only the page, from docs/results.json
-    python docs/results.py --check                  # or: make reproduce; five minutes
+    python studies/results.py                          # all studies: 2 h 30 min on two cores
+    python studies/results.py --only digits guidance   # some of them
+    python studies/results.py --only                   # none: write only the page, from the record
+    python studies/results.py --check                  # or: make reproduce; five minutes
 
-A run is `train.py`, then `evaluate.py`, in runs/results. What has been made is not made again: stop
-this when you like, and start it again. `--check` trains the digits once for each target, in
-runs/reproduce, and says of each number whether it lies in the recorded band.
+A run is `train.py`, then `evaluate.py`, in runs/results. A finished run is not made again, so that
+the same command continues a study that was stopped. The numbers of all runs go to
+studies/results/record.json. `--check` trains the digits once for each target, in runs/reproduce,
+and prints for each number whether it lies in the recorded band.
 """
 
 import argparse
@@ -28,22 +29,23 @@ from PIL import Image
 
 from diffjax import plots
 from diffjax.training import metrics
+from markdown_table import table
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-RECORD = DOCS / "results.json"
+RECORD = ROOT / "studies" / "results" / "record.json"
 RUNS = Path("runs/results")
 SEEDS = (0, 1, 2)
 
 
 class Study(NamedTuple):
-    """Runs that differ in one thing: each a row of a table.
+    """Runs that differ in one thing; each variant is a row of a table.
 
     Attributes:
-      config: their config file.
-      variants: what differs: by name, options of train.py.
-      options: options of train.py that all have.
-      evaluation: options of evaluate.py that all have.
+      config: the config file of all runs.
+      variants: the options of train.py in which they differ, by name.
+      options: options of train.py that all runs have.
+      evaluation: options of evaluate.py that all runs have.
     """
 
     config: str
@@ -52,7 +54,7 @@ class Study(NamedTuple):
     evaluation: Sequence[str] = ()
 
     def commands(self, name: str, variant: str, seed: int, home: Path) -> list[list[str]]:
-        """What makes a run."""
+        """The commands that make a run."""
         workdir = f"--workdir={self.result(name, variant, seed, home).parent}"
         changes = [*self.options, *self.variants[variant], f"--config.seed={seed}"]
         return [
@@ -66,12 +68,12 @@ class Study(NamedTuple):
 
 
 class Walks(NamedTuple):
-    """Ways to draw from the runs of a variant of a study: each a row of a table.
+    """Ways to draw from the runs of a variant of a study; each way is a row of a table.
 
     Attributes:
-      study: its name.
-      variant: the variant's.
-      variants: what differs: by name, options of evaluate.py.
+      study: the name of the study.
+      variant: the name of the variant.
+      variants: the options of evaluate.py in which the ways differ, by name.
     """
 
     study: str
@@ -79,7 +81,7 @@ class Walks(NamedTuple):
     variants: dict[str, list[str]]
 
     def commands(self, name: str, variant: str, seed: int, home: Path) -> list[list[str]]:
-        """What evaluates a run."""
+        """The command that evaluates a run."""
         result = self.result(name, variant, seed, home)
         options = ["--held_out=0", *self.variants[variant], f"--result={result}"]
         return [["evaluate.py", f"--workdir={result.parent}", *options]]
@@ -101,7 +103,7 @@ DIGITS = "configs/digits.py"
 TARGETS = _one_of("config.target", "x_0", "eps", "score", "v")
 ENDS = ("log_snr_min=-8.0", "log_snr_max=7.0")
 EVALUATIONS = (6, 10, 20, 50)
-SAMPLERS = {  # each with how often a step evaluates the denoiser
+SAMPLERS = {
     "ancestral": 1,
     "ddim": 1,
     "heun": 2,
@@ -110,6 +112,8 @@ SAMPLERS = {  # each with how often a step evaluates the denoiser
     "dpm_solver_pp_3m": 1,
     "unipc": 1,
 }
+"""How often a step of each evaluates the denoiser. It is written down, because counting would start
+JAX, which then holds a GPU's memory while the runs need it."""
 STUDIES = {
     "digits": Study(DIGITS, TARGETS),
     "fashion": Study(
@@ -155,11 +159,11 @@ COLUMNS = {
     "eval_loss": "held-out loss",
     "step_ms": "ms a step",
 }
-"""The numbers of a run, and what tables call them."""
+"""The numbers of a run, and their headings in tables."""
 CHECKED = ("bound_bits_per_dim", "frechet", "precision", "recall", "accuracy", "eval_loss")
-"""Those that `--check` compares: what does not depend on the hardware."""
+"""The numbers that `--check` compares; they do not depend on the hardware."""
 QUANTILE = 5.04
-"""Student's t for 8 degrees of freedom, which it exceeds either way once in a thousand."""
+"""Student's t of 8 degrees of freedom exceeds this in absolute value once in a thousand times."""
 
 
 def made(name: str, variant: str, seed: int, home: Path) -> dict[str, Any]:
@@ -187,22 +191,22 @@ def made(name: str, variant: str, seed: int, home: Path) -> dict[str, Any]:
 
 
 def spread(values: Sequence[float]) -> str:
-    """The mean and the standard deviation, of which two digits are given."""
+    """The mean and the standard deviation, with two digits of the latter."""
     mean, deviation = statistics.mean(values), statistics.stdev(values)
     digits = max(0, 1 - math.floor(math.log10(deviation))) if deviation else 3
     return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
 
 
 def over_seeds(runs: dict[str, dict[str, Any]], key: str) -> list[float]:
-    """A number of a variant's runs."""
+    """One of the numbers, of all of a variant's runs that have it."""
     return [run[key] for run in runs.values() if key in run]
 
 
 def bands(variants: dict[str, dict[str, dict[str, Any]]], key: str) -> dict[str, tuple]:
-    """Where one more run of each variant should lie, from the runs on record.
+    """The interval in which one more run of each variant should lie, from the runs on record.
 
-    An interval of prediction for normal numbers that spread alike in each of four variants of
-    three runs: the mean, more or less t s sqrt(1 + 1/3).
+    This is the prediction interval of normal numbers whose variance is the same in each of four
+    variants of three runs: the mean, plus or minus t s sqrt(1 + 1/3).
     """
     values = {name: over_seeds(runs, key) for name, runs in variants.items()}
     pooled = math.sqrt(statistics.mean(statistics.variance(each) for each in values.values()))
@@ -212,14 +216,14 @@ def bands(variants: dict[str, dict[str, dict[str, Any]]], key: str) -> dict[str,
 
 
 def check(record: dict[str, Any]) -> bool:
-    """Train the digits with each target; print each number and its band; whether all lie within."""
+    """Train the digits with each target, print each number and its band; return whether all fit."""
     runs = {target: made("digits", target, 0, Path("runs/reproduce")) for target in TARGETS}
     within = []
     for (target, run), key in itertools.product(runs.items(), CHECKED):
         low, high = bands(record["digits"]["runs"], key)[target]
         within.append(low <= run[key] <= high)
-        said = "within" if within[-1] else "OUTSIDE"
-        print(f"{target:6}{COLUMNS[key]:14}{run[key]:8.4f}  {said} {low:.4f} to {high:.4f}")
+        where = "within" if within[-1] else "OUTSIDE"
+        print(f"{target:6}{COLUMNS[key]:14}{run[key]:8.4f}  {where} {low:.4f} to {high:.4f}")
     print(f"{sum(within)} of {len(within)} numbers lie in the recorded band")
     return all(within)
 
@@ -261,63 +265,60 @@ def curves(record: dict[str, Any]) -> Figure:
 
 
 def command(name: str) -> str:
-    """How a study's first run was made, for a shell."""
+    """The commands that made a study's first run, as a block of Markdown."""
     study = STUDIES[name]
     lines = study.commands(name, next(iter(study.variants)), SEEDS[0], RUNS)
     return "```bash\n" + "".join(f"python {' '.join(line)}\n" for line in lines) + "```\n"
 
 
-def table(
+def study_table(
     record: dict[str, Any], name: str, base: str | None = None, without: Sequence[str] = ()
 ) -> str:
-    """A study's numbers over its seeds; `base` is the row of the digits' eps, if that belongs."""
+    """A study's numbers over its seeds.
+
+    Args:
+      record: the numbers of all runs.
+      name: of the study.
+      base: the label of a first row, which is of the digits' eps; None: no such row.
+      without: columns to leave out.
+    """
     variants = dict(record[name]["runs"])
     if base is not None:
         variants = {base: record["digits"]["runs"]["eps"]} | variants
     some = next(iter(record[name]["runs"].values()))
     keys = [key for key in COLUMNS if over_seeds(some, key) and key not in without]
-    lines = [["", *(COLUMNS[key] for key in keys)]]
-    for variant, runs in variants.items():
-        lines.append([variant, *(spread(over_seeds(runs, key)) for key in keys)])
-    return markdown(lines)
+    cells = lambda runs: (spread(over_seeds(runs, key)) for key in keys)
+    rows = [[variant, *cells(runs)] for variant, runs in variants.items()]
+    return table(["", *(COLUMNS[key] for key in keys)], rows)
 
 
 def grid(record: dict[str, Any], key: str = "frechet") -> str:
-    """A number of the samplers, by evaluations."""
+    """One of the samplers' numbers, for each number of evaluations."""
     runs = record["sampler"]["runs"]
-    lines = [["", *(f"{n} evaluations" for n in EVALUATIONS)]]
-    for name in SAMPLERS:
-        cells = (spread(over_seeds(runs[f"{name}_{n}"], key)) for n in EVALUATIONS)
-        lines.append([name, *cells])
-    return markdown(lines)
-
-
-def markdown(lines: list[list[str]]) -> str:
-    """A table, of which the first line is the head."""
-    first, *rest = lines
-    lines = [first, ["---"] * len(first), *rest]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    cells = lambda name: (spread(over_seeds(runs[f"{name}_{n}"], key)) for n in EVALUATIONS)
+    rows = [[name, *cells(name)] for name in SAMPLERS]
+    return table(["", *(f"{n} evaluations" for n in EVALUATIONS)], rows)
 
 
 PAGE = """\
 # Results
 
-What a small U-Net reaches in a minute (digits) or four (Fashion-MNIST) on two cores, by target, and
-what the choices that researchers ask about first are worth there. Small networks on small data:
-they say which differences are large, not which are universal. Written by `python docs/results.py`
-from `docs/results.json`, which has every run's numbers.
+This page shows what a small U-Net reaches in a minute (digits) or four (Fashion-MNIST) on two cores
+with each target, and what other common choices change. The networks and the data are small: the
+numbers show which differences are large, not which are universal. Written by
+`python studies/results.py` from `studies/results/record.json`, which has every run's numbers.
 
-Every row is three runs, seeds {seeds}: mean ± standard deviation over them. The rows of a table
-differ in nothing else than what their first column says. Made on {dates}: {program}.
-Other work ran on the machine's other cores, so that times are rough.
+Every row is of three runs, with seeds {seeds}: the mean ± the standard deviation over them. The
+rows of a table differ only in what their first column says. The runs were made on {dates}:
+{program}. Other work ran on the machine's other cores, so that times are rough.
 
-- bits/dim: the bound, continuous time, of held-out examples.
+- bits/dim: the variational bound of held-out examples, in continuous time.
 - Frechet, kernel: distances of 1,000 samples from the training set, in its 24 principal components
-  (digits) or in the classifier's features (Fashion-MNIST); precision and recall there too
-  ([Sample and evaluate](start.md) says which is which). None of them is FID.
-- labels right: of 800 samples, by the nearest neighbour among real digits, which is right on
-  98.8 % of real ones.
-- held-out loss: the one that all of a table's runs were trained on, min-SNR-weighted.
+  (digits) or in the classifier's features (Fashion-MNIST). Precision and recall are measured in the
+  same features ([Sample and evaluate](start.md) explains all four). None of them is FID.
+- labels right: the fraction of 800 samples whose nearest neighbour among real digits has the
+  requested label; it is 98.8 % for real digits.
+- held-out loss: the min-SNR-weighted loss that all of a table's runs were trained on.
 
 ## Targets
 
@@ -331,102 +332,105 @@ Other work ran on the machine's other cores, so that times are rough.
 
 ![Training losses](images/results_loss.png)
 
-All are trained on one loss, and end within 8 % of one another in it, as equivalent losses should.
-What is left differs in where a network's error is amplified:
+All four are trained on the same loss, and end within 8 % of one another in it, as equivalent losses
+should. They differ in the noise levels at which a network's error is amplified:
 
-- An x_0 network's squared error counts exp(log-SNR) times as one of eps. The min-SNR weight
-  forgives that at little noise, the bound does not: hence x_0's bits. Its samples are the nearest
-  to the data on both sets.
-- A raw score is of size 1 / sigma, which the network must make by itself. On Fashion-MNIST its loss
-  between log-SNR 2 and 4 is still a quarter to a half above that of eps (seed 0), and noise stays
-  on its samples. `--config.unit_output=True` makes it the eps network by another name.
-- v is like x_0 at much noise and like eps at little: of the four the least bits on both sets.
+- A squared error of x_0 counts exp(log-SNR) times as much as one of eps. At little noise the
+  min-SNR weight cancels this, and the bound does not, so that x_0 has the most bits. Its samples
+  are the nearest to the data on both sets.
+- A raw score is of size 1 / sigma, which the network must produce by itself. On Fashion-MNIST its
+  loss between log-SNR 2 and 4 is still a quarter to a half above that of eps (seed 0), and noise
+  remains in its samples. With `--config.unit_output=True` it is the eps network up to a sign.
+- v is like x_0 at much noise and like eps at little. It has the fewest bits of the four on both
+  sets.
 
 ## Weighting
 
-Of the squared error of eps.
+The weight is that of the squared error of eps.
 
 {weighting}
-Weights that keep the clean end (`constant`, `edm`, `elbo`) have fewer bits; those that leave it out
-(`min_snr`, `p2`, `sigmoid`) more typical samples. `elbo`, the bound's own weight, is spent on the
-last noise: after 700 steps even the bound is not the best.
+Weights that keep little noise (`constant`, `edm`, `elbo`) give fewer bits; those that leave it out
+(`min_snr`, `p2`, `sigmoid`) give more typical samples. `elbo`, the weight of the bound itself, lies
+mostly on the least noise: after 700 steps even its bound is not the best.
 
 ## Schedule
 
-Of the same ends, log-SNR 7 and -8, but `linear`, which ends at -10. `log_uniform` is
-variance-exploding, with its input scaled to variance one; the others preserve variance, but
-`rectified_flow`.
+All schedules run from log-SNR 7 to -8, except `linear`, which ends at -10. `log_uniform` is
+variance-exploding, with the network's input scaled to variance one; the others are
+variance-preserving, except `rectified_flow`.
 
 {schedule}
-The samples are 20 steps of DDIM, uniform in t, so that a schedule here is also a grid to draw on.
+Samples are drawn by 20 steps of DDIM, uniform in t, so that the schedule also determines the grid
+of noise levels.
 
 ## Moving average
 
-Its decay; 0 is none.
+The first column is the decay of the average; 0 is no average.
 
 {ema}
-Without it the samples are four times as far away, while the bound loses a twentieth. The decay
-warms up as (1 + n) / (10 + n), which is 0.987 after 700 steps: 0.995 and all above are the same run
-here.
+Without the average the samples are four times as far from the data, while the bound is only a
+twentieth worse. The decay warms up as (1 + n) / (10 + n), which is 0.987 after 700 steps, so that
+every decay from 0.987 on gives the same run here.
 
 ## Guidance
 
-The runs of target eps, drawn with other weights: 0 is without labels, 1 just conditional.
+The samples are drawn from the runs of target eps, with other weights of classifier-free guidance. A
+weight of 0 ignores the label, and 1 is the conditional model without guidance.
 
 {guidance}
-Beyond 1 the samples are more typical and less varied: precision rises to a weight of 2, recall
-falls all the way. The Frechet distance is least where nothing is amplified.
+With weights above 1 the samples are more typical and less varied: precision rises up to a weight of
+2, and recall falls throughout. The Frechet distance is lowest at a weight of 1.
 
 ## Sampler and evaluations
 
-The Frechet distance of the runs of target eps, without guidance, each sampler on the grid of times
-that it wants. Seconds are in [performance](performance.md), errors on exact denoisers in
-[samplers](samplers.md).
+The number is the Frechet distance of samples from the runs of target eps, without guidance, each
+sampler on the grid of times that suits it best. The samplers' times are in
+[performance](performance.md), and their errors on exact denoisers in [samplers](samplers.md).
 
 {sampler}
-UniPC and DPM-Solver++ 2M at 6 evaluations are nearer to the data than DDIM at 50. What is
-deterministic ends at one distance, that of the network's own flow, 0.144 to 0.149; what draws noise
-ends elsewhere, here farther away (on Fashion-MNIST [nearer](performance.md)).
+UniPC and DPM-Solver++ 2M with 6 evaluations are nearer to the data than DDIM with 50. The
+deterministic samplers converge to one distance, 0.144 to 0.149, that of the network's probability
+flow. The stochastic ones converge to another, which is larger here, and [smaller on
+Fashion-MNIST](performance.md).
 
-## Does it come out for you?
+## Reproduce these results
 
 ```bash
 make reproduce
 ```
 
-trains the digits once with each target, in about five minutes on two cores, and says whether each
-number ({checked})
-lies where one more run's should: in an interval of prediction from the runs above, which a number
-leaves once in a thousand.
+trains the digits once with each target, in about five minutes on two cores, and prints whether each
+number ({checked}) lies in the prediction interval of the runs above, which a correct run misses
+once in a thousand numbers.
 """
 
 
 def page(record: dict[str, Any]) -> str:
-    """docs/results.md."""
+    """The text of docs/results.md."""
     runs = [run for target in record["digits"]["runs"].values() for run in target.values()]
     made_by = [run["program"] for run in runs]
     programs = {f"{p['device']}, {p['devices']} cores, jax {p['jax']}" for p in made_by}
-    not_shared = ("eval_loss", "step_ms")  # another loss, or the same work
+    not_shared = ("eval_loss", "step_ms")  # which cannot be compared, or do not differ
     ablations = {"weighting": "min_snr", "schedule": "cosine", "ema": "0.995", "guidance": "1.2"}
     return PAGE.format(
         seeds=", ".join(map(str, SEEDS)),
         dates=" and ".join(sorted({part["date"] for part in record.values()})),
         program="; ".join(sorted(programs)),
         digits_command=command("digits"),
-        digits=table(record, "digits"),
+        digits=study_table(record, "digits"),
         fashion_command=command("fashion"),
-        fashion=table(record, "fashion"),
-        **{name: table(record, name, base, not_shared) for name, base in ablations.items()},
+        fashion=study_table(record, "fashion"),
+        **{name: study_table(record, name, base, not_shared) for name, base in ablations.items()},
         sampler=grid(record),
         checked=", ".join(COLUMNS[key] for key in CHECKED),
     )
 
 
 def main() -> None:
-    """Make studies, or check; write the page."""
+    """Make the studies and write the page, or check."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="*", choices=STUDIES, default=list(STUDIES))
-    parser.add_argument("--check", action="store_true", help="train the digits, compare, no page")
+    parser.add_argument("--check", action="store_true", help="train the digits and compare")
     args = parser.parse_args()
     os.chdir(ROOT)
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}

@@ -30,7 +30,7 @@ from diffjax.experiment import command_line, resolve, run_directory
 from diffjax.experiment.functions import initial_state
 from diffjax.models import UNet, UNetConfig, apply
 from diffjax.training import checkpoints as checkpoints_lib, distributed, runners
-from markdown import table
+from markdown_table import table
 
 ROOT = Path(__file__).parents[1]
 BATCH = 128
@@ -169,7 +169,8 @@ def start_rows():
                 "JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled",
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             }
-            steps = ["--config.steps=1", "--config.sampling.eval_samples=0", "--config.sampling.steps=1"]
+            steps = ["--config.steps=1", "--config.sampling.steps=1"]
+            steps += ["--config.sampling.eval_samples=0"]
             done = subprocess.run(
                 [sys.executable, *command, *steps],
                 check=True,
@@ -275,13 +276,13 @@ Written by `PYTHONPATH=. python studies/scaling.py` on {date}: JAX {jax}, CPU, {
 
 ## Layouts, on virtual devices
 
-The work is one training step of the digits' network (0.29 million parameters, batch {batch} in all).
-Times are medians of three interleaved rounds of 15 steps, relative to one device in one process.
-All devices share the same {cores} cores, so the table shows what a layout costs, not what it gains:
-more than {cores} devices cannot be faster, and two processes exchange data through sockets. "Call" is
-how long the host is busy with one call; on a CPU that includes part of the computation. "Bytes
-communicated" are what the collectives of the compiled program return. "State" is what one device
-holds of parameters, average and optimiser.
+The work is one training step of the digits' network (0.29 million parameters, batch {batch} in
+all). Times are medians of three interleaved rounds of 15 steps, relative to one device in one
+process. All devices share the same {cores} cores, so the table shows what a layout costs, not what
+it gains: more than {cores} devices cannot be faster, and two processes exchange data through
+sockets. "Call" is how long the host is busy with one call; on a CPU that includes part of the
+computation. "Bytes communicated" are what the collectives of the compiled program return. "State"
+is what one device holds of parameters, average and optimiser.
 
 {steps}
 `pmap` and `sharded` compile to the same all-reduce of gradients. With FSDP on eight devices each
@@ -291,33 +292,36 @@ cost of gathers.
 ## Checkpoints against the size of the state
 
 All times are in seconds, for one process and a local disk. "Hand over" is how long training waits.
-Writing goes on in the background, and includes a SHA-256 of every file. A restart waits for "verify"
-and "read".
+Writing goes on in the background, and includes a SHA-256 of every file. A restart waits for
+"verify" and "read".
 
 {saving}
 ## Start-up
 
-The time from the start of `train.py --config=configs/digits.py` to the end of its first step depends
-on whether JAX's persistent compilation cache (`JAX_COMPILATION_CACHE_DIR`) already holds its programs.
+The time from the start of `train.py --config=configs/digits.py` to the end of its first step
+depends on whether JAX's persistent compilation cache (`JAX_COMPILATION_CACHE_DIR`) already holds
+its programs.
 
 {start}
 ## What a pod would do: arithmetic, not measurement
 
-Nothing here was run. The number of operations for one image, forward and backward, is XLA's count of
-the lowered program. The assumptions are {efficiency:.0%} of the peak in bfloat16 (unmeasured), and gradients
-in float32 that are summed by rings and not overlapped with computation. The hardware figures are the
-makers': 197 TFLOP/s, 16 GB and 1,600 Gbit/s to its neighbours for a v5e chip; 989 TFLOP/s, 80 GB,
-450 GB/s each way to seven others by NVLink and 400 Gbit/s to other nodes for an H100. Gradients are
-summed within each node first, so that every chip sends an eighth of them over its own link. The
-state is 16 bytes per parameter: the parameter, its average, and Adam's two moments.
+Nothing here was run. The number of operations for one image, forward and backward, is XLA's count
+of the lowered program. The assumptions are {efficiency:.0%} of the peak in bfloat16 (unmeasured),
+and gradients in float32 that are summed by rings and not overlapped with computation. The hardware
+figures are the makers': 197 TFLOP/s, 16 GB and 1,600 Gbit/s to its neighbours for a v5e chip; 989
+TFLOP/s, 80 GB, 450 GB/s each way to seven others by NVLink and 400 Gbit/s to other nodes for an
+H100. Gradients are summed within each node first, so that every chip sends an eighth of them over
+its own link. The state is 16 bytes per parameter: the parameter, its average, and Adam's two
+moments.
 
 {pods}
 "Even batch" is the number of images per chip at which computing takes as long as summing. Below it
-communication dominates; above it overlap can hide communication. "Images/s" assumes 8 images per chip
-and full overlap. It follows that:
+communication dominates; above it overlap can hide communication. "Images/s" assumes 8 images per
+chip and full overlap. It follows that:
 
 - Either network fits on a chip with its whole state. Data parallelism is enough, and `fsdp` is for
-  larger networks: on 64 H100s FSDP moves half as much data again, and needs a larger batch to hide it.
+  larger networks: on 64 H100s FSDP moves half as much data again, and needs a larger batch to hide
+  it.
 - DDPM's batch of 128 is less than one image per chip on 256 chips. A pod helps only with a larger
   batch (and its learning rate), or for several runs side by side.
 - ADM's published batch of 2,048 is 8 images per chip on a v5e-256 and 32 on 64 H100s.

@@ -129,7 +129,7 @@ def main():
     """Measure the workloads of a device, and write each as soon as it is done."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--peers", default="../.venv-peers/bin/python", help="PyTorch's interpreter")
+    parser.add_argument("--peers", default="../.venv-peers/bin/python", help="Python with PyTorch")
     parser.add_argument("--cores", type=int, default=2, help="CPU cores to use")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", help="workloads; by default all of the device's")

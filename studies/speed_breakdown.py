@@ -35,7 +35,7 @@ KINDS = (
     ("copies, transposes", r"^(copy|transpose|concatenate|slice|pad)"),
     ("normalisation, activations, softmax, sums", r"UNet"),
 )
-"""Kinds of work, and a pattern of an operation's description; the first pattern that matches counts.
+"""Kinds of work, each with a pattern of an operation's description; the first that matches counts.
 
 The gradient of a kernel is a convolution whose window is the image."""
 OTHER = "optimiser, average, noise, the rest"
@@ -44,7 +44,7 @@ INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = \w+\[([\d,]*)\]\S* ([\w\-
 
 
 def described(hlo: str) -> dict[str, tuple[str, float]]:
-    """A description of each instruction of a compiled program, and the operations of its convolutions.
+    """A description of each instruction of a program, and the operations of its convolutions.
 
     A fusion is described by what it contains: its convolution, its product, or a line of the model.
     """

@@ -29,7 +29,7 @@ import numpy as np
 
 import diffjax
 import train
-from diffjax import data, training
+from diffjax import data, keys, training
 from diffjax.experiment import Config, Data, Experiment, Optimizer, resolve
 from diffjax.experiment.functions import initial_state
 from diffjax.models import UNetConfig
@@ -97,7 +97,7 @@ def prepare(name: str, variant: str) -> Work:
     }
 
     def draw(params, batch):
-        key = diffjax.keys.fold_in(e.keys().samples, batch["index"])
+        key = keys.fold_in(e.keys().samples, batch["index"])
         cond = {"label": batch["label"]} if workload.labels else None
         denoise = e.clip(e.denoiser(functools.partial(e.apply, params)))
         walk = diffjax.ddim(functools.partial(denoise, cond=cond), e.schedule)
@@ -203,7 +203,7 @@ def fastest(f: Callable, *args: jax.Array) -> float:
 
 
 def dump(folder, network, params, shape, workload):
-    """Write perturbed parameters, of which every one matters, and the network's outputs with them."""
+    """Write parameters, perturbed so that each matters, and the network's outputs with them."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     rng = np.random.default_rng(1)
     perturbed = {

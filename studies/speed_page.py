@@ -1,19 +1,22 @@
-"""docs/performance.md from the files in benchmarks/results: `python benchmarks/page.py`."""
+"""Write docs/performance.md from the records of the speed studies.
+
+    python studies/speed_page.py
+
+Nothing is measured here. The records are cpu.json, gpu.json, breakdown.json, sampling.json and
+curves.json in studies/results.
+"""
 
 import json
 import statistics
 from pathlib import Path
 
+from markdown_table import table
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PAGE = HERE.parent / "docs" / "performance.md"
 AGAINST = "torch channels_last"
-"""What the others are compared with: PyTorch in float32 at its best layout."""
-
-
-def table(head, lines):
-    lines = [head, ["---"] * len(head), *lines]
-    return "".join("| " + " | ".join(str(x) for x in line) + " |\n" for line in lines)
+"""The row that the others are compared with: PyTorch in float32, with its fastest layout."""
 
 
 def ratio(row, other, what):
@@ -24,6 +27,7 @@ def ratio(row, other, what):
 
 
 def speed_rows(found):
+    """Rows of images per second, seconds to sample, and memory."""
     for name, part in found["workloads"].items():
         n = part["workload"]["batch"]
         other = part["rows"][AGAINST]
@@ -42,6 +46,7 @@ def speed_rows(found):
 
 
 def start_rows(found):
+    """Rows of the time from the start of a process to its first step and its first images."""
     for name, part in found["workloads"].items():
         for label, row in part["rows"].items():
             kinds = {"": row}
@@ -53,6 +58,7 @@ def start_rows(found):
 
 
 def load_rows(found):
+    """Rows of how many images per second are loaded."""
     for name, part in found["workloads"].items():
         rows = {k: row["load"] for k, row in part["rows"].items() if "load" in row}
         for label, seconds in rows.items():
@@ -60,7 +66,7 @@ def load_rows(found):
 
 
 def rate_rows(found):
-    """What our training steps reach of what the hardware can do."""
+    """Rows of the speed of our training steps, relative to what the hardware can do."""
     for name, part in found["workloads"].items():
         n = part["workload"]["batch"]
         for label, row in part["rows"].items():
@@ -81,14 +87,14 @@ def rate_rows(found):
 
 
 def checks(found):
-    """What the outputs of both sides differ by."""
+    """Rows of the difference between the outputs of both sides."""
     for name, part in found["workloads"].items():
         row = part["rows"][AGAINST]
         yield [name, f"{row['parameters']:,}", f"{row['difference']:.1e}"]
 
 
 def compared(device):
-    """The section on one kind of device, or that it was not measured."""
+    """The section on one kind of device, which may say that it was not measured."""
     path = RESULTS / f"{device}.json"
     if not path.exists():
         return f"## On a {device.upper()}: not measured\n\n" + NOT_MEASURED
@@ -126,6 +132,7 @@ def compared(device):
 
 
 def broken_down():
+    """The section on where the time goes."""
     path = RESULTS / "breakdown.json"
     if not path.exists():
         return ""
@@ -146,7 +153,7 @@ def broken_down():
             speed = part["gflop_per_s"].get(kind)
             cells.append(f"{part['kinds'].get(kind, 0):.1f}" + (f" ({speed:.0f})" if speed else ""))
         lines.append([kind, *cells])
-    lines.append(["the whole, by the clock", *(f"{part['wall']:.1f}" for _, part in columns)])
+    lines.append(["whole step, wall time", *(f"{part['wall']:.1f}" for _, part in columns)])
     walks = [part for name, part in columns if name.endswith("sample")]
     shares = [part["kinds"]["convolution"] / part["wall"] for part in walks]
     return BREAKDOWN.format(
@@ -160,6 +167,7 @@ def broken_down():
 
 
 def sampled():
+    """The section on samplers."""
     path = RESULTS / "sampling.json"
     if not path.exists():
         return ""
@@ -187,6 +195,7 @@ def sampled():
 
 
 def grown():
+    """The section on how the cost grows with the work."""
     path = RESULTS / "curves.json"
     if not path.exists():
         return ""
@@ -215,110 +224,115 @@ def grown():
 
 
 NOT_MEASURED = """\
-No GPU was at hand. `make bench-gpu` is there for a machine that has one: DDPM's network for
+No GPU was available. `make bench-gpu` measures on a machine that has one: DDPM's network for
 CIFAR-10 at batches of 128, 512 and 1024 and ADM's for ImageNet 64, in float32 and bfloat16, beside
 PyTorch's channels_last in float32, with bfloat16 autocast, and compiled. The scripts were run on a
-CPU only. Of ADM's network a narrower one was handed over to PyTorch (3,074,435 parameters, outputs
-within 2.8e-6). What XLA would be given to compile for a GPU is read by `tests/test_gpu_program.py`:
-every convolution in bfloat16 on images as they lie, no image transposed, statistics in float32,
-attention and its gradient by cuDNN's kernel, the state given away, nothing that calls the host.
+CPU only. A narrower version of ADM's network was converted to PyTorch there (3,074,435 parameters,
+outputs within 2.8e-6). `tests/test_gpu_program.py` checks the program that XLA would compile for a
+GPU: every convolution is in bfloat16 and takes images in the layout they have, no image is
+transposed, statistics are in float32, attention and its gradient use cuDNN's kernel, the state is
+donated, and nothing calls the host.
 
 """
 
 SPEED = """\
-`benchmarks/run.py`, which `make bench{suffix}` calls, {date}: {processor}, {cores} cores,
-Python {python}, {versions}. Medians of {rounds} interleaved rounds; a ratio is
-PyTorch's seconds over the row's, paired by round, with its smallest and largest: above 1 is faster
-than PyTorch in float32, channels_last. Cores that were busy meanwhile, by workload, other work on
-the machine included: {busy}.
+Measured by `studies/speed.py`, which `make bench{suffix}` calls, on {date}: {processor}, {cores}
+cores, Python {python}, {versions}. The numbers are medians of {rounds} interleaved rounds. A ratio
+is the time of PyTorch in float32, channels_last, divided by that of the row in the same round, with
+the smallest and the largest in brackets; above 1 the row is faster. The numbers of cores that were
+busy at the same time, for each workload, including other work on the machine: {busy}.
 
 {speed}
-A step is loss, gradient, clipping, Adam and moving average (PyTorch: fused Adam, `_foreach` for the
-rest); 64 images are 50 steps of DDIM. Memory is the most that the process held, for our digits with
-the runs of `train.py` below. The same architecture on both sides, but for lucidrains', which has
-its own. With our parameters, PyTorch's outputs differ from ours by, relative to the
-largest:
+A step is the loss, its gradient, clipping, Adam and the moving average (in PyTorch: fused Adam, and
+`_foreach` for the rest). The 64 images are drawn by 50 steps of DDIM. Memory is the peak of the
+process, which for our digits includes the runs of `train.py` below. Both sides have the same
+architecture, except lucidrains', which has its own. With our parameters, PyTorch's outputs differ
+from ours, relative to the largest output, by:
 
 {checks}
-What a training step reaches of what the same cores or device do at a product of two large matrices
-and at a copy. Operations are XLA's count of the program before it optimises it, so that fewer are
-done where it finds a way; bytes are its count of what the fused operations read and write, caches
-left out of account, so that more than a copy's may be reached:
+The next table compares the speed of a training step with that of a product of two large matrices,
+and of a copy, on the same cores or device. Operations are XLA's count of the program before it
+optimises it, which may leave fewer to do. Bytes are XLA's count of what the fused operations read
+and write; it ignores caches, so that a step may be faster than a copy:
 
 {rates}
-Seconds from the start of the process to the end of the first step, imports included, and from there
-to the first 64 images; "again" is with the compilation cache that the first start has filled:
+The times to start are from the start of the process to the end of the first step, imports included,
+and from there to the first 64 images. "Again" is with the compilation cache that the first start
+has filled:
 
 {start}
-Batches of 20,000 uint8 images, shuffled, flipped at random and scaled, on one thread:
+Loading is of batches from 20,000 uint8 images, shuffled, flipped at random and scaled, on one
+thread:
 
 {load}
 """
 
 LOOP = """\
-`train.py` in whole, logging every 50 steps and saving every 150, makes {median:.3f} of the bare
-step's images per second (median of {n} paired rounds, quartiles {low:.3f} and {high:.3f}, on the
-digits).
+All of `train.py`, logging every 50 steps and saving every 150, processes {median:.3f} times as many
+images per second as the step alone (median of {n} paired rounds, quartiles {low:.3f} and
+{high:.3f}, on the digits).
 
 """
 
 BREAKDOWN = """\
 ## Where the milliseconds go
 
-`PYTHONPATH=. python benchmarks/breakdown.py`, {date}, {cores} CPU cores: milliseconds of a training
-step and of one step of a walk, by XLA's own trace, a mean over the devices, which are the cores;
-in brackets GFLOP/s of the convolutions on all cores. A product of two 2048x2048 matrices reaches
-{product} GFLOP/s on the same cores.
+Measured by `PYTHONPATH=. python studies/speed_breakdown.py` on {date}, {cores} CPU cores. The table
+has the milliseconds of a training step and of a sampling step, by XLA's own trace, averaged over
+the devices, which are the cores; and in brackets the GFLOP/s of the convolutions on all cores. A
+product of two 2048x2048 matrices reaches {product} GFLOP/s on the same cores.
 
 {rows}
-So the convolutions run near what the cores can do in float32, and are {low} to {high} of a walk:
-with all else for nothing, a walk of the two larger networks could be 1.4 times as fast and no more.
-That is why sampling is no further ahead of PyTorch, and why PyTorch's bfloat16, for which these
-cores have instructions of twice the speed, overtakes it: XLA's convolutions make no use of them (a
-product of matrices does, at about twice the speed; a convolution takes as long as in float32).
-Group normalisation by sums over pixels before those over channels makes a walk 1.05 to 1.12 times
-faster and a training step 0.87 to 1.04 times as fast (interleaved, three networks), so Linen's is
-kept.
+The convolutions run close to the peak of the cores in float32, and take {low} to {high} of the time
+of sampling. If everything else took no time, sampling with the two larger networks would be 1.4
+times as fast. This is why sampling is no further ahead of PyTorch. It also explains why PyTorch's
+bfloat16 is faster: these cores have bfloat16 instructions of twice the speed, which XLA uses for
+products of matrices, at about twice the speed, and not for convolutions, which take as long as in
+float32. Group normalisation that sums over pixels before channels samples 1.05 to 1.12 times as
+fast and trains 0.87 to 1.04 times as fast (interleaved, three networks), so that Linen's is kept.
 
 """
 
 SAMPLING = """\
 ## Samplers: seconds and quality
 
-`PYTHONPATH=. python benchmarks/sampling.py --workdir=...`, {date}, {cores} CPU cores: {n} images of
-each kind by a model of {data} ({steps} training steps, guidance {guidance}: each evaluation is one
-call of the network with twice the batch). The Frechet distance is that of the images to one half of
-the real ones in 24 principal components (as many of the other half: {real}); a label is right if
-the nearest real image of that half has it ({right} of the real ones). One seed.
+Measured by `python studies/speed_sampling.py --workdir=...` on {date}, {cores} CPU cores: {n}
+images for each row, drawn by a model of {data} ({steps} training steps, guidance {guidance}; with
+guidance each evaluation is one call of the network with twice the batch), with one seed. The
+distance is the Frechet distance of the images from one half of the real ones, in 24 principal
+components; that of as many images of the other half is {real}. A label is right if the nearest real
+image of the other half has it, as it is for {right} of the real ones.
 
 {rows}
-Samplers that draw noise end nearer to the data here, DPM-Solver++ 2M SDE soonest: ten evaluations
-are enough. The others converge to the flow's own end, 11.7 from the data for this network, and the
-multistep ones are there after ten evaluations too; `heun` on uniform times needs fifty.
+Here the stochastic samplers end nearer to the data, and DPM-Solver++ 2M SDE needs the fewest
+evaluations, ten. The others converge to the end of the probability flow, which is 11.7 from the
+data for this network. The multistep samplers are close to it after ten evaluations; `heun` on
+uniform times needs fifty.
 
 """
 
 CURVES = """\
 ## As the work grows
 
-`PYTHONPATH=. python benchmarks/curves.py`, {date}, {cores} CPU cores, one thing varied at a time
-from {base}, without rematerialisation: a U-Net of two levels, attention at 8x8. A step is the
-fastest of five, on a machine that did other work as well. "Temporary" is what the compiled step
-needs on one device beside its state. With devices: [scaling](scaling.md).
+Measured by `PYTHONPATH=. python studies/speed_curves.py` on {date}, {cores} CPU cores. One
+parameter at a time is varied from {base}, without rematerialisation, of a U-Net of two levels with
+attention at 8x8. A step is the fastest of five, on a machine that did other work too. "Temporary"
+is the memory that the compiled step needs on one device beside its state. [Scaling](scaling.md) has
+the cost against the number of devices.
 
 {rows}
-Time and memory follow the operations: none grows faster than they do, but for a batch of 256, where
-a fifth of the speed is lost. Small batches, images and widths leave the cores idle. Compiling grows
-with the number of blocks, from 15 s to 36 s for eight times as many, so that there is no scan over
-equal blocks. Rematerialisation (of blocks, four to a level) costs 1.3
-times the time and saves nothing on this CPU; on GPUs and TPUs it was not tried.
+Time and memory grow no faster than the number of operations, except at a batch of 256, where a
+fifth of the speed is lost. Small batches, images and widths leave the cores idle. The time to
+compile grows with the number of blocks, but only from 15 s to 36 s for eight times as many, so that
+the network does not scan over equal blocks. Rematerialisation (of blocks, four to a level) takes
+1.3 times as long and saves no memory on this CPU. It was not tried on GPUs and TPUs.
 """
 
 
 def text():
-    """The page."""
+    """The text of the page."""
     parts = [compared("cpu"), broken_down(), compared("gpu"), sampled(), grown()]
-    whole = "# Performance\n\nWritten by `python benchmarks/page.py`.\n\n" + "".join(parts)
+    whole = "# Performance\n\nWritten by `python studies/speed_page.py`.\n\n" + "".join(parts)
     return whole.rstrip() + "\n"
 
 

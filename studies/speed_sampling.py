@@ -37,7 +37,7 @@ EVALUATIONS = (6, 10, 20, 50)
 
 
 def main() -> None:
-    """Draw with each sampler, on the grid that suits it best, and write what it costs and yields."""
+    """Draw with each sampler, on the grid that suits it best, and write its cost and quality."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=Path, default=Path("runs/fashion"))
     parser.add_argument("--n", type=int, default=1000, help="images of each kind")

@@ -201,5 +201,5 @@ def test_arrays_that_break_the_rules_are_refused(tmp_path, arrays, message):
 def test_unknown_sets_and_needless_paths_are_refused(tmp_path):
     with pytest.raises(ValueError, match="unknown data set 'cifar100': one of digits"):
         data.load("cifar100")
-    with pytest.raises(ValueError, match="built in, it takes no path"):
+    with pytest.raises(ValueError, match="the data set digits takes no path"):
         data.load("digits", tmp_path)

@@ -60,34 +60,38 @@ def test_the_kernel_distance_of_a_set_in_any_order_is_about_zero():
         distances.kernel_distance(a[:19], b)
 
 
+def precision_and_recall(samples, real, k=3):
+    return distances.precision(samples, real, k), distances.recall(samples, real, k)
+
+
 def test_precision_and_recall_see_what_is_missing_and_what_is_made_up():
     """Two modes far apart; a ball never reaches from one to the other."""
     left, right = normal(0, 300, -100, d=2), normal(1, 300, 100, d=2)
     both = np.concatenate([left, right])
-    assert distances.precision_recall(both, both) == (1, 1)
-    assert distances.precision_recall(left, right) == (0, 0)
+    assert precision_and_recall(both, both) == (1, 1)
+    assert precision_and_recall(left, right) == (0, 0)
     # One mode of two is dropped: all that is made is real, half of what is real is made.
     dropped = np.concatenate([normal(2, 300, -100, d=2), normal(3, 300, -100, d=2)])
-    precision, recall = distances.precision_recall(dropped, both)
+    precision, recall = precision_and_recall(dropped, both)
     assert precision > 0.9 and 0.4 < recall < 0.5
     # One mode is made up: the other way round.
-    precision, recall = distances.precision_recall(both, dropped)
+    precision, recall = precision_and_recall(both, dropped)
     assert 0.4 < precision < 0.5 and recall > 0.9
     with pytest.raises(ValueError, match="need more than k=3 of each"):
-        distances.precision_recall(left[:3], right)
+        precision_and_recall(left[:3], right)
 
 
 def test_precision_and_recall_by_hand():
     """On a line, with k=1: each ball reaches to the nearest other example."""
     real, samples = np.array([[0.0], [1.0], [5.0]]), np.array([[1.9], [0.5], [20.0]])
     # Real balls: [-1, 1], [0, 2], [1, 9]. Balls of samples: [0.5, 3.3], [-0.9, 1.9], [1.9, 38.1].
-    precision, recall = distances.precision_recall(samples, real, k=1)
+    precision, recall = precision_and_recall(samples, real, k=1)
     assert (precision, recall) == (pytest.approx(2 / 3), 1)
 
 
 def test_many_rows_are_taken_in_parts():
     a, b = normal(0, 2500, d=2), normal(1, 2500, d=2)
-    found = distances.precision_recall(a, b)
+    found = precision_and_recall(a, b)
     assert min(found) > 0.95 and max(found) <= 1
 
 
@@ -204,5 +208,5 @@ def test_what_is_not_comparable_is_refused_by_name(tmp_path):
     with pytest.raises(FileNotFoundError, match="python evaluate.py --workdir="):
         comparison.read([tmp_path])
     (tmp_path / comparison.RESULT).write_text("{")
-    with pytest.raises(ValueError, match="is not a file of evaluate.py's"):
+    with pytest.raises(ValueError, match="is not a file of evaluate.py"):
         comparison.read([tmp_path])

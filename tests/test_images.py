@@ -132,7 +132,7 @@ def test_a_file_that_is_gone_when_its_turn_comes_is_named(tmp_path):
         ("folder", {"unreadable": "ignore"}, "'ignore': one of refuse, skip"),
         ("folder", {}, "0 images"),
         ("digits", {"size": 4}, "data.size=4: the data set digits has a size of its own"),
-        ("digits", {"channels": 3}, "for the data set folder only"),
+        ("digits", {"channels": 3}, "the data set digits takes no channels"),
         ("two_moons", {"size": 1}, "two_moons has a size of its own"),
     ],
 )

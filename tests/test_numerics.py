@@ -32,7 +32,7 @@ BOUNDS = {
 
 @pytest.fixture(scope="module")
 def numerics():
-    spec = importlib.util.spec_from_file_location("numerics", ROOT / "docs" / "numerics.py")
+    spec = importlib.util.spec_from_file_location("numerics", ROOT / "studies" / "numerics.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

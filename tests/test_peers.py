@@ -19,8 +19,7 @@ import pytest
 import diffjax
 from diffjax import checkpoint, published
 from diffjax.experiment import resolve
-from diffjax.published import weights
-from diffjax.published import openai
+from diffjax.published import openai, weights
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -65,8 +64,8 @@ def said(loaded, x, i, cond):
     """What our network says of x at step i of the grid 0..T-1 of its training."""
     params, config = loaded
     t = (i + 1) / np.float32(config.time_steps)
-    log_snr = resolve.make_schedule(config).log_snr(t)
-    return jax.jit(resolve.make_network(config))(params, x, log_snr, cond)
+    e = resolve(config)
+    return jax.jit(e.apply)(params, x, e.schedule.log_snr(t), cond)
 
 
 DDPM = dict(
@@ -268,10 +267,10 @@ def test_edm(name, tmp_path, monkeypatch):
     size = options["img_resolution"]
     x, label = inputs((size, size, 3))
     t = np.array([0.02, 0.5, 0.98], np.float32)
-    alpha, sigma = (np.asarray(scale) for scale in resolve.make_schedule(config)(t))
+    e = resolve(config)
+    alpha, sigma = (np.asarray(scale) for scale in e.schedule(t))
     x = x * np.hypot(0.5, sigma / alpha)[:, None, None, None]  # theirs have alpha = 1
-    network = functools.partial(resolve.make_network(config), params)
-    denoise = resolve.make_denoiser(config, network, clip=False)
+    denoise = e.denoiser(functools.partial(e.apply, params))
     x_0 = jax.jit(denoise)(x * alpha[:, None, None, None], t, {"label": label}).x_0
     given = {"class_labels": torch.eye(options["label_dim"])[label]} if config.model.labels else {}
     peers = net(theirs(x), torch.from_numpy(sigma / alpha), **given)
@@ -383,8 +382,9 @@ def test_ddpms_network_for_cifar_10_walks_as_its_own_pipeline(tmp_path):
     params, config = published.load(tmp_path)
     weights.save(tmp_path / "ours.safetensors", params, config)
     network, params, config = checkpoint.load(tmp_path / "ours.safetensors")
-    denoise = resolve.make_denoiser(config, functools.partial(network, params))
-    walk = diffjax.ddim(denoise, resolve.make_schedule(config))
+    e = resolve(config)
+    denoise = e.clip(e.denoiser(functools.partial(network, params)))
+    walk = diffjax.ddim(denoise, e.schedule)
     x_1 = jnp.asarray(np.moveaxis(noise.numpy(), 1, -1))
     x_0, _ = jax.jit(diffjax.sample, static_argnums=1)(
         jax.random.key(0), walk, x_1, diffjax.uniform_times(5)

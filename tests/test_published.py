@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 
 from diffjax import published
-from diffjax.experiment import config as config_lib, resolve, rules
-from diffjax.published import weights
 from diffjax.denoisers import time_input
-from diffjax.published import torchfile
+from diffjax.experiment import config as config_lib, resolve, rules
+from diffjax.published import torchfile, weights
 
 
 class Storage:
@@ -254,7 +253,7 @@ C_NOISE = {
 @pytest.mark.parametrize("outer", C_NOISE)
 def test_edms_networks_see_c_noise(outer):
     config = published.edm.make_config(None, shapes_of_edm(), outer, "SongUNet")
-    schedule = resolve.make_schedule(config)
+    schedule = resolve(config).schedule
     log_snr = schedule.log_snr(np.array([0.1, 0.5, 0.9, 1.0], np.float32))
     sees = lambda x_t, level, cond: config.model.log_snr_scale * level + config.model.log_snr_shift
     sees = time_input(sees, schedule, config.time_steps) if config.time_input else sees

@@ -1,5 +1,6 @@
 """sample.py and evaluate.py as their users run them, on a run of two devices."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -15,20 +16,43 @@ import evaluate
 import sample
 from diffjax import checkpoint, samplers
 from diffjax.evaluation import comparison, sampling
-from diffjax.experiment import config as config_lib, resolve
+from diffjax.evaluation.sampling import Drawing
+from diffjax.experiment import Config, Walk, command_line, resolve
 from diffjax.training import runners
-from diffjax.drawing import Drawing
 
-FEW = Drawing(n=20, steps=3)
+CONFIG = command_line.from_file("configs/digits.py:smoke")
+
+
+def drawing(n=20, label=None, seed=0, config=CONFIG, sampler=None, **walk):
+    """A drawing by the walk of a config, of which some fields are replaced."""
+    default = command_line.walk_defaults(config.sampling, sampler)
+    return Drawing(n, label, seed, dataclasses.replace(default, **walk))
+
+
+FEW = drawing(steps=3)
+
+
+@contextlib.contextmanager
+def on_devices(count):
+    """The scripts see so many devices, and draw few samples at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runners, "_devices", lambda: jax.devices()[:count])
+        patch.setattr(jax, "device_count", lambda: count)
+        patch.setitem(sampling.TILES, "cpu", 4)
+        yield
 
 
 def draw(workdir, out, devices=2, wanted=FEW, **options):
     """What sample.py writes, on so many devices."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runners, "_devices", lambda: jax.devices()[:devices])
-        patch.setattr(jax, "device_count", lambda: devices)
-        patch.setitem(sampling.TILES, "cpu", 4)
+    with on_devices(devices):
         sample.sample(sample.Arguments(workdir, wanted, out=out, **options))
+    return sampling.read(out)
+
+
+def draw_by(workdir, out, *argv):
+    """What sample.py writes with these words, on one device."""
+    with on_devices(1):
+        sample.main([f"--workdir={workdir}", f"--out={out}", *argv])
     return sampling.read(out)
 
 
@@ -43,10 +67,10 @@ def test_a_sample_depends_on_its_index_alone_bit_for_bit(finished, monkeypatch):
     """On any number of devices, in any batch; before it is rounded, which would hide a last bit."""
     monkeypatch.setattr(sampling.data, "to_bytes", lambda x: x)
     monkeypatch.setitem(sampling.TILES, "cpu", 4)
-    network, params, config = checkpoint.load(finished)
-    config = sampling.drawn_by(config, FEW)
-    generate = resolve.make_generate(config, network, (8, 8, 1))
-    label = sampling.labels(config, FEW)
+    _, params, config = checkpoint.load(finished)
+    e = sampling.drawn_by(config, FEW)
+    generate = sampling.make_generate(e, (8, 8, 1))
+    label = sampling.labels(e.config, FEW)
     found, sizes = [], set()
 
     def tile(params, batch):
@@ -56,7 +80,8 @@ def test_a_sample_depends_on_its_index_alone_bit_for_bit(finished, monkeypatch):
     for devices, size, some in ((1, 20, range(20)), (2, 8, range(5, 20)), (2, 24, range(20))):
         monkeypatch.setattr(runners, "_devices", lambda n=devices: jax.devices()[:n])
         monkeypatch.setattr(jax, "device_count", lambda n=devices: n)
-        found.append(np.concatenate([*sampling.draw(tile, params, label, some, size)]))
+        parts = sampling.draw(runners.pmap(), tile, params, label, some, size)
+        found.append(np.concatenate([*parts]))
     assert found[0].dtype == np.float32 and len({x.tobytes() for x in found[0]}) == 20
     np.testing.assert_array_equal(found[1], found[0][5:])
     np.testing.assert_array_equal(found[2], found[0])
@@ -67,8 +92,8 @@ def test_a_drawing_that_was_stopped_goes_on(finished, drawn, tmp_path, monkeypat
     out = tmp_path / "a.npz"
     draw_all = sampling.draw
 
-    def stopped(generate, params, label, indices, size):
-        parts = draw_all(generate, params, label, indices, size)
+    def stopped(*args):
+        parts = draw_all(*args)
         yield next(parts)
         raise KeyboardInterrupt
 
@@ -77,12 +102,12 @@ def test_a_drawing_that_was_stopped_goes_on(finished, drawn, tmp_path, monkeypat
         draw(finished, out, batch_size=8)
     assert not out.exists()
     seen = []
-    monkeypatch.setattr(sampling, "draw", lambda *args: seen.append(args[3]) or draw_all(*args))
+    monkeypatch.setattr(sampling, "draw", lambda *args: seen.append(args[4]) or draw_all(*args))
     (out.with_suffix(".parts") / "000000016.npy.tmp").write_text("cut off")
     # With other settings it is refused, by name, whether in parts or whole.
     for _ in range(2):
         with pytest.raises(SystemExit, match=r"seed: it has 0, asked for 1\n  steps: it has 3, as"):
-            draw(finished, out, wanted=Drawing(n=20, steps=4, seed=1))
+            draw(finished, out, wanted=drawing(steps=4, seed=1))
         again = draw(finished, out, batch_size=24)
     assert seen == [range(8, 20), range(20, 20)]
     np.testing.assert_array_equal(again[0].x, drawn[1][0].x)
@@ -100,36 +125,150 @@ def test_what_was_drawn_says_how(finished, drawn, tmp_path):
     assert settings["program"]["jax"] == jax.__version__
     with Image.open(out.with_suffix(".png")) as picture:
         assert picture.size == (2 * 58, 10 * 58)  # a row for each class
-    wanted = Drawing(n=3, label=7, sampler="unipc", steps=2, guidance=2.0)
+    chain = ("classifier_free:weight=2",)
+    wanted = drawing(3, label=7, sampler="unipc", steps=2, guidance=chain)
     examples, settings = draw(finished, tmp_path / "sevens.npz", 1, wanted)
     assert examples.label.tolist() == [7, 7, 7]
-    assert settings["times"] == "log_snr" and settings["guidance"] == 2
+    assert settings["times"] == "log_snr" and settings["guidance"] == [*chain]
     assert not np.array_equal(examples.x, drawn[1][0].x[:3])
 
 
 @pytest.mark.parametrize("name", samplers.SAMPLERS)
 def test_function_evaluations_are_counted(name):
     """Against what the samplers' docstrings say."""
-    config = sampling.drawn_by(config_lib.Config(), Drawing(sampler=name, steps=5))
+    e = sampling.drawn_by(Config(), drawing(config=Config(), sampler=name, steps=5))
     twice = name in ("heun", "edm", "predictor_corrector")
-    assert sampling.function_evaluations(config) == (10 if twice else 5)
+    assert sampling.function_evaluations(e) == (10 if twice else 5)
     # The grid is the one that the docstring wants.
-    text = " ".join(samplers.SAMPLERS[name].__doc__.split())
+    text = " ".join(samplers.SAMPLERS[name].make.__doc__.split())
     wants = re.search(r"[Ww]ants (uniform t\b|uniform log-SNR|`karras_times`)", text)[1]
     times = {"uniform t": "uniform", "uniform log-SNR": "log_snr", "`karras_times`": "karras"}
-    assert config.sampling.times == times[wants]
+    assert e.config.sampling.grid == times[wants]
+
+
+SUPER_RESOLUTION = dataclasses.replace(
+    command_line.from_file("configs/fashion_sr.py:smoke"), low_resolution=4
+)
+WALK = Walk(times="uniform", steps=3)
+OTHER = {
+    "sampler": "dpm_solver_pp_2m_sde",
+    "options": {"eta": 1.0},
+    "times": "log_snr",
+    "steps": 4,
+    "guidance": ("classifier_free:weight=2",),
+    "cond_noise": 0.4,
+}
+"""Another value of each field of `WALK`."""
+
+
+def walked(config, walk):
+    """The settings of three samples, and the samples, of a network that is not trained."""
+    wanted = Drawing(3, walk=walk)
+    if config.low_resolution is None:
+        e = sampling.drawn_by(config, wanted)
+    else:  # whose samples train.py draws
+        chosen = dataclasses.replace(config.sampling, **vars(walk))
+        e = resolve(dataclasses.replace(config, sampling=chosen))
+    rng = np.random.default_rng(0)
+    shake = lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32)
+    params = jax.tree.map(shake, e.init(jax.random.key(1), (8, 8, 1)))
+    batch = {"index": np.arange(3), "label": np.arange(3)}
+    batch["x"] = rng.uniform(-1, 1, (3, 8, 8, 1)).astype(np.float32)
+    x = jax.jit(sampling.make_generate(e, (8, 8, 1)))(params, batch)
+    return sampling.settings(e, wanted, params), np.asarray(x)
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Walk)])
+def test_every_field_of_a_walk_is_in_the_settings_and_changes_the_samples(name):
+    """A new field of `Walk` fails this test until `OTHER` has a value of it."""
+    config = SUPER_RESOLUTION if name == "cond_noise" else CONFIG
+    before, x = walked(config, WALK)
+    after, other = walked(config, dataclasses.replace(WALK, **{name: OTHER[name]}))
+    follow = {"config", "function_evaluations"}
+    assert {key for key in before if before[key] != after[key]} - follow == {name}
+    assert after[name] == json.loads(json.dumps(OTHER[name]))
+    assert after["config"]["sampling"][name] == after[name]
+    assert np.abs(x - other).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("argv", "chain"),
+    [
+        (
+            ["--guidance", "classifier_free:weight=3", "within:low=-2,high=4"],
+            ["classifier_free:weight=3", "within:low=-2,high=4"],
+        ),
+        (["--guidance=2"], ["classifier_free:weight=2"]),
+        (["--guidance=1"], []),
+        ([], ["classifier_free:weight=1.2"]),
+    ],
+    ids=["chain", "number", "one", "default"],
+)
+def test_guidance_on_the_command_line_is_a_chain_or_a_number(finished, tmp_path, argv, chain):
+    examples, settings = draw_by(finished, tmp_path / "a.npz", "--n=4", *argv)
+    assert settings["guidance"] == settings["config"]["sampling"]["guidance"] == chain
+    wanted = drawing(4, guidance=tuple(chain))
+    np.testing.assert_array_equal(draw(finished, tmp_path / "b.npz", 1, wanted)[0].x, examples.x)
+    others = drawing(4, guidance=("classifier_free:weight=3",))
+    assert (draw(finished, tmp_path / "c.npz", 1, others)[0].x != examples.x).any()
+
+
+@pytest.mark.parametrize(
+    ("chain", "message"),
+    [
+        (
+            ["classifier:weight=3"],
+            "unknown guidance 'classifier': one of classifier_free, within, rescale, "
+            "dynamic_threshold",
+        ),
+        (
+            ["classifier_free"],
+            "guidance classifier_free needs weight, as in classifier_free:weight=3",
+        ),
+        (["classifier_free:weight=3", "within:low=2"], "guidance within needs high, as in within"),
+        (
+            ["classifier_free:strength=3"],
+            "guidance classifier_free has no option strength; it has weight",
+        ),
+        (["classifier_free:weight=much"], "weight=much: must be a finite number"),
+        (["classifier_free:weight=3", "within:low=4,high=-2"], "low=4 must be below high=-2"),
+        (["classifier_free:3"], "'3' is not NAME=VALUE"),
+    ],
+)
+def test_a_bad_chain_of_guidances_is_one_clear_line(finished, tmp_path, chain, message):
+    with pytest.raises(SystemExit) as stop:
+        draw_by(finished, tmp_path / "a.npz", "--n=4", "--guidance", *chain)
+    line = str(stop.value)
+    assert line.startswith("error: ") and message in line and "\n" not in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_samples_are_drawn_by_the_runner_of_the_run(finished, drawn, tmp_path, monkeypatch):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    config = (workdir / "config.json").read_text()
+    (workdir / "config.json").write_text(config.replace('"pmap"', '"sharded"'))
+    sharded, used = runners.RUNNERS["sharded"], []
+    monkeypatch.setitem(runners.RUNNERS, "pmap", lambda _: pytest.fail("not the run's runner"))
+    monkeypatch.setitem(runners.RUNNERS, "sharded", lambda fsdp: used.append(fsdp) or sharded(fsdp))
+    examples, settings = draw(workdir, tmp_path / "a.npz")
+    assert used == [1] and settings["config"]["parallel"] == "sharded"
+    np.testing.assert_array_equal(examples.x, drawn[1][0].x)
 
 
 BAD = {
-    "sampler": (Drawing(sampler="dim"), "unknown sampler 'dim': one of ancestral, ddim"),
-    "times": (Drawing(times="even"), "unknown times 'even': one of uniform, log_snr, karras"),
-    "option": (Drawing(options={"eta": 2.0}), "eta=2.0: must be in [0, 1]"),
-    "options": (Drawing(sampler="heun", options={"eta": 1}), "sampler heun has no option eta"),
-    "steps": (Drawing(steps=0), "steps=0: must be at least 1"),
-    "n": (Drawing(n=0), "n=0: must be at least 1"),
-    "label": (Drawing(label=10), "label=10: the run has classes 0 to 9"),
-    "seed": (Drawing(seed=-1), "seed=-1: must be at least 0"),
-    "guidance": (Drawing(guidance=float("nan")), "guidance=nan: must be finite"),
+    "sampler": (drawing(sampler="dim"), "unknown sampler 'dim': one of ancestral, ddim"),
+    "times": (drawing(times="even"), "unknown times 'even': one of uniform, log_snr, karras"),
+    "option": (drawing(options={"eta": 2.0}), "eta=2.0: must be in [0, 1]"),
+    "options": (drawing(sampler="heun", options={"eta": 1}), "sampler heun has no option eta"),
+    "steps": (drawing(steps=0), "steps=0: must be at least 1"),
+    "n": (drawing(n=0), "n=0: must be at least 1"),
+    "label": (drawing(label=10), "label=10: the run has classes 0 to 9"),
+    "seed": (drawing(seed=-1), "seed=-1: must be at least 0"),
+    "cond_noise": (drawing(cond_noise=0.1), "sampling.cond_noise=0.1: need low_resolution"),
+    "guidance": (
+        drawing(guidance=("classifier_free:weight=nan",)),
+        "guidance classifier_free: weight=nan: must be a finite number",
+    ),
 }
 
 
@@ -155,7 +294,7 @@ def test_other_refusals_of_sample(finished, tmp_path):
     with pytest.raises(SystemExit, match="not the directory of a run"):
         draw(tmp_path, out)
     out.write_text("not samples")
-    with pytest.raises(SystemExit, match=r"a\.npz is not a file of sample\.py's"):
+    with pytest.raises(SystemExit, match=r"a\.npz is not a file of sample\.py"):
         draw(finished, out)
 
 
@@ -163,17 +302,14 @@ def test_other_refusals_of_sample(finished, tmp_path):
 def evaluated(finished, tmp_path_factory):
     """A copy of the run, evaluated by all there is."""
     workdir = shutil.copytree(finished, tmp_path_factory.mktemp("evaluated") / "run")
-    main(workdir, drawing=FEW, held_out=32, looks=4, flow=True, flow_steps=4)
+    evaluate_run(workdir, drawing=FEW, held_out=32, bound_samples=4, flow=True, flow_steps=4)
     return workdir
 
 
-def main(workdir, **options):
+def evaluate_run(workdir, **options):
     """What evaluate.py writes, on two devices."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runners, "_devices", lambda: jax.devices()[:2])
-        patch.setattr(jax, "device_count", lambda: 2)
-        patch.setitem(sampling.TILES, "cpu", 4)
-        evaluate.main(evaluate.Arguments(workdir, **options))
+    with on_devices(2):
+        evaluate.run(evaluate.Arguments(workdir, **options))
     return found(workdir)
 
 
@@ -199,22 +335,24 @@ def test_every_number_comes_with_what_it_depends_on(evaluated):
 
 def test_samples_that_were_drawn_are_measured_alike(evaluated, drawn, tmp_path):
     again = shutil.copytree(evaluated, tmp_path / "run")
-    result = main(again, samples=drawn[0], held_out=0)
+    result = evaluate_run(again, samples=drawn[0], held_out=0)
     assert {k: v for k, v in found(evaluated).items() if k in result} == result
     assert "bound_bits_per_dim" not in result
     _, settings = drawn[1]
     with np.load(drawn[0]) as file:
         other = settings | {"parameters": {"ema": 0.5, "sha256": "0"}}
         np.savez(tmp_path / "b.npz", **{**file, "settings": json.dumps(other)})
-    with pytest.raises(SystemExit, match=r"b\.npz is of other parameters"):
-        main(again, samples=tmp_path / "b.npz", held_out=0)
+    with pytest.raises(SystemExit, match=r"b\.npz holds samples of other parameters"):
+        evaluate_run(again, samples=tmp_path / "b.npz", held_out=0)
 
 
 def test_the_other_runner_says_the_same(evaluated, tmp_path):
     again = shutil.copytree(evaluated, tmp_path / "run")
     config = (again / "config.json").read_text()
     (again / "config.json").write_text(config.replace('"pmap"', '"sharded"'))
-    result = main(again, drawing=dataclasses.replace(FEW, n=0), held_out=32, looks=4)
+    result = evaluate_run(
+        again, drawing=dataclasses.replace(FEW, n=0), held_out=32, bound_samples=4
+    )
     bits = "bound_bits_per_dim"
     np.testing.assert_allclose(result[bits], found(evaluated)[bits], rtol=1e-4)
     assert "frechet" not in result
@@ -225,7 +363,7 @@ def test_runs_are_compared(evaluated, tmp_path, capsys):
     result = found(other) | {"frechet": 0.01}
     (other / comparison.RESULT).write_text(json.dumps(result))
     picture = tmp_path / "c.png"
-    evaluate.main(evaluate.Arguments(compare=(evaluated, other), picture=picture))
+    evaluate.main(["--compare", str(evaluated), str(other), f"--picture={picture}"])
     assert "0.01 *" in capsys.readouterr().out
     with Image.open(picture) as drawn:
         assert np.asarray(drawn).std() > 1
@@ -233,19 +371,25 @@ def test_runs_are_compared(evaluated, tmp_path, capsys):
 
 def test_refusals_of_evaluate(finished, drawn):
     for options, message in (
-        ({"looks": 1}, "looks=1: must be at least 2"),
+        ({"bound_samples": 1}, "bound_samples=1: must be at least 2"),
         ({"flow_steps": 0}, "flow_steps=0: must be at least 1"),
         ({"held_out": 1}, "held_out=1: must be at least 2, or 0"),
-        ({"drawing": Drawing(n=19)}, "n=19: must be at least 20, or 0"),
+        ({"drawing": drawing(n=19)}, "n=19: must be at least 20, or 0"),
         (
             {"result": Path("no/where.json")},
             "result=no/where.json: must be a file .json in a folder",
         ),
         ({"reference": "all"}, "unknown reference 'all': one of train, test"),
         ({"features": "fid"}, "unknown features 'fid': one of pca24, fashion_classifier, or"),
-        ({"samples": drawn[0], "drawing": FEW}, "they are drawn already; give no n"),
-        ({"compare": (finished,), "looks": 3}, "compare: only reads and draws"),
-        ({"compare": (finished,)}, "compare: only reads and draws"),
     ):
         with pytest.raises(SystemExit, match=f"error: .*{re.escape(message)}"):
-            evaluate.main(evaluate.Arguments(finished, **options))
+            evaluate.run(evaluate.Arguments(finished, **options))
+    workdir, compare = f"--workdir={finished}", ["--compare", str(finished)]
+    for argv, message in (
+        ([workdir, f"--samples={drawn[0]}", "--n=20"], "they are drawn already; give no n"),
+        ([workdir, f"--samples={drawn[0]}", "--steps=3"], "they are drawn already; give no n"),
+        ([*compare, "--bound_samples=3"], "compare: only reads and draws"),
+        ([*compare, workdir], "compare: only reads and draws"),
+    ):
+        with pytest.raises(SystemExit, match=f"error: .*{re.escape(message)}"):
+            evaluate.main(argv)

@@ -11,8 +11,9 @@ from test_train import assert_bitwise_equal, interrupted, newest, rows_of, run
 
 import diffjax
 from diffjax import checkpoint, data
+from diffjax.evaluation.sampling import make_cascade
 from diffjax.experiment import dataset, resolve, rules
-from diffjax.config import from_file
+from diffjax.experiment.command_line import from_file
 from diffjax.super_resolution import beside, enlarge, psnr, shrink, small_image
 
 SCHEDULE = diffjax.cosine(-10.0, 10.0)
@@ -65,12 +66,13 @@ def test_a_picture_has_the_four_in_rows():
     np.testing.assert_array_equal(rows[:, 3], truth)
 
 
-ARGV = ["--config=configs/fashion_sr.py:smoke", "--config.data.name=digits", "--config.low=4"]
+ARGV = ["--config=configs/fashion_sr.py:smoke", "--config.data.name=digits"]
+ARGV += ["--config.low_resolution=4"]
 ARGV += ["--config.model.patch=1", "--config.optimizer.warmup=10", "--config.ema=0.9"]
 
 
 def test_a_run_looks_at_the_small_image_and_resumes_bit_for_bit(tmp_path, capsys):
-    argv = [*ARGV, "--config.steps=40", "--config.sampling.score=64"]
+    argv = [*ARGV, "--config.steps=40", "--config.sampling.eval_samples=64"]
     run(tmp_path / "whole", *argv)
     run(interrupted(tmp_path / "whole", tmp_path / "parts"), *argv)
     assert_bitwise_equal(newest(tmp_path / "parts")[1], newest(tmp_path / "whole")[1])
@@ -81,11 +83,12 @@ def test_a_run_looks_at_the_small_image_and_resumes_bit_for_bit(tmp_path, capsys
     _, test = dataset.load_data(config)
     batch = data.first(test, 256)
     keys = jax.random.split(jax.random.key(3), 256)
-    condition = resolve.make_condition(config)
+    condition = resolve(config).condition
 
     @jax.jit
     def loss(given):
-        net, cond = functools.partial(network, params), condition(keys, given, level=0.0)
+        net = functools.partial(network, params)
+        cond = condition(keys, given, cond_noise=0.0)
         t = jnp.linspace(0.3, 0.9, 256)
         return diffjax.diffusion_loss(
             keys, net, SCHEDULE, config.target, batch["x"], cond, t=t
@@ -98,33 +101,42 @@ def test_a_run_looks_at_the_small_image_and_resumes_bit_for_bit(tmp_path, capsys
 def test_a_cascade_enlarges_what_the_first_run_draws():
     """The first draws images of one grey level, its parameter; the second copies what it sees."""
     smoke = from_file("configs/fashion_sr.py:smoke")
-    large = dataclasses.replace(smoke, low=4, target="x_0")
-    large = dataclasses.replace(large, sampling=dataclasses.replace(large.sampling, level=0.0))
+    large = dataclasses.replace(smoke, low_resolution=4, target="x_0")
+    sampling = dataclasses.replace(large.sampling, cond_noise=0.0)
+    large = dataclasses.replace(large, sampling=sampling)
     small = dataclasses.replace(from_file("configs/fashion_mnist.py:small"), target="x_0")
-    small = dataclasses.replace(small, model=smoke.model, sampling=large.sampling)
+    model = dataclasses.replace(smoke.model, image_cond=False)
+    small = dataclasses.replace(small, model=model, sampling=sampling)
     draw = lambda level, x_t, log_snr, cond: jnp.full_like(x_t, level)
     copy = lambda _, x_t, log_snr, cond: enlarge(cond["image"], x_t.shape[1])
-    cascade = resolve.make_cascade(small, draw, large, copy, (8, 8, 1))
+    first, second = resolve(small)._replace(apply=draw), resolve(large)._replace(apply=copy)
+    cascade = make_cascade(first, second, (8, 8, 1))
     for level in (-0.5, 0.5):
         x = cascade((level, None), {"index": jnp.arange(3)})
         assert x.shape == (3, 8, 8, 1)
         np.testing.assert_allclose(x, level, atol=0.05)
-    with pytest.raises(ValueError, match="low=None"):
-        resolve.make_cascade(small, draw, small, copy, (8, 8, 1))
+    with pytest.raises(ValueError, match="low_resolution=None"):
+        make_cascade(first, first, (8, 8, 1))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"low": 3}, "low=3: must divide the side of square images"),
-        ({"low": None, "augment": 0.0}, "model.image_cond=True and low=None"),
-        ({"augment": 0.05}, "sampling.level=0.1, augment=0.05: need 0 <= level <= augment"),
+        ({"low_resolution": 3}, "low_resolution=3: must divide the side of square images"),
+        (
+            {"low_resolution": None, "max_cond_noise": 0.0},
+            "model.image_cond=True and low_resolution=None",
+        ),
+        (
+            {"max_cond_noise": 0.05},
+            "sampling.cond_noise=0.1, max_cond_noise=0.05: need 0 <= cond_noise <= max_cond_noise",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(changes, message):
     config = dataclasses.replace(from_file("configs/fashion_sr.py:smoke"), **changes)
-    if config.low is None:
-        sampling = dataclasses.replace(config.sampling, level=0.0)
+    if config.low_resolution is None:
+        sampling = dataclasses.replace(config.sampling, cond_noise=0.0)
         config = dataclasses.replace(config, sampling=sampling)
     part = data.Examples(np.zeros((64, 28, 28, 1), np.uint8))
     check = lambda: (rules.check(config), dataset.check_data(config, part, part))

@@ -16,8 +16,7 @@ from flax.traverse_util import unflatten_dict
 
 from diffjax import checkpoint, data
 from diffjax.experiment import command_line, config as config_lib, dataset, resolve
-from diffjax.published import export, weights
-from diffjax.pretrained import PRETRAINED
+from diffjax.published import PRETRAINED, export, weights
 
 CONFIG = command_line.from_file("configs/digits.py:smoke")
 
@@ -169,7 +168,8 @@ def test_a_name_that_is_nothing_is_refused_with_the_choices():
 def seen_in_noise(name):
     """What a model that comes with diffjax sees of each class where there is little but noise."""
     network, params, config = checkpoint.load(name)
-    denoise = resolve.make_denoiser(config, functools.partial(network, params))
+    e = resolve(config)
+    denoise = e.clip(e.denoiser(functools.partial(network, params)))
     noise = jax.random.normal(jax.random.key(0), (10, *dataset.example_shape(config)))
     return np.asarray(jax.jit(denoise)(noise, 0.9, {"label": jnp.arange(10)}).x_0)
 

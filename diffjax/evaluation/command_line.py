@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 import tyro
 
-from .. import checkpoint
 from ..experiment import Walk
 from ..experiment.command_line import SETTINGS, take, walk_defaults
+from ..published.trained import read_config
 
 Arguments = TypeVar("Arguments")
 
@@ -47,6 +47,6 @@ def parse_with_run(
 def run_walk(source: Path) -> Walk:
     """The walk of a run's config; the default one if there is no run, which the command reports."""
     try:
-        return checkpoint.read_config(source).sampling
+        return read_config(source).sampling
     except (ValueError, OSError):
         return Walk()

@@ -112,7 +112,8 @@ def make_cascade(
     small_shape = (low, low, shape[-1])
     small.config.model.check_input(small_shape)
     # With the same seed, both stages would draw the same noise.
-    e = resolve(dataclasses.replace(e.config, seed=small.config.seed + 1))
+    seeded = resolve(dataclasses.replace(e.config, seed=small.config.seed + 1))
+    e = e._replace(config=seeded.config, keys=seeded.keys)
     generate_small, generate_large = make_generate(small, small_shape), make_generate(e, shape)
 
     def generate(params, batch):

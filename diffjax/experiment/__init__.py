@@ -1,9 +1,9 @@
 """Experiments: a config as data, the functions that it means, and the directory of a run.
 
-A `Config` (`config`) comes from a file and the command line (`command_line`); `rules` refuses one
-that cannot run; `resolve` (`functions`) turns it, once, into an `Experiment`, a record of pure functions which
-everything that trains, samples or evaluates takes. `dataset` has its data, `run_directory` what a
-run leaves on the disk, and `inspect` prints that.
+A `Config` (`config`) comes from a file and the command line (`command_line`), and `rules` refuses
+one that cannot run. `resolve` (`functions`) turns it into an `Experiment`, once: a record of the
+pure functions that it means, which everything that trains, samples or evaluates takes. `dataset`
+loads its data, `run_directory` has the files of a run, and `inspect` prints what is in them.
 """
 
 from .config import Config, Data, Optimizer, Sampling, Walk, smoke, variant_of

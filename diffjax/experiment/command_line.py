@@ -40,7 +40,7 @@ class Command(NamedTuple):
 
 
 def parse(argv: Sequence[str], default: str = "configs/digits.py") -> Command:
-    """Read `[--config=FILE[:variant]] [--config.model=NAME] [--workdir=DIR] [--config.FIELD=VALUE]`.
+    """Read `[--config=FILE[:variant]] [--config.model=NAME] [--workdir=DIR] [--config.FIELD=...]`.
 
     Raises:
       SystemExit: after printing the help, or what is wrong in a few lines.

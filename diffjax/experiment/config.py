@@ -157,7 +157,7 @@ class Data:
     unreadable: Annotated[str, one_of(UNREADABLE)] = "refuse"
     """Whether to refuse a folder in which a file cannot be read, or to skip the file."""
     workers: int = 0
-    """Processes that make batches (extra `data`); 0: a thread makes them, which usually suffices."""
+    """Processes that make batches (extra `data`); 0: a thread, which is usually enough."""
     flip: bool = False
     """Mirror images left to right at random."""
 
@@ -225,8 +225,8 @@ class Walk:
     steps: int = 50
     """Steps of the grid."""
     guidance: Guidance = ()
-    """A chain of guidances, such as classifier_free:weight=3 within:low=-2,high=4. A number alone is
-    the weight of classifier_free. Empty: no guidance."""
+    """A chain of guidances, such as classifier_free:weight=3 within:low=-2,high=4. A number alone
+    is the weight of classifier_free. Empty: no guidance."""
     cond_noise: float = 0.0
     """Super-resolution: the time to which the low-resolution image is diffused, at most
     max_cond_noise."""

@@ -8,7 +8,7 @@
 `python -m diffjax.export SOURCE FILE` writes such a network to a file of ours. The config says what
 the network predicts, on which schedule, and how it is given the log-SNR, so that our samplers can
 use it. No file is ever executed: see `torchfile`. Our own networks as files are in `weights`, and
-those that come with diffjax in `pretrained`.
+those that come with diffjax in `pretrained`; `trained` loads any network of ours.
 """
 
 from collections.abc import Callable

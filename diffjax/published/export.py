@@ -12,10 +12,11 @@ from pathlib import Path
 import jax
 import tyro
 
-from .. import checkpoint, published
+from .. import published
 from ..experiment.command_line import error_exit
 from ..experiment.run_directory import CHECKPOINTS
 from . import weights
+from .trained import load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Arguments:
 def export(source: Path, file: Path) -> str:
     """Write the file; returns a line that says what is in it."""
     ours = (source / CHECKPOINTS).exists() or source.suffix == ".safetensors"
-    params, config = checkpoint.load(source)[1:] if ours else published.load(source)
+    params, config = load(source)[1:] if ours else published.load(source)
     weights.save(file, params, config)
     count = sum(x.size for x in jax.tree.leaves(params))
     size = file.stat().st_size

@@ -1,9 +1,9 @@
 """Checkpoints of a training state, by Orbax, sealed.
 
-A folder of checkpoints holds `<step>/`, written asynchronously. Before Orbax commits a checkpoint it
-gets a seal, the size and SHA-256 of each of its files, and a list of its arrays. A checkpoint that
-does not match its seal is never read: Orbax itself would return wrong numbers for a flipped bit. A
-state may be read back onto any number of devices and processes.
+A folder of checkpoints holds `<step>/`, written asynchronously. Before Orbax commits a checkpoint,
+it gets a seal, the size and SHA-256 of each of its files, and a list of its arrays. A checkpoint
+that does not match its seal is never read: Orbax itself would return wrong numbers for a flipped
+bit. A state may be read back onto any number of devices and processes.
 """
 
 import contextlib

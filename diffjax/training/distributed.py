@@ -16,8 +16,8 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diff
 CRASHED = 70
 """Exit status after an error that the input did not cause: EX_SOFTWARE."""
 TIMEOUT = "--xla_cpu_collective_call_terminate_timeout_seconds"
-"""The XLA flag for how long a CPU device waits for the others before XLA aborts. Its default is 40 s,
-which a busy machine can exceed."""
+"""The XLA flag for how long a CPU device waits for the others before XLA aborts. Its default is 40
+seconds, which a busy machine can exceed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Distributed:
     """Where this process stands among several. On a TPU pod, Slurm and Open MPI JAX detects it."""
 
     coordinator: str | None = None
-    """HOST:PORT of process 0. None: JAX asks the cluster; without a cluster the process is alone."""
+    """HOST:PORT of process 0. None: JAX asks the cluster; without one, the process is alone."""
     processes: int | None = None
     """Number of processes. 1 without a coordinator: run alone even inside a cluster."""
     process: int | None = None

@@ -44,7 +44,8 @@ class Options:
     restarts: int = 3
     """Number of restarts before the launcher gives up."""
     patience: float = 900.0
-    """Seconds without a step after which a process counts as hung; compiling and drawing included."""
+    """Seconds without a step, compiling and drawing included, after which a process counts as
+    hung."""
     grace: float = 60.0
     """Seconds that the processes have to save and end after they are asked to stop."""
 

@@ -1,8 +1,8 @@
 """Metrics of steps: their mean between log points, and the rows of `metrics.jsonl`.
 
-A row has numbers, and, by log-SNR bin (`losses.LOG_SNR_EDGES`), the mean loss of the examples in it,
-`loss_by_log_snr` (None for an empty bin), and their number, `count_by_log_snr`. All of them cover
-the steps since the row before.
+A row has numbers, and, for each bin of log-SNR (`losses.LOG_SNR_EDGES`), the mean loss of the
+examples in it, `loss_by_log_snr` (None for an empty bin), and their number, `count_by_log_snr`. All
+of them cover the steps since the row before.
 
 A *window* is the metrics of consecutive steps, arrays that may still be on the devices.
 """
@@ -81,7 +81,7 @@ def numbers(row: Row) -> dict[str, float]:
 
 
 def read(workdir: Path) -> list[Row]:
-    """The rows of a run's metrics, oldest first; lines that were cut off or damaged are left out."""
+    """The rows of a run's metrics, oldest first, without lines that were cut off or damaged."""
     path = workdir / ROWS
     if not path.exists():
         return []

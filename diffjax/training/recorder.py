@@ -1,8 +1,8 @@
 """Recording a run: rows in `metrics.jsonl`, lines on the terminal, pictures, and other writers.
 
-`Recorder` composes three small pieces: a file to which rows are appended, and which waits for a full
-disk (`Appender`); the terminal (`Terminal`); and the writers of `writers`, of which any that fails
-is dropped (`Writers`). None of them ever stops training.
+`Recorder` composes three small pieces: a file of rows, which are kept while the disk is full
+(`Appender`); the terminal (`Terminal`); and the writers, of which one that fails is dropped
+(`Writers`). None of them stops training.
 """
 
 import contextlib

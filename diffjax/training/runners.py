@@ -29,8 +29,8 @@ class Runner(NamedTuple):
         more than its part.
       step: takes step(state, batch, axis_name) -> (state, metrics), and returns the compiled
         function of (state, batch), which donates the state, except in `pmap` among processes.
-      map: takes f(params, batch) -> outputs `[batch, ...]`, and returns the compiled function, which
-        gives all of the outputs to every process.
+      map: takes f(params, batch) -> outputs `[batch, ...]`, and returns the compiled function,
+        which gives all of the outputs to every process.
       slots: takes the size of a global batch, and returns the positions in it that this process
         feeds, ascending.
       put: takes a host batch, a pytree of numpy arrays `[len(slots), ...]`, and moves it to the

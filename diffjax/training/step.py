@@ -1,4 +1,4 @@
-"""One training step, a pure function of state and batch, to be mapped over devices by its caller."""
+"""One training step, a pure function of state and batch, which its caller maps over devices."""
 
 import inspect
 from collections.abc import Callable
@@ -25,7 +25,7 @@ class Losses(NamedTuple):
     """
 
     loss: Array
-    seen: dict[str, Array] = {}
+    seen: dict[str, Array] = {}  # noqa: RUF012, it is never changed
 
 
 LossFn = Callable[[Key, Params, Batch, Any], Losses]
@@ -169,7 +169,7 @@ def train_step(
 
 
 def _with_extra(loss_fn):
-    """`loss_fn` as a `LossFn`, also if it is a function (key, params, batch) -> losses `[batch]`."""
+    """`loss_fn` as a `LossFn`; a function (key, params, batch) -> losses `[batch]` is converted."""
     if len(inspect.signature(loss_fn).parameters) > 3:
         return loss_fn
     return lambda key, params, batch, extra: Losses(loss_fn(key, params, batch))
@@ -213,7 +213,7 @@ def ema_warmup(decay: float) -> Callable[[Array], Array]:
 
 
 def _mean_over_parts(f, batch, parts):
-    """The mean of f's first output over equal parts, and its second output joined, `[batch, ...]`."""
+    """The mean of f's first output over equal parts, and its second output joined."""
     size = len(batch["index"])
     if size % parts:
         raise ValueError(f"a batch of {size} per device does not split into {parts} equal parts")

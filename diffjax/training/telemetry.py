@@ -20,7 +20,7 @@ PEAK_FLOPS = {
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
 }
-"""Dense bfloat16 operations per second, the manufacturers' figures, by the start of a device's kind."""
+"""Dense bfloat16 operations per second, as manufacturers state them, by the kind of the device."""
 
 TUNABLES = "GLIBC_TUNABLES"
 ALLOCATOR = (

@@ -32,7 +32,7 @@ class Writer(NamedTuple):
 
 
 def tensorboard(workdir: Path, step: int) -> Writer:
-    """Event files in WORKDIR/tensorboard; TensorBoard discards what it has of steps after `step`."""
+    """Event files in WORKDIR/tensorboard, which make TensorBoard discard steps after `step`."""
     from tensorboardX import summary
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]

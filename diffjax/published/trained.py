@@ -1,0 +1,84 @@
+"""Loading a trained network from a run's directory, an exported file, or by its name."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..experiment import Config, resolve, run_directory
+from ..types import Data
+from . import weights
+from .pretrained import PRETRAINED
+
+
+def load(source: Path | str) -> tuple[Callable[..., Data], Any, Config]:
+    """A trained network.
+
+    Args:
+      source: a run's directory; a file of `python -m diffjax.export`; or, if there is no such path,
+        a name in `PRETRAINED`, a network that comes with diffjax.
+
+    Returns:
+      `apply`, a function (params, x_t, log_snr, cond) -> an estimate of `config.target`; the moving
+      average of its parameters at the newest sound checkpoint; and the config.
+
+    Raises:
+      FileNotFoundError: if there is no config or no sound checkpoint.
+      ValueError: if the config or the file cannot be read.
+
+    From there to a denoiser, and on to samples:
+
+    >>> import functools, jax, diffjax
+    >>> from diffjax.checkpoint import load
+    >>> from diffjax.experiment import resolve
+    >>> apply, params, config = load("digits")
+    >>> e = resolve(config)
+    >>> denoise = e.clip(e.denoiser(functools.partial(apply, params)))
+    >>> walk = diffjax.ddim(functools.partial(denoise, cond={"label": jax.numpy.arange(2)}),
+    ...                     e.schedule)
+    >>> x_1 = diffjax.prior_sample(jax.random.key(0), e.schedule, (2, 8, 8, 1))
+    >>> diffjax.sample(jax.random.key(1), walk, x_1, diffjax.uniform_times(3))[0].shape
+    (2, 8, 8, 1)
+    """
+    path = _located(source)
+    if path.is_file():
+        params, config = weights.read(path)
+    else:
+        config = read_config(path)
+        params = run_directory.read_params(path)
+    return resolve(config).apply, params, config
+
+
+def read_config(source: Path | str) -> Config:
+    """The config of what `load` takes, without its parameters.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load` does.
+    """
+    path = _located(source)
+    if path.is_file():
+        return weights.read_config(path)
+    try:
+        return run_directory.read_config(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}; nor is it a file, or one of the networks that come with diffjax, "
+            f"{', '.join(PRETRAINED)}"
+        ) from error
+
+
+def home(source: Path | str) -> Path:
+    """The directory in which results of what `load` takes are written by default.
+
+    That is the run's directory, the folder of the file, or, for a network that comes with diffjax,
+    `runs/NAME`, which is created.
+    """
+    path = Path(source)
+    if not path.exists() and str(source) in PRETRAINED:
+        path = Path("runs") / path
+        path.mkdir(parents=True, exist_ok=True)
+    return path if path.is_dir() else path.parent
+
+
+def _located(source):
+    path = Path(source)
+    return path if path.exists() else PRETRAINED.get(str(source), path)
