@@ -3,9 +3,9 @@
     make notebooks                                # all of them
     python notebooks/execute.py 01 04             # some
 
-Edit the `.py` files, which are the sources, in Jupytext's percent format. The `.ipynb` beside each is
-for reading on GitHub: its pictures are reduced to 256 colours, and what changes from run to run is
-left out as far as possible.
+Edit the `.py` files, which are the sources, in Jupytext's percent format. The `.ipynb` beside each
+is for reading on GitHub: its pictures are reduced to 256 colours, and what changes from run to run
+is left out as far as possible.
 """
 
 import base64
