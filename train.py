@@ -106,7 +106,7 @@ def train(
         train_set, test_set = dataset.load_data(config)
         dataset.check_data(config, train_set, test_set)
         e.grid()
-        checkpoints = open_run(workdir, config)
+        checkpoints = open_run(workdir, config, dataset.fingerprint(train_set, test_set))
 
     # Pure functions: the loss, the step, and a sample.
     levels, shape = data.levels(config.data.name, train_set), train_set.x.shape[1:]

@@ -55,6 +55,16 @@ class Images:
         files = [self.root / name for name in self.names[index]]
         return np.stack([read(file, self.side, self.shape[-1]) for file in files])
 
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes of the files' names, sizes and times of change."""
+        found = [(self.root / name).stat() for name in self.names]
+        parts = {
+            "names": list(self.names),
+            "sizes": [file.st_size for file in found],
+            "times": [file.st_mtime_ns for file in found],
+        }
+        return {k: hashlib.sha256(repr(v).encode()).hexdigest() for k, v in parts.items()}
+
     def __array__(self, *_: Any, **__: Any) -> np.ndarray:
         return self[:]  # all of them, in memory
 

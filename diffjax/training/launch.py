@@ -24,7 +24,7 @@ from pathlib import Path
 import tyro
 
 from .distributed import CRASHED, cores
-from .preemption import PROGRESS, RESUME
+from .preemption import LAUNCHER, PROGRESS, RESUME
 from .telemetry import ALLOCATOR, TUNABLES
 
 DEVICES = "JAX_NUM_CPU_DEVICES"
@@ -107,7 +107,8 @@ def _start(processes, options, command, signs):
         sign.touch()
         which = dict(coordinator=f"127.0.0.1:{port}", processes=options.processes, process=i)
         words = [f"--distributed.{name}={value}" for name, value in which.items()]
-        environment = {TUNABLES: ALLOCATOR} | os.environ | {PROGRESS: str(sign)}
+        environment = {TUNABLES: ALLOCATOR} | os.environ
+        environment |= {PROGRESS: str(sign), LAUNCHER: str(os.getpid())}
         environment |= {DEVICES: str(devices)} | chosen
         # A session of its own, so that Ctrl-C reaches the launcher alone, which passes it on.
         processes.append(

@@ -21,6 +21,10 @@ PROGRESS = "DIFFJAX_PROGRESS"
 """The environment variable in which the launcher names the file that `report_progress` touches."""
 
 
+LAUNCHER = "DIFFJAX_LAUNCHER"
+"""The environment variable that holds the launcher's process id."""
+
+
 def report_progress() -> None:
     """Show the launcher, if there is one, that this process makes progress."""
     if PROGRESS in os.environ:
@@ -35,7 +39,7 @@ def watch() -> Iterator[Callable[[int], bool]]:
       A function `should_stop(step)`, where `step` grows by one from call to call; every process
       gets the same answer. In a single process, a second signal has its usual effect.
     """
-    launcher = os.getppid() if PROGRESS in os.environ else None
+    launcher = os.environ.get(LAUNCHER)
     signals: list[int] = []
     many = jax.distributed.is_initialized()
     in_main_thread = threading.current_thread() is threading.main_thread()
@@ -55,7 +59,7 @@ def watch() -> Iterator[Callable[[int], bool]]:
 
     def should_stop(step):
         report_progress()
-        if launcher not in (None, os.getppid()) and not signals:
+        if launcher not in (None, str(os.getppid())) and not signals:
             note(signal.SIGINT, None)
         return multihost_utils.reached_preemption_sync_point(step) if many else bool(signals)
 
