@@ -1,12 +1,12 @@
-# Two commands: `make train` ends with a picture, `make test` with the tests passed. And
-# `make test-faults`, `make pod`: see docs/pods.md.
-# Needs python3 >= 3.11, pip and make; ARGS goes to train.py.
+# `make train` trains a first model and draws its samples; `make test` runs the tests. docs/pods.md
+# explains `make test-faults` and `make pod`, studies/README.md the commands that measure something.
+# This needs python3 >= 3.11, pip and make. ARGS goes to the command that a target runs.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-# XLA asks for large buffers at every step; glibc's defaults hand them back to the kernel each time.
+# XLA allocates large buffers at every step, which glibc by default returns to the kernel each time.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1
 
 .PHONY: train test test-faults test-peers notebooks reproduce pod docs bench bench-gpu lint clean
@@ -17,38 +17,40 @@ train: $(VENV)/plots.stamp
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-# Ten to twenty minutes: processes are killed, stopped and starved, and must heal.
+# The tests of failures kill and stop processes, and require that runs recover. They take ten to
+# twenty minutes.
 test-faults: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n 2 -m faults $(ARGS)
 
-# Published networks beside the originals, which want PyTorch: an environment of its own.
+# Compare published networks with the originals, which need PyTorch, in an environment of its own.
 test-peers:
 	$(MAKE) VENV=.venv-peers .venv-peers/physicsnemo.stamp
 	.venv-peers/bin/python -m pytest -m peers tests/test_peers.py $(ARGS)
 
-# It has EDM's networks, and wants other versions than constraints.txt of what we do not need.
+# physicsnemo has EDM's networks. Without -c, because it requires other versions of packages that we
+# do not use than constraints.txt has.
 $(VENV)/physicsnemo.stamp: $(VENV)/test,peers.stamp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check nvidia-physicsnemo
 	touch $@
 
-# Each is executed, and written with its pictures.
+# Execute the notebooks, and write them with their pictures.
 notebooks: $(VENV)/notebooks.stamp
 	$(BIN)/python notebooks/execute.py $(ARGS)
 
-# Whether the digits come out as docs/results.md has them.
+# Train the digits again, and compare the numbers with those of docs/results.md.
 reproduce: $(VENV)/plots.stamp
 	$(BIN)/python studies/results.py --check
 
-# Two processes train, one is killed, and the run heals.
+# Two processes train, one is killed, and the run resumes.
 pod: $(VENV)/plots.stamp
 	$(BIN)/python studies/pod.py
 
-# The site, build/site/index.html, without a warning.
+# Build the site, build/site/index.html; a warning is an error.
 docs: $(VENV)/docs.stamp
 	$(BIN)/python -m sphinx -W --keep-going -q docs build/site
 	@echo "see build/site/index.html"
 
-# diffjax beside PyTorch, which has an environment of its own. Its three
+# Compare the speed of diffjax with PyTorch's, which has an environment of its own. The three
 # workloads took 23 minutes on two cores of a busy machine on 2026-11-23.
 bench: $(VENV)/plots.stamp
 	$(MAKE) VENV=.venv-peers .venv-peers/lucidrains.stamp
@@ -60,7 +62,8 @@ bench-gpu: $(VENV)/cuda12.stamp
 	$(BIN)/python studies/speed.py --device=gpu $(ARGS)
 	$(BIN)/python studies/speed_page.py
 
-# Its package asks for torchvision, which not every build of PyTorch has; its network does not.
+# lucidrains' package requires torchvision, which not every build of PyTorch has; its network does
+# not need it.
 $(VENV)/lucidrains.stamp: $(VENV)/peers.stamp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	    denoising-diffusion-pytorch ema-pytorch pytorch-fid
@@ -75,7 +78,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "diffjax needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
 
-# One environment, grown by the extras that a command needs.
+# All targets share one environment, to which each adds the extras that it needs.
 $(VENV)/%.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	touch $@

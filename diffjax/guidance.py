@@ -164,8 +164,8 @@ def dynamic_threshold(
     """Clip an x_0 that exceeds the data's range at a quantile, and scale it back into the range.
 
     Saharia et al. 2022, "Photorealistic text-to-image diffusion models", section 2.3: let s be a
-    quantile of |x_0| over the example, but at least `limit`; x_0 becomes clip(x_0, -s, s) limit / s.
-    Guided samples saturate less than with `clip_x_0`.
+    quantile of |x_0| over the example, but at least `limit`; then x_0 becomes
+    clip(x_0, -s, s) limit / s. Guided samples saturate less than with `clip_x_0`.
 
     Args:
       denoise: a denoiser.

@@ -1,12 +1,12 @@
 r"""Linear inverse problems y = A x_0 + noise, solved with any trained denoiser.
 
-An operator A is any linear function of data `[batch, ...]`; inpainting, super-resolution,
-deblurring and colourisation are one line each below. What a measurement says enters in one of
-three ways:
+An operator A is any linear function of data `[batch, ...]`; this module has operators for
+inpainting, super-resolution, deblurring and colourisation. A measurement conditions the samples in
+one of three ways:
 
-    pigdm     denoiser -> denoiser: the score of p(y | x_t), Gaussian in the predicted x_0
-    dps       sampler -> sampler: after each step, a step down the residual's gradient
-    repaint   sampler -> sampler, for inpainting: replace what is known, walk to and fro
+    pigdm     denoiser -> denoiser: adds the score of p(y | x_t), Gaussian about the predicted x_0
+    dps       sampler -> sampler: takes a gradient step on the residual after each step
+    repaint   sampler -> sampler, for inpainting: replaces the known part, and repeats each step
 
 On Gaussian data the exact posterior is known, and `tests/test_inverse.py` compares with it.
 """
@@ -25,16 +25,16 @@ from .schedules import Schedule
 from .types import Data, Denoiser, Real, Scalar, known
 
 Operator = Callable[[Data], Data]
-"""A linear function, data `[batch, ...]` to measurements `[batch, ...]`, of each example alone."""
+"""A linear function from data to measurements, both `[batch, ...]`, of each example separately."""
 
 
 def inpainting(mask: Float[Real, "..."]) -> Operator:
-    """See the data where `mask`, of the shape of one example, is 1, and zero where it is 0."""
+    """Keep the data where `mask`, of the shape of one example, is 1, and zero it where it is 0."""
     return lambda x: x * jnp.broadcast_to(mask, x.shape).astype(x.dtype)
 
 
 def downsampling(factor: int) -> Operator:
-    """See images `[batch, height, width, channels]` with each square of pixels averaged.
+    """Average each square of factor x factor pixels of images `[batch, height, width, channels]`.
 
     Raises:
       ValueError: if `factor` is below 1; when called, if it does not divide height and width.
@@ -53,7 +53,7 @@ def downsampling(factor: int) -> Operator:
 
 
 def blurring(kernel: Float[Real, "height width"]) -> Operator:
-    """See images convolved with a kernel, zero beyond their edges; of the same size."""
+    """Convolve images with a kernel, with zeros beyond their edges; the size stays the same."""
 
     def measure(x):
         channels = x.shape[-1]
@@ -74,7 +74,7 @@ def blurring(kernel: Float[Real, "height width"]) -> Operator:
 
 
 def greying() -> Operator:
-    """See the mean of an image's channels, `[batch, height, width, 1]`."""
+    """Average an image's channels, to `[batch, height, width, 1]`."""
     return lambda x: x.mean(-1, keepdims=True)
 
 
@@ -89,25 +89,25 @@ def pigdm(
     r"""Guide a denoiser by a measurement: the score of p(y | x_t) ~ N(A x_0, r^2 A A^T + noise^2).
 
     Song et al. 2023, "Pseudoinverse-guided diffusion models for inverse problems". x_0 is the
-    prediction, whose Jacobian it goes through, and r^2 what x_t leaves open of the data:
+    prediction, and the score includes its Jacobian; r^2 is the variance of the data given x_t,
     r^2 = sigma^2 d^2 / (alpha^2 d^2 + sigma^2) for data of standard deviation d. For data
-    N(m, d^2 I) the result is exact. The linear system is solved by conjugate gradients, each
-    example's its own; where A A^T is a multiple of the identity that takes one iteration.
+    N(m, d^2 I) the result is exact. The linear system of each example is solved separately, by
+    conjugate gradients; where A A^T is a multiple of the identity, this takes one iteration.
 
     Args:
-      denoise: a `Denoiser`; clip the result, not this.
+      denoise: a `Denoiser` without clipping; clip the result instead.
       schedule: its `Schedule`.
       operator: A, linear.
-      y: what was measured, `[batch, ...]`.
+      y: the measurement, `[batch, ...]`.
       noise_std: standard deviation of the measurement's noise.
-      sigma_data: d, that of the data.
+      sigma_data: d, the standard deviation of the data.
 
     Raises:
-      ValueError: if `noise_std` is negative or `sigma_data` not positive; when called, if y has not
-        the shape of A x_0.
+      ValueError: if `noise_std` is negative or `sigma_data` is not positive; when called, if y does
+        not have the shape of A x_0.
     """
     if known(noise_std, sigma_data) and (noise_std < 0 or sigma_data <= 0):
-        raise ValueError(f"{noise_std=}, {sigma_data=}: must be at least 0, and positive")
+        raise ValueError(f"{noise_std=}, {sigma_data=}: need noise_std >= 0 and sigma_data > 0")
 
     def guided(x_t, t, cond=None):
         _check(operator, x_t, y)
@@ -124,7 +124,7 @@ def pigdm(
 
         def solve(residual, spread):
             # A^T (r^2 A A^T + noise^2)^-1 = (r^2 A^T A + noise^2)^-1 A^T, and this system has a
-            # solution also for a y that no x_0 gives, as one with pixels that a mask hides.
+            # solution even for a y that no x_0 gives, such as one with pixels that a mask hides.
             precision = lambda x: spread * transpose(one(x))[0] + noise_std**2 * x
             return jax.scipy.sparse.linalg.cg(precision, transpose(residual)[0], tol=1e-6)[0]
 
@@ -135,21 +135,21 @@ def pigdm(
 
 
 def dps(sampler: Sampler, operator: Operator, y: Data, scale: Scalar = 1.0) -> Sampler:
-    """After each step of a sampler, step down the gradient of |y - A x_0| with respect to x_t.
+    """Descend the gradient of |y - A x_0| with respect to x_t after each step of a sampler.
 
     Chung et al. 2023, "Diffusion posterior sampling for general noisy inverse problems", Algorithm
-    1 with the step of their code, `scale` times the gradient of the residual's norm. The prediction
-    is the one that the sampler's step itself made, so there is no second evaluation. Wants many
-    steps: each moves by about `scale`.
+    1 with the step of their code, `scale` times the gradient of the residual's norm. The sampler's
+    own step provides the prediction x_0, so there is no second evaluation. Use many steps, because
+    each moves x_t by about `scale`.
 
     Args:
       sampler: a `Sampler`.
       operator: A, linear or not.
-      y: what was measured, `[batch, ...]`.
-      scale: the size of a step.
+      y: the measurement, `[batch, ...]`.
+      scale: the size of a gradient step.
 
     Raises:
-      ValueError: when called, if y has not the shape of A x_0.
+      ValueError: when called, if y does not have the shape of A x_0.
     """
 
     def step(key, state, t, s):
@@ -173,23 +173,23 @@ def repaint(
     y: Data,
     repeats: int = 10,
 ) -> Sampler:
-    """Inpainting: after each step, put in what is known, noised to where the walk has come.
+    """Inpaint: after each step, replace the known part by the data, noised to the current time.
 
-    With one repeat this is the replacement method (Song et al. 2021, appendix I.2), in which what
-    is made up hardly heeds what is known. Each repeat more goes back from s to t by q(x_t | x_s)
-    and takes the step again, so that the two come to agree (Lugmayr et al. 2022, "RePaint",
-    Algorithm 1 with a jump of one step).
+    With one repeat this is the replacement method (Song et al. 2021, appendix I.2), in which the
+    generated part depends only weakly on the known part. Each further repeat goes back from s to t
+    by q(x_t | x_s) and takes the step again, so that the two parts become consistent (Lugmayr et
+    al. 2022, "RePaint", Algorithm 1 with a jump of one step).
 
     Args:
-      sampler: a `Sampler` of one step.
+      sampler: a one-step `Sampler`.
       schedule: the denoiser's `Schedule`.
-      mask: 1 where the data is known, 0 where not; `[...]` or `[batch, ...]`.
-      y: the data, `[batch, ...]`; where the mask is 0 it does not matter.
+      mask: 1 where the data is known, 0 elsewhere; `[...]` or `[batch, ...]`.
+      y: the data, `[batch, ...]`; its values where the mask is 0 are not used.
       repeats: how often to take each step.
 
     Raises:
-      ValueError: if `repeats` is below 1; when called, if y or the mask has not the data's shape,
-        or the sampler remembers steps before.
+      ValueError: if `repeats` is below 1; when called, if y or the mask does not have the data's
+        shape, or the sampler is a multistep sampler.
     """
     if repeats < 1:
         raise ValueError(f"{repeats=}: must be at least 1")
@@ -197,7 +197,7 @@ def repaint(
     def step(key, state, t, s):
         _check(lambda x: jnp.broadcast_to(mask, x.shape), state.x, y)
         if jax.tree.leaves(state.memory):
-            raise ValueError("repaint: needs a sampler of one step, not one that remembers")
+            raise ValueError("repaint needs a one-step sampler, not a multistep sampler")
         known = jnp.broadcast_to(mask, y.shape).astype(y.dtype)
         example_keys = keys.per_example(key, len(y))
         draw = lambda k: keys.normal(k, y.shape, y.dtype)

@@ -1,7 +1,7 @@
-"""Learning the decoder's variance, between the posterior's and beta, by the bound.
+"""Losses that learn the decoder's variance, between the posterior's and beta, from the bound.
 
 Nichol & Dhariwal 2021, "Improved denoising diffusion probabilistic models", section 3.1. The
-network's output has twice the channels, which `denoiser(..., learned_variance=True)` reads.
+network's output has twice the channels, which `denoiser(..., learned_variance=True)` decodes.
 """
 
 import math
@@ -33,29 +33,30 @@ def hybrid_loss(
     bound_weight: Scalar = 0.001,
     levels: int | None = 256,
 ) -> Float[Array, " batch"]:
-    """`diffusion_loss`, and a little of the bound to learn the decoder's variance by.
+    """`diffusion_loss` plus a small multiple of the bound, which trains the decoder's variance.
 
-    L_simple + bound_weight L_vlb, where the bound sees the predicted mean as a constant (Nichol &
+    L_simple + bound_weight L_vlb, where the predicted mean is a constant in the bound (Nichol &
     Dhariwal 2021, equation 16; theirs is in bits, 1.44 times ours).
 
     Args:
       key: one key, or one per example `[batch]`.
       network: its output has twice the channels (see `denoisers.denoiser`).
       schedule: a `Schedule`.
-      target: what the first half of the output regresses.
+      target: the target that the first half of the output regresses.
       x_0: clean data `[batch, ...]`.
       cond: conditioning passed to the network.
-      weight: a weighting of the eps error, of the first part alone.
+      weight: a weighting of the eps error, which applies to L_simple only.
       t: times on the grid i/T, `[]` or `[batch]`; drawn by default.
       steps: T, at least 2.
       bound_weight: weight of the bound, in nats per dimension.
-      levels: how many values from -1 to 1 a number of the data may have; None if it is continuous.
+      levels: number of values in [-1, 1] that an element of the data can take; None for continuous
+        data.
 
     Returns:
       Losses `[batch]`.
 
     Raises:
-      ValueError: if the network's output has not twice the channels.
+      ValueError: if the network's output does not have twice the channels.
     """
     t, eps = draw(key, x_0, t, steps)
     prediction = denoiser(network, schedule, target, learned_variance=True)(
@@ -82,28 +83,29 @@ def bound_loss(
     variance: str = "learned",
     levels: int | None = 256,
 ) -> Float[Array, " batch"]:
-    """The discrete bound itself: T times one of its terms, in nats per dimension.
+    """An estimate of the discrete bound: T times one of its terms, in nats per dimension.
 
     Its expectation over t is the bound without its prior term (the L_vlb of Nichol & Dhariwal
-    2021). It is noisy: see `LossHistory` for times that make it less so.
+    2021). Its variance is large; the times of `loss_aware_times` reduce it.
 
     Args:
       key: one key, or one per example `[batch]`.
       network: its output has twice the channels if the variance is learned.
       schedule: a `Schedule`.
-      target: what (the first half of) the output regresses.
+      target: the target that (the first half of) the output regresses.
       x_0: clean data `[batch, ...]`.
       cond: conditioning passed to the network.
       t: times on the grid i/T, `[]` or `[batch]`; drawn by default.
       steps: T, at least 2.
-      variance: that of the decoder, "posterior", "beta" or "learned".
-      levels: how many values from -1 to 1 a number of the data may have; None if it is continuous.
+      variance: variance of the decoder, "posterior", "beta" or "learned".
+      levels: number of values in [-1, 1] that an element of the data can take; None for continuous
+        data.
 
     Returns:
       Losses `[batch]`.
 
     Raises:
-      ValueError: if there is no such variance, or the network's output has not the channels.
+      ValueError: if `variance` is unknown, or the network's output has a wrong number of channels.
     """
     t, eps = draw(key, x_0, t, steps)
     denoise = denoiser(network, schedule, target, learned_variance=variance == "learned")

@@ -1,20 +1,20 @@
-r"""How likely the data is: the variational bound, term by term, and the probability-flow ODE.
+r"""Likelihoods: the variational bound, term by term, and the probability-flow ODE.
 
     -log p(x_0) <=  KL(q(x_1 | x_0) || p(x_1))                            prior matching
                   + E[-log p(x_0 | x_t)]  at the first t                  reconstruction
                   + sum E[KL(q(x_s | x_t, x_0) || p(x_s | x_t))]          denoising matching
 
-The prior is that of `prior_sample`, N(0, sigma_1^2 I). Two Gaussians of one variance differ in
-their means only, so each denoising term is a squared error of the prediction (Ho et al. 2020,
-equations 5 to 8); with more and more steps their sum becomes an integral over t (Kingma et al.
+The prior is N(0, sigma_1^2 I), as in `prior_sample`. Two Gaussians of equal variance differ only in
+their means, so each denoising term is a squared error of the prediction (Ho et al. 2020,
+equations 5 to 8); as the number of steps grows, their sum becomes an integral over t (Kingma et al.
 2021, equation 17).
 
-All of it is in nats per example, `[batch]`, and positive parts of -log p; `bits_per_dim` divides.
+All terms are contributions to -log p, in nats per example `[batch]`; `bits_per_dim` converts them.
 
-Pixels are numbers on a grid of `levels` values in [-1, 1], so what is bounded is the probability
-of a value; for data that is continuous, `levels=None`, it is a density. The ODE knows densities
-only: `dequantise` spreads each value evenly over its own cell, and a mean log-density over the
-cell, plus the log of the cell's volume, is at most the log of the mean, which is the probability.
+Pixels lie on a grid of `levels` values in [-1, 1], so the bound is on the probability of a value;
+for continuous data, `levels=None`, it is on a density. The ODE gives only densities: `dequantise`
+spreads each value uniformly over its cell, and by Jensen's inequality the mean log-density over the
+cell, plus the log of the cell's volume, is at most the log of the value's probability.
 """
 
 import math
@@ -49,17 +49,17 @@ from .types import (
 
 Nats = Float[Array, " batch"]
 RECONSTRUCTIONS = 4
-"""Draws of noise for the reconstruction term, which varies little, and for its error."""
+"""Draws of noise for the reconstruction term, which varies little, and for its standard error."""
 
 
 class Elbo(NamedTuple):
     """An estimate of the bound: three parts of -log p(x_0), in nats, `[batch]` each.
 
     Attributes:
-      prior: exact.
-      reconstruction: an average over noise.
-      denoising: an average over noise and times.
-      standard_error: of the sum of the three.
+      prior: the prior term, which is exact.
+      reconstruction: the reconstruction term, averaged over noise.
+      denoising: the denoising terms, averaged over noise and times.
+      standard_error: standard error of the sum of the three.
     """
 
     prior: Nats
@@ -69,7 +69,7 @@ class Elbo(NamedTuple):
 
     @property
     def nats(self) -> Nats:
-        """The bound: their sum."""
+        """The bound, which is the sum of the three parts."""
         return self.prior + self.reconstruction + self.denoising
 
 
@@ -94,7 +94,7 @@ def denoising_term(
 ) -> Nats:
     """KL(q(x_s | x_t, x_0) || p(x_s | x_t)) for x_t = alpha_t x_0 + sigma_t eps, in nats.
 
-    One KL, not times T.
+    This is a single KL, which is not multiplied by T.
 
     Args:
       denoise: a `Denoiser`.
@@ -104,8 +104,8 @@ def denoising_term(
       t: later times, `[]` or `[batch]`.
       s: earlier times; None for the limit of KL / (t - s) as s rises to t, the integrand of
         continuous time, in nats per unit of t.
-      variance: that of the decoder, "posterior", "beta" or "learned" (see `process.decoder`); in
-        the limit they are one.
+      variance: variance of the decoder, "posterior", "beta" or "learned" (see `process.decoder`),
+        which are equal in the limit.
 
     Source: Ho et al. 2020, equation 8; Kingma et al. 2021, equations 14 and 17; Nichol & Dhariwal
     2021, section 3.1.
@@ -126,10 +126,11 @@ def reconstruction_term(
     """-log p(x_0 | x_t) at the first t, for x_t = alpha_t x_0 + sigma_t eps, in nats.
 
     In discrete time t = 1/T, and p is a Gaussian about the predicted x_0, integrated over the cell
-    of each value; its variance, and the lesser of the two a learned one lies between, is that of
-    the posterior one step later, because at t = 1/T that is zero (Ho et al. 2020, section 3.3;
-    Nichol & Dhariwal 2021, in their code). In continuous time t = 0, and p(value) is proportional
-    to q(x_t | value), which asks nothing of the network (Kingma et al. 2021, equation 8).
+    of each value. Its variance, or the lower end of the range of a learned variance, is the
+    posterior's one step later, because the posterior's variance is zero at t = 1/T (Ho et al. 2020,
+    section 3.3; Nichol & Dhariwal 2021, in their code). In continuous time t = 0, and p(value) is
+    proportional to q(x_t | value), which does not involve the network (Kingma et al. 2021,
+    equation 8).
 
     Args:
       denoise: a `Denoiser`; unused in continuous time.
@@ -137,9 +138,9 @@ def reconstruction_term(
       x_0: clean data `[batch, ...]`, on the grid of `levels` values.
       eps: the noise, of the same shape.
       steps: T, at least 2; None for continuous time.
-      variance: that of the decoder, "posterior", "beta" or "learned".
-      levels: how many values from -1 to 1 a number may have; None for continuous data, of which
-        the density is taken.
+      variance: variance of the decoder, "posterior", "beta" or "learned".
+      levels: number of values in [-1, 1] that an element of the data can take; None for the density
+        of continuous data.
 
     Raises:
       ValueError: if `steps` or `levels` is below 2.
@@ -170,12 +171,12 @@ def bound_term(
 
     Args:
       schedule: a `Schedule`.
-      prediction: a denoiser's at x_t = alpha_t x_0 + sigma_t eps.
+      prediction: a denoiser's prediction at x_t = alpha_t x_0 + sigma_t eps.
       x_0: clean data `[batch, ...]`.
       eps: the noise, of the same shape.
       t: times on the grid, `[]` or `[batch]`.
       steps: T, at least 2.
-      variance: that of the decoder.
+      variance: variance of the decoder.
       levels: how many values from -1 to 1 a number of the data may have; None if it is continuous.
 
     Raises:
@@ -183,7 +184,7 @@ def bound_term(
     """
     _check(steps=steps, levels=levels)
     first = jnp.broadcast_to(jnp.round(t * steps) <= 1, x_0.shape[:1])
-    # Where another term is asked for, none may be singular: gradients would see it.
+    # The term that is not selected must be finite too, or gradients would not be.
     t = jnp.where(first, 2 / steps, t)
     denoising = _kl(schedule, prediction, x_0, eps, t, t - 1 / steps, variance)
     here = prediction._replace(x_0=select(first, prediction.x_0, x_0))
@@ -205,31 +206,32 @@ def elbo(
 ) -> Elbo:
     """An unbiased estimate of the bound of each example, with its standard error.
 
-    Each example is looked at at `samples` times, in one `lax.scan`: one drawn in each of as many
-    equal parts of the log-SNR, where the bound is spread most evenly. The standard error is from
-    the second differences of neighbouring parts, which a straight trend over them leaves alone. It
-    is meant to be combined over many examples: that of one, from few parts, is itself uncertain.
+    The terms of each example are evaluated at `samples` times, in one `lax.map`: one time is drawn
+    from each of `samples` equal parts of the log-SNR range, over which the bound is spread most
+    evenly. The standard error comes from second differences of neighbouring parts, which a linear
+    trend does not change. It should be combined over many examples, because for a single example
+    and few parts it is itself uncertain.
 
     Args:
       key: one key, or one per example `[batch]`.
       denoise: a `Denoiser`.
       schedule: its `Schedule`.
       x_0: clean data `[batch, ...]`.
-      steps: T for the discrete bound, its sum over i = 2..T and reconstruction from t = 1/T; None
-        for continuous time, an integral and reconstruction from t = 0.
-      variance: that of the discrete decoder, "posterior", "beta" or "learned".
+      steps: T for the discrete bound, a sum over i = 2..T and reconstruction from t = 1/T; None for
+        continuous time, an integral and reconstruction from t = 0.
+      variance: variance of the discrete decoder, "posterior", "beta" or "learned".
       levels: how many values from -1 to 1 a number of the data may have; None if it is continuous.
-      samples: how many times to look at, at least 2; None, in discrete time, for every step, each
-        with two noises.
-      at_once: how many looks to take in one call of the network, for a batch too small to fill the
-        device; memory grows with it.
+      samples: number of times to evaluate, at least 2; None, in discrete time, evaluates every step
+        with two draws of noise.
+      at_once: number of times to evaluate in one call of the network, for a batch too small to fill
+        the device; memory grows with it.
 
     Returns:
       An `Elbo`.
 
     Raises:
-      ValueError: if `steps`, `levels` or `samples` is below 2, `at_once` below 1, `samples` is None
-        in continuous time, or `variance` is unknown, or in continuous time not the posterior's.
+      ValueError: if `steps`, `levels` or `samples` is below 2, `at_once` is below 1, `samples` is
+        None in continuous time, or `variance` is unknown, or is not "posterior" in continuous time.
 
     >>> import diffjax
     >>> schedule = diffjax.cosine()
@@ -237,12 +239,12 @@ def elbo(
     >>> x_0 = denoise.sample(jax.random.key(0), 1000)
     >>> bound = elbo(jax.random.key(1), denoise, schedule, x_0, levels=None)
     >>> gap = bound.nats.mean() + denoise.log_density(x_0, 0.0).mean()
-    >>> bool(abs(gap) < 0.3)  # none, but for the sampling error
+    >>> bool(abs(gap) < 0.3)  # zero, up to the sampling error
     True
     """
     _check(steps=steps, levels=levels, samples=samples)
     if samples is None and steps is None:
-        raise ValueError(f"samples=None, every step: needs discrete time, not {steps=}")
+        raise ValueError(f"samples=None evaluates every step: needs discrete time, not {steps=}")
     if at_once < 1:
         raise ValueError(f"{at_once=}: must be at least 1")
     example_keys = keys.per_example(key, len(x_0))
@@ -284,20 +286,20 @@ def elbo(
 
 
 def _variance_of_mean(terms):
-    """Of the mean of independent `terms` [parts, batch] along a smooth curve."""
+    """The variance of the mean of independent `terms` [parts, batch] along a smooth curve."""
     if len(terms) == 2:
         return jnp.diff(terms, axis=0)[0] ** 2 / 4
-    # Around each part; the first and the last take their neighbour's.
+    # The variance around each inner part; the first and the last part use their neighbour's.
     each = jnp.diff(terms, n=2, axis=0) ** 2 / 6
     return (each.sum(0) + each[0] + each[-1]) / len(terms) ** 2
 
 
 def bits_per_dim(nats: Float[Real, "..."], shape: tuple[int, ...]) -> Float[Real, "..."]:
-    """Nats per example as bits per dimension. It adds no offset: the data is as it was given.
+    """Convert nats per example to bits per dimension, without an offset for the data's scale.
 
     Args:
-      nats: of any shape.
-      shape: that of one example, without the batch.
+      nats: nats, of any shape.
+      shape: shape of one example, without the batch.
 
     >>> float(bits_per_dim(jnp.log(2.0) * 12, (2, 2, 3)))
     1.0
@@ -306,12 +308,12 @@ def bits_per_dim(nats: Float[Real, "..."], shape: tuple[int, ...]) -> Float[Real
 
 
 def dequantise(key: Key, x_0: Data, levels: int = 256) -> tuple[Data, float]:
-    """Spread each value evenly over its cell, for a model of densities.
+    """Spread each value uniformly over its cell, for a model of densities.
 
     Args:
       key: one key, or one per example `[batch]`.
       x_0: data `[batch, ...]` on a grid of `levels` values from -1 to 1.
-      levels: how many.
+      levels: number of values of the grid.
 
     Returns:
       x, and the log of a cell's volume: log P(x_0) >= E[log p(x)] + log volume, so in nats
@@ -337,26 +339,27 @@ def flow_log_likelihood(
     steps: int = 100,
     tolerance: float | None = None,
 ) -> Nats:
-    """log p(x_0) in nats: the density that the probability-flow ODE gives x at t = 0.
+    """log p(x_0) in nats: the log-density of the probability-flow ODE at t = 0.
 
-    x is carried to t = 1, where its density is that of N(0, sigma_1^2 I), and log p changes by the
-    divergence on the way (Song et al. 2021, section 4.3 and appendix D.2). Continuous data only;
-    see `dequantise` for pixels.
+    The ODE carries x to t = 1, where the density is N(0, sigma_1^2 I), and log p changes by the
+    integral of the divergence (Song et al. 2021, section 4.3 and appendix D.2). The data must be
+    continuous; see `dequantise` for pixels.
 
     Args:
-      denoise: a `Denoiser`; without clipping, whose edges a divergence does not see.
+      denoise: a `Denoiser` without clipping, whose edges the divergence does not account for.
       schedule: its `Schedule`.
       x_0: data `[batch, ...]`.
-      key: None for the exact divergence, one derivative for each of an example's dimensions; else
-        one key, or one per example `[batch]`, for Hutchinson's unbiased estimate from one random
-        sign vector an example, kept along the way (Grathwohl et al. 2019).
-      steps: of Runge-Kutta's fourth-order method, equal in log-SNR (see `ode.solve`).
-      tolerance: relative and absolute, to choose the steps by instead, over the whole batch; by
-        diffrax, of the extra `ode`.
+      key: None for the exact divergence, with one derivative for each of an example's dimensions;
+        else one key, or one per example `[batch]`, for Hutchinson's unbiased estimate from one
+        random sign vector per example, fixed along the trajectory (Grathwohl et al. 2019).
+      steps: number of steps of the fourth-order Runge-Kutta method, equal in log-SNR (see
+        `ode.solve`).
+      tolerance: relative and absolute tolerance of adaptive steps, which diffrax (the extra `ode`)
+        chooses for the whole batch; None for fixed steps.
 
     Raises:
-      ValueError: if `steps` is below 1 or `tolerance` not positive.
-      ModuleNotFoundError: if there is a `tolerance` and no diffrax.
+      ValueError: if `steps` is below 1 or `tolerance` is not positive.
+      ModuleNotFoundError: if `tolerance` is given and diffrax is not installed.
 
     >>> import diffjax
     >>> schedule = diffjax.cosine()
@@ -385,11 +388,11 @@ def flow_log_likelihood(
 
 
 def _kl(schedule, prediction, x_0, eps, t, s, variance):
-    """`denoising_term`, of a prediction."""
+    """`denoising_term` for a given prediction."""
     alpha, sigma = scales_at(schedule, t, x_0)
-    # alpha dx_0 + sigma deps = 0: the two errors are one, which v sees at every noise level.
+    # alpha dx_0 + sigma deps = 0, so there is one error, which v resolves at every noise level.
     error = sigma * (x_0 - prediction.x_0) - alpha * (eps - prediction.eps)
-    squared = (alpha * error / (alpha**2 + sigma**2)) ** 2  # that of eps
+    squared = (alpha * error / (alpha**2 + sigma**2)) ** 2  # of eps
     if s is None:
         if variance != "posterior":
             raise ValueError(f"{variance=}: in continuous time all variances are the posterior's")
@@ -401,10 +404,10 @@ def _kl(schedule, prediction, x_0, eps, t, s, variance):
 
 
 def _from_first_step(schedule, prediction, x_0, steps, variance, levels):
-    """`reconstruction_term` in discrete time, of a prediction at t = 1/T."""
+    """`reconstruction_term` in discrete time, for a given prediction at t = 1/T."""
     log_std = jnp.log(q_posterior(schedule, x_0, x_0, 2 / steps, 1 / steps)[1])
     if variance == "learned":
-        # From there up to sigma_t, the beta of the first step.
+        # It ranges from there up to sigma_t, whose square is the beta of the first step.
         log_sigma = jnp.log(scales_at(schedule, 1 / steps, x_0)[1])
         log_std += variance_fraction(prediction, variance) * (log_sigma - log_std)
     log_std = jnp.broadcast_to(log_std, x_0.shape)
@@ -467,12 +470,12 @@ def _log_normal(x, mean, log_std):
 
 
 def _log_cell(x, mean, log_std, levels):
-    """log of a normal distribution's mass on the cell of x; the outer cells have no outer edge."""
+    """log of a normal distribution's mass on the cell of x; the outermost cells are unbounded."""
     half, inverse = 1 / (levels - 1), jnp.exp(-log_std)
     low, high = (x - half - mean) * inverse, (x + half - mean) * inverse
     low = jnp.where(x < -1 + half, -jnp.inf, low)
     high = jnp.where(x > 1 - half, jnp.inf, high)
-    # In the upper tail both distribution functions are 1 to the last digit: look from above.
+    # In the upper tail both distribution functions round to 1, so reflect it into the lower tail.
     above = low + high > 0
     low, high = jnp.where(above, -high, low), jnp.where(above, -low, high)
     log_high, log_low = jax.scipy.stats.norm.logcdf(high), jax.scipy.stats.norm.logcdf(low)
@@ -488,7 +491,7 @@ def _log_categorical(x, mean, log_std, levels):
         logits = _log_normal(mean[None], values, log_std[None])
         return _log_normal(mean, x, log_std) - jax.nn.logsumexp(logits, axis=0)
 
-    return jax.lax.map(one, (x, mean, log_std))  # one example at a time: `levels` times its size
+    return jax.lax.map(one, (x, mean, log_std))  # one example at a time, to save memory
 
 
 def _sum(x):

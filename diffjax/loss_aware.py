@@ -1,8 +1,8 @@
-"""Loss-aware times: look most often where the loss has been large.
+"""Loss-aware times: importance sampling of times by the size of their losses.
 
-The loss of the bound varies over orders of magnitude with t, and its gradient with it. A time is
-drawn in proportion to the root mean square of its last losses, and its loss divided by that, so
-that the mean stays what it was and varies less (Nichol & Dhariwal 2021, section 3.3).
+The loss of the bound and its gradient vary over orders of magnitude with t. A time is drawn with a
+probability in proportion to the root mean square of its last losses, and its loss is divided by
+that, which keeps the mean and reduces the variance (Nichol & Dhariwal 2021, section 3.3).
 """
 
 from typing import NamedTuple
@@ -16,11 +16,11 @@ from .types import Array, Key, Real
 
 
 class LossHistory(NamedTuple):
-    """The last losses at each step of discrete time; a pytree, to be carried in `TrainState.extra`.
+    """The last losses at each step of discrete time, a pytree that `TrainState.extra` can hold.
 
     Attributes:
-      losses: `[steps, n]`, unweighted, newest last.
-      seen: how many of them there are, `[steps]`.
+      losses: unweighted losses `[steps, n]`, newest last.
+      seen: number of losses recorded at each step, `[steps]`.
     """
 
     losses: Float[Array, "steps n"]
@@ -28,7 +28,7 @@ class LossHistory(NamedTuple):
 
 
 def loss_history(steps: int, n: int = 10) -> LossHistory:
-    """An empty history of T = `steps` times, n losses each.
+    """Make an empty history of T = `steps` times with up to n losses each.
 
     Raises:
       ValueError: if either is below 1.
@@ -45,17 +45,17 @@ def loss_aware_times(
     index: Int[Real, " batch"] | None = None,
     uniform: float = 0.001,
 ) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
-    """Random times on the grid i/T in proportion to their losses, stratified.
+    """Draw stratified random times on the grid i/T, in proportion to their losses.
 
     Args:
       key: one key, shared by the whole batch.
-      history: until every time has its n losses, times are uniform.
+      history: the last losses; times are uniform until every time has all of its losses.
       n: size of the whole (global) batch.
-      index: positions in the global batch of the examples at hand; all of them by default.
-      uniform: probability of drawing uniformly instead, so that none is forgotten.
+      index: positions in the global batch for which times are returned; all by default.
+      uniform: probability of a uniform draw instead, so that every time is drawn.
 
     Returns:
-      Times, and the weights 1 / (T p) to multiply their losses by; `[n]`, or one for each of
+      Times, and the weights 1 / (T p) by which to multiply their losses; `[n]`, or one for each of
       `index`.
 
     Raises:
@@ -76,12 +76,12 @@ def loss_aware_times(
 def remember_losses(
     history: LossHistory, t: Float[Array, " batch"], losses: Float[Array, " batch"]
 ) -> LossHistory:
-    """The history with a batch of unweighted losses more, in the order of the batch.
+    """Add a batch of unweighted losses to the history, in the order of the batch.
 
     Args:
       history: the history so far.
       t: times on the grid i/T, `[batch]`.
-      losses: unweighted, `[batch]`.
+      losses: unweighted losses `[batch]`.
     """
     steps, length = history.losses.shape
 

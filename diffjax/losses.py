@@ -1,4 +1,4 @@
-"""Training: a regression on one target at random times, whatever the target and the weighting."""
+"""Training losses: regression on one target at random times, for any target and weighting."""
 
 from collections.abc import Callable
 
@@ -14,30 +14,30 @@ from .types import Array, Cond, Data, Key, Network, Real, Scale, Time
 from .weightings import Weighting
 
 LOG_SNR_EDGES = tuple(range(-12, 13))
-"""The edges of the log-SNR bins that losses are reported in. They are the same for every run, so
-that runs on different schedules can be compared."""
+"""Edges of the log-SNR bins in which losses are reported. They are the same for every run, so that
+runs on different schedules can be compared."""
 
 
 def sample_times(
     key: Key, n: int, steps: int | None = None, index: Int[Real, " batch"] | None = None
 ) -> Float[Array, " batch"]:
-    """Random times in (0, 1], stratified: one in each n-th of the interval.
+    """Draw stratified random times in (0, 1]: one in each n-th of the interval.
 
-    All n share one uniform offset, t_i = 1 - frac(u + i / n), so that each is uniform by itself
-    while their mean over the batch varies little (Kingma et al. 2021, appendix I.1).
+    All n share one uniform offset, t_i = 1 - frac(u + i / n), so that each time is uniform, but
+    their mean over the batch varies little (Kingma et al. 2021, appendix I.1).
 
     Args:
       key: one key, shared by the whole batch.
       n: size of the whole (global) batch.
       steps: T for times on the grid i/T, i = 1..T, as in discrete-time diffusion; None for
         continuous time.
-      index: positions in the global batch of the examples at hand; all of them by default.
+      index: positions in the global batch for which times are returned; all by default.
 
     Returns:
       Times `[n]`, or one for each of `index`.
 
     Raises:
-      ValueError: if `key` is several, or `n` or `steps` is below 1.
+      ValueError: if `key` is not a single key, or `n` or `steps` is below 1.
 
     >>> t = sample_times(jax.random.key(0), 4)
     >>> sorted((t * 4).astype(int).tolist())
@@ -60,13 +60,13 @@ def loss_weight(
     weight: Weighting | None = None,
     steps: int | None = None,
 ) -> Scale:
-    """The factor on the squared error in the target's own space that `weight` amounts to.
+    """The factor on the squared error in the target's own space that corresponds to `weight`.
 
     Args:
       schedule: a `Schedule`.
       target: a name in `TARGETS`, or a row function.
       t: times `[]` or `[batch]`.
-      weight: a weighting of the eps error; None for a target of unit variance, 1 / (a^2 + b^2).
+      weight: a weighting of the eps error; None for 1 / (a^2 + b^2), as in `diffusion_loss`.
       steps: T, if time is discrete.
 
     Returns:
@@ -87,28 +87,29 @@ def effective_weight(
     density: Callable[[Array], Array] | None = None,
     steps: int | None = None,
 ) -> Callable[[Array], Array]:
-    """What a loss weighs an error of x_0 by, as a function of log-SNR: the objective itself.
+    """The weight that a loss gives to the error of x_0, as a function of log-SNR.
 
-    Whatever the schedule, the target, the weighting and the density of times, the expected loss is
-    the integral of this times the mean squared error of x_0 over log-SNR (Kingma & Gao 2023,
-    section 3): two objectives are the same if and only if these functions are.
+    For any schedule, target, weighting and density of times, the expected loss is the integral over
+    log-SNR of this weight times the mean squared error of x_0 (Kingma & Gao 2023, section 3). Two
+    objectives are therefore the same if and only if these functions are.
 
     Args:
       schedule: a `Schedule`.
-      target: what the network regresses.
+      target: the target that the network regresses.
       weight: a weighting of the eps error, or None for unit variance, as in `diffusion_loss`.
-      density: of the times, a function of t on [0, 1]; None for uniform ones.
-      steps: T, if time is discrete; constant between the times of the grid.
+      density: density of the times, a function of t on [0, 1]; None for uniform times.
+      steps: T, if time is discrete; t is then rounded up to the grid i/T.
 
     Returns:
-      A function of log-SNR, `[]` or `[n]`, to weights of that shape: 0 outside the schedule's range.
+      A function from log-SNR, `[]` or `[n]`, to weights of the same shape, which are 0 outside the
+      schedule's range.
 
     >>> import diffjax
     >>> weighs = effective_weight(diffjax.cosine(), "x_0", diffjax.weightings.elbo())
     >>> bool(jnp.allclose(weighs(jnp.array([0.0, 2.0])), jnp.exp(jnp.array([0.0, 2.0])) / 2))
     True
     """
-    row(target)  # refused now if it is unknown
+    row(target)  # raises now if the target is unknown
 
     def weighs(log_snr: Array) -> Array:
         log_snr = jnp.asarray(log_snr)
@@ -135,23 +136,24 @@ def diffusion_loss(
     t: Time | None = None,
     steps: int | None = None,
 ) -> Float[Array, " batch"]:
-    """The weighted denoising loss of each example: one noise, one time, one squared error.
+    """The weighted denoising loss of each example, at one time and with one draw of noise.
 
     Args:
       key: one key, or one per example `[batch]`.
       network: (x_t, log_snr `[batch]`, cond) -> an estimate of the target.
       schedule: a `Schedule`.
-      target: what the network regresses, a name in `TARGETS` or a row function.
+      target: the target that the network regresses, a name in `TARGETS` or a row function.
       x_0: clean data `[batch, ...]`; pixels are in [-1, 1] by convention.
       cond: conditioning passed to the network.
       weight: a weighting of the eps error (see `weightings`); None for 1 / (a^2 + b^2), which
         gives every target unit variance (1 for x_0, eps and v; Song's sigma^2 for the score).
-      t: times `[]` or `[batch]`. By default they are drawn: stratified over the batch from one
-        key, independently from one key per example.
+      t: times `[]` or `[batch]`. By default they are drawn: stratified over the batch if `key` is
+        one key, and independently if it is one key per example.
       steps: T for discrete time, None for continuous.
 
     Returns:
-      Losses `[batch]`, the mean over the data axes; with `weightings.elbo()`, in nats per dimension.
+      Losses `[batch]`, averaged over the data axes; with `weightings.elbo()`, they are in nats per
+      dimension.
 
     Raises:
       ValueError: if the target is unknown, or the network's output has another shape than `x_0`.
@@ -182,7 +184,7 @@ def weighted_error(
     weight: Weighting | None = None,
     steps: int | None = None,
 ) -> Float[Array, " batch"]:
-    """The weighted mean squared error of a network's output: `diffusion_loss`, given the output."""
+    """The weighted mean squared error of a network's output: `diffusion_loss` after the network."""
     error = (out - encode(target, x_0, eps, *scales_at(schedule, t, x_0))).astype(t.dtype)
     mse = jnp.mean(error**2, axis=range(1, error.ndim))
     return mse * loss_weight(schedule, target, t, weight, steps)
@@ -193,11 +195,12 @@ def by_log_snr(
 ) -> Float[Array, "2 bins"]:
     """The sum of the losses in each bin of log-SNR, and the number of examples in it.
 
-    The bins lie between neighbours of `LOG_SNR_EDGES`; the outer two include all that is beyond.
+    The bins lie between neighbouring `LOG_SNR_EDGES`; the outermost two include all values beyond
+    the edges.
 
     Args:
-      log_snr: of each example.
-      losses: of each example.
+      log_snr: the log-SNR of each example.
+      losses: the loss of each example.
 
     >>> by_log_snr(jnp.array([0.5, 0.0, -99.0]), jnp.array([1.0, 2.0, 4.0]))[:, jnp.array([0, 12])]
     Array([[4., 3.],
@@ -213,12 +216,13 @@ def by_log_snr(
 def draw(
     key: Key, x_0: Data, t: Time | None = None, steps: int | None = None
 ) -> tuple[Float[Array, " batch"], Data]:
-    """The times `[batch]`, unless they are given, and the noise that a loss draws."""
+    """Draw the times `[batch]`, unless they are given, and the noise of a loss."""
     batch, key = x_0.shape[0], keys.typed(key)
     if t is not None:
         t = jnp.broadcast_to(at_least_float32(t), (batch,))
     elif key.ndim == 0:
-        t = sample_times(keys.fold_in(key, batch), batch, steps)  # 0..batch-1 are the examples'
+        # The examples' keys are folded with 0..batch-1.
+        t = sample_times(keys.fold_in(key, batch), batch, steps)
     else:
         t = jax.vmap(lambda k: sample_times(k, 1, steps)[0])(keys.fold_in(key, 1))
     key_eps = keys.fold_in(keys.per_example(key, batch), 0)

@@ -1,14 +1,13 @@
 r"""The probability-flow ODE, in coordinates where it is smooth up to both ends.
 
-Deterministic sampling, encoding and exact likelihoods all follow one ODE, which moves x_t while
-the prediction (x_0, eps) at x_t stays its own derivative: dx = x_0 dalpha + eps dsigma. On the
-circle
+Deterministic sampling, encoding and exact likelihoods all solve one ODE, dx = x_0 dalpha + eps
+dsigma, where (x_0, eps) is the prediction at x_t. On the circle
 
     y = x / sqrt(alpha^2 + sigma^2) = cos(phi) x_0 + sin(phi) eps,    phi = atan2(sigma, alpha),
 
-it reads dy/dphi = cos(phi) eps - sin(phi) x_0, which is bounded at both ends and the same for
-every schedule of the same log-SNR: for variance-preserving scales it is the v of Salimans & Ho
-2022, appendix D.
+it reads dy/dphi = cos(phi) eps - sin(phi) x_0, which is bounded at both ends and the same for all
+schedules with the same log-SNR; for variance-preserving scales it is the v of Salimans & Ho 2022,
+appendix D.
 """
 
 import functools
@@ -34,7 +33,7 @@ def angle(schedule: Schedule, t: Time) -> Array:
 
 
 def velocity(denoise: Denoiser, schedule: Schedule, y: Data, t: Time) -> tuple[Data, Data]:
-    """dy/dphi at a point of the circle, and the estimate of x_0 it was made with.
+    """dy/dphi at a point of the circle, and the estimate of x_0 that it uses.
 
     Args:
       denoise: a `Denoiser`.
@@ -58,18 +57,18 @@ def along_log_snr(slope: Callable[[Any, Any], Any], schedule: Schedule, y: Any, 
 def solve(
     slope: Callable[[Any, Any], Any], schedule: Schedule, y: Any, t: Time, s: Time, steps: int
 ) -> Any:
-    """Runge-Kutta's fourth-order method from time t to time s, with equal steps in log-SNR.
+    """Solve an ODE by the fourth-order Runge-Kutta method, with equal steps in log-SNR.
 
-    Whatever the scale of the data, some stretch of log-SNR is where the flow sees it; equal steps
+    Structure of the data at each scale matters to the flow in its own range of log-SNR; equal steps
     in log-SNR treat all scales alike.
 
     Args:
       slope: (y, t) -> dy/dphi.
       schedule: a `Schedule`.
       y: a pytree of arrays, at time t.
-      t: where to start, `[]` or `[batch]`.
-      s: where to end.
-      steps: how many; each calls `slope` four times.
+      t: start time, `[]` or `[batch]`.
+      s: end time, `[]` or `[batch]`.
+      steps: number of steps; each calls `slope` four times.
 
     Returns:
       y at time s.

@@ -1,12 +1,12 @@
-r"""Data whose every noised density is known: exact denoisers to test, teach and start with.
+r"""Exact denoisers of data whose noised densities are known, for tests, teaching and first steps.
 
 If the data is a mixture of Gaussians, so is x_t at every t:
 
     p(x_0) = sum_k w_k N(m_k, C_k)    =>    p_t(x) = sum_k w_k N(alpha m_k, alpha^2 C_k + sigma^2 I)
 
 and E[x_0 | x_t], E[eps | x_t], the score and the density follow in closed form. A single Gaussian
-is one component; a finite data set is components of no width, whose exact denoiser is the optimal
-one for that training set (Karras et al. 2022, appendix B.3): it remembers everything.
+is one component; a finite data set has components of zero width, and its exact denoiser is the
+optimal one for that training set (Karras et al. 2022, appendix B.3), which reproduces its examples.
 
 Everything is computed in float32 or wider, at the highest matrix precision the platform has.
 """
@@ -28,16 +28,16 @@ from .types import Array, Cond, Data, Key, Prediction, Real, Time, known
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Oracle:
-    """A distribution of data seen through a schedule; itself a `Denoiser`.
+    """A known distribution of data under a schedule; an oracle is itself a `Denoiser`.
 
     Attributes:
       denoise: (x_t, t, cond) -> the `Prediction` E[x_0 | x_t], E[eps | x_t]; cond is ignored.
       score: (x_t, t) -> grad log p_t(x_t), of the shape of x_t.
       log_density: (x_t, t) -> log p_t(x_t) in nats, `[batch]`.
-      sample: (key, n) -> n draws of x_0; key is one, or one per example `[n]`.
-      flow_map: (x_t, t, s) -> where the probability-flow ODE takes x_t from time t to time s,
-        either way. In closed form for a Gaussian; else by Runge-Kutta's method of order 4 in 1,000
-        steps.
+      sample: (key, n) -> n draws of x_0; key is one key, or one per example `[n]`.
+      flow_map: (x_t, t, s) -> the point to which the probability-flow ODE takes x_t from time t to
+        time s, in either direction. It is in closed form for a Gaussian, and else takes 1,000
+        steps of the fourth-order Runge-Kutta method.
     """
 
     denoise: Callable[..., Prediction]
@@ -47,7 +47,7 @@ class Oracle:
     flow_map: Callable[[Data, Time, Time], Data]
 
     def __call__(self, x_t: Data, t: Time, cond: Cond = None) -> Prediction:
-        """The exact prediction at x_t: what makes an oracle a `Denoiser`."""
+        """The exact prediction at x_t; this method makes an oracle a `Denoiser`."""
         return self.denoise(x_t, t, cond)
 
 
@@ -116,7 +116,7 @@ def gaussian_mixture(
     variances, axes = (jnp.stack(parts) for parts in zip(*pairs, strict=True))
 
     def posterior(x_t, t):
-        """Along principal axes: log-weights [b, k]; E[x_0], E[eps] of each component [b, k, d]."""
+        """Log-weights [b, k], and E[x_0] and E[eps] of each component [b, k, d]."""
         centre = means[None]
         x = x_t[:, None].astype(jnp.result_type(x_t, centre))
         alpha, sigma = scales_at(schedule, t, x)
@@ -154,18 +154,18 @@ def gaussian_mixture(
 
 
 def dataset(schedule: Schedule, x: Float[Real, "n ..."]) -> Oracle:
-    """Data that is one of n given examples, each as likely: the optimal denoiser of a training set.
+    """Data uniform over n given examples, whose denoiser is the optimal one of a training set.
 
-    The density is that of x_t, which has one for sigma_t > 0: a mixture of n Gaussians N(alpha x_i,
-    sigma^2 I). Each call looks at all n examples; one example of the batch after the other, so that
-    memory grows with n alone.
+    The density is that of x_t for sigma_t > 0: a mixture of n Gaussians N(alpha x_i, sigma^2 I).
+    Each call compares all n examples with one example of the batch after the other, so that memory
+    grows only with n.
 
     Args:
       schedule: a `Schedule`.
       x: the examples, `[n, ...]`.
 
     Raises:
-      ValueError: if there are none.
+      ValueError: if there are no examples.
     """
     if x.ndim < 2 or not len(x):
         raise ValueError(f"examples of shape {x.shape}: need [n, ...] with n at least 1")
@@ -173,7 +173,7 @@ def dataset(schedule: Schedule, x: Float[Real, "n ..."]) -> Oracle:
     flat = x.reshape(len(x), -1)
 
     def log_joint(x_t, alpha, sigma):
-        distance = ((x_t.reshape(1, -1) - alpha * flat) ** 2).sum(-1)  # no |x|^2 - 2xy + |y|^2
+        distance = ((x_t.reshape(1, -1) - alpha * flat) ** 2).sum(-1)  # |x|^2 - 2xy + |y|^2 cancels
         return -0.5 * distance / sigma**2 - jnp.log(len(x))
 
     def each(f, x_t, t):
@@ -185,7 +185,7 @@ def dataset(schedule: Schedule, x: Float[Real, "n ..."]) -> Oracle:
         def one(x_t, alpha, sigma):
             share = jax.nn.softmax(log_joint(x_t, alpha, sigma))
             x_0 = _dot("n,nd->d", share, flat)
-            # The mean of eps_i, not (x_t - alpha x_0) / sigma, which loses x_t's digits.
+            # The mean of eps_i, not (x_t - alpha x_0) / sigma, which loses precision.
             eps = _dot("n,nd->d", share, (x_t.reshape(1, -1) - alpha * flat) / sigma)
             return x_0.reshape(x_t.shape), eps.reshape(x_t.shape)
 
@@ -218,7 +218,7 @@ def _oracle(schedule, denoise, log_density, sample):
 
 
 def _principal(cov, d):
-    """Variances `[d]` along the principal axes, and these as the columns of `[d, d]`."""
+    """Variances `[d]` along the principal axes, and the axes as the columns of `[d, d]`."""
     cov = jnp.asarray(cov, float)
     if cov.shape not in ((), (d,), (d, d)):
         raise ValueError(f"a covariance of shape {cov.shape} for {d} dimensions: need [d, d]")
@@ -229,7 +229,7 @@ def _principal(cov, d):
     else:
         if not np.allclose(cov, cov.T, rtol=1e-5, atol=1e-7):
             raise ValueError(f"covariance {cov} is not symmetric")
-        # In float64: the small variances of an ill-conditioned matrix matter at the data end.
+        # In float64, because the small variances of an ill-conditioned matrix matter near t = 0.
         variances, axes = map(jnp.asarray, np.linalg.eigh(np.asarray(cov, np.float64)))
     if known(variances) and variances.min() < -1e-6 * jnp.abs(variances).max():
         raise ValueError(f"covariance {cov} is not positive semi-definite")

@@ -178,7 +178,7 @@ def _sigmoid(start, end, tau, log_snr_min, log_snr_max, t):
 def log_uniform(
     sigma_min: Scalar = 0.002, sigma_max: Scalar = 80.0, scales: Scales = ve
 ) -> Schedule:
-    """A schedule whose sigma / alpha is geometric in t, from `sigma_min` to `sigma_max` at t = 1.
+    """Geometric sigma / alpha in t, from `sigma_min` at t = 0 to `sigma_max` at t = 1.
 
     This is the VE-SDE of Song et al. 2021; the defaults are from Karras et al. 2022 (EDM).
 

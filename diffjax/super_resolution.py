@@ -1,13 +1,13 @@
-r"""Super-resolution by a network that sees the small image, and what it takes to make a cascade.
+r"""Super-resolution and cascades, by a network that is conditioned on the small image.
 
-The network is given the small image beside x_t: noised, with the log-SNR of its noise
-("conditioning augmentation", Ho et al. 2022, "Cascaded diffusion models for
-high fidelity image generation", section 4.2):
+The network is given x_t and the small image, which is noised, with the log-SNR of its noise
+("conditioning augmentation", Ho et al. 2022, "Cascaded diffusion models for high fidelity image
+generation", section 4.2):
 
-    z ~ q(z_t | small) at a time t drawn from U(0, augment) in training, chosen when sampling
+    z ~ q(z_t | small)    t drawn from U(0, max_cond_noise) in training, and chosen in sampling
 
-A network that has learned to distrust its input forgives the flaws of small images that another
-model has sampled. For the same task with a network that knows nothing of it, see `inverse`.
+A network trained in this way tolerates the errors of small images that another model has sampled.
+`inverse` does super-resolution by a network that was not trained for it.
 """
 
 import jax
@@ -25,7 +25,7 @@ Small = Float[Real, "batch low low channels"]
 
 
 def shrink(x: Images, side: int) -> Small:
-    """Square images `[batch, height, height, channels]` averaged down to `side` pixels a side.
+    """Average square images `[batch, height, height, channels]` down to `side` pixels per side.
 
     Raises:
       ValueError: unless `side` divides their height.
@@ -36,7 +36,7 @@ def shrink(x: Images, side: int) -> Small:
 
 
 def enlarge(small: Small, side: int) -> Images:
-    """Square images enlarged to `side` pixels a side, by bicubic interpolation.
+    """Enlarge square images to `side` pixels per side, by bicubic interpolation.
 
     >>> enlarge(jnp.ones((1, 2, 2, 1)), 4).shape
     (1, 4, 4, 1)
@@ -46,13 +46,13 @@ def enlarge(small: Small, side: int) -> Images:
 
 
 def small_image(key: Key, schedule: Schedule, small: Small, t: Time) -> dict[str, Data]:
-    """What the network is told of a small image: the `image` and `image_log_snr` of its `cond`.
+    """Noise a small image: the entries `image` and `image_log_snr` of the network's `cond`.
 
     Args:
       key: one key, or one per example `[batch]`.
-      schedule: whose q(z_t | small) adds the noise.
+      schedule: the `Schedule` whose q(z_t | small) adds the noise.
       small: images `[batch, low, low, channels]` in [-1, 1].
-      t: how noisy to make it, `[]` or `[batch]`: from 0, by the schedule's least noise, to 1.
+      t: the time of the noise, `[]` or `[batch]`, from 0 (the schedule's lowest noise level) to 1.
     """
     z = q_sample(schedule, small, t, keys.normal(key, small.shape, small.dtype))
     return {"image": z, "image_log_snr": jnp.broadcast_to(schedule.log_snr(t), len(small))}
@@ -62,7 +62,7 @@ def psnr(x: Data, y: Data) -> Float[Real, " batch"]:
     """The peak signal-to-noise ratio of images in [-1, 1], in decibels `[batch]`.
 
     10 log10(peak^2 / mean squared difference) with a peak of 2. It favours blur: the mean of all
-    images that a small one may come from has the best there is, and is none of them.
+    images that match a small one minimises the squared difference, but is not one of them.
 
     >>> psnr(jnp.zeros((1, 4, 4, 1)), jnp.full((1, 4, 4, 1), 0.2))  # 10 log10(4 / 0.04)
     Array([20.], dtype=float32)
@@ -71,9 +71,9 @@ def psnr(x: Data, y: Data) -> Float[Real, " batch"]:
 
 
 def beside(x: Images, truth: Images, low: int) -> Float[Real, "rows height width channels"]:
-    """Samples in a picture of four rows: small, bicubic, sampled, true, `[4 batch, ...]`.
+    """Arrange images in four rows: small, bicubic, sampled and true, `[4 batch, ...]`.
 
-    Image 4 i + j is row j of column i, as `plots.samples` with four classes has them.
+    Image 4 i + j is row j of column i, as `plots.samples` with four classes draws them.
     """
     small, side = shrink(truth, low), x.shape[1]
     coarse = jax.image.resize(small, truth.shape, "nearest")

@@ -40,6 +40,7 @@ TARGETS: dict[str, Row] = {
     "flow": lambda alpha, sigma: (-1.0, 1.0),  # dx_t/dt of rectified_flow
     "F": edm,
 }
+"""Targets by name, as configs and the command line choose them."""
 
 
 def row(target: str | Row) -> Row:
@@ -66,7 +67,7 @@ def encode(target: str | Row, x_0: Data, eps: Data, alpha: Scale, sigma: Scale) 
       x_0: clean data `[batch, ...]`.
       eps: the noise, of the same shape.
       alpha: scales that broadcast against the data (see `scales_at`).
-      sigma: likewise.
+      sigma: scales, as for alpha.
 
     Returns:
       The target, of the shape of `x_0`.
@@ -87,7 +88,7 @@ def decode(target: str | Row, out: Data, x_t: Data, alpha: Scale, sigma: Scale) 
       out: the network's output `[batch, ...]`.
       x_t: the noisy data that the network was given, of the same shape.
       alpha: scales that broadcast against the data (see `scales_at`).
-      sigma: likewise.
+      sigma: scales, as for alpha.
 
     Returns:
       A `Prediction` with `alpha x_0 + sigma eps == x_t`.
@@ -106,7 +107,7 @@ def convert(
       out: the network's output `[batch, ...]`.
       x_t: the noisy data that the network was given, of the same shape.
       alpha: scales that broadcast against the data (see `scales_at`).
-      sigma: likewise.
+      sigma: scales, as for alpha.
       source: the target that `out` estimates.
       to: the target to convert to.
 

@@ -2,8 +2,8 @@ r"""Loss weightings: functions of (log_snr, rate) that multiply the mean squared
 
 `rate` is -d log_snr / dt in continuous time, or T expm1(log_snr_s - log_snr_t) for a step of the
 grid i/T (`schedules.rate_at`). In every other target's space the same weight is
-weight (alpha / det)^2, and `diffusion_loss` applies that factor; so a weighting means the same
-objective whichever target is trained. `losses.effective_weight` shows the resulting objective.
+weight (alpha / det)^2, and `diffusion_loss` applies that factor, so a weighting gives the same
+objective for every target. `losses.effective_weight` computes the resulting objective.
 
 Every function here takes a weighting's parameters and returns the weighting:
 
@@ -22,15 +22,15 @@ Weighting = Callable[[Array, Array], Array]
 
 
 def unit() -> None:
-    """No weighting of the eps error: 1 / (a^2 + b^2) on the target's own error.
+    """No weighting of the eps error, but 1 / (a^2 + b^2) on the target's own error.
 
-    Every target a x_0 + b eps then has variance one if the data has: the factor is 1 for x_0, eps
-    and v, and Song's sigma^2 for the score.
+    Every target a x_0 + b eps then has unit variance for data of unit variance: the factor is 1 for
+    x_0, eps and v, and Song's sigma^2 for the score.
     """
 
 
 def constant() -> Weighting:
-    """1: the L_simple of DDPM (Ho et al. 2020, equation 14)."""
+    """Weight 1: the L_simple of DDPM (Ho et al. 2020, equation 14)."""
     return lambda log_snr, rate: jnp.ones_like(log_snr)
 
 
@@ -65,8 +65,8 @@ def p2(k: float = 1.0, gamma: float = 1.0) -> Weighting:
 def edm(p_mean: float = -1.2, p_std: float = 1.2, sigma_data: float = 0.5) -> Weighting:
     """EDM's loss: its weight, times the density of its noise levels over that of uniform t.
 
-    Karras et al. 2022, section 5 and table 1: log(sigma/alpha) ~ N(p_mean, p_std^2), and target F
-    of that `sigma_data` at weight 1.
+    Karras et al. 2022, section 5 and table 1: log(sigma/alpha) ~ N(p_mean, p_std^2), and weight 1
+    on the target F with the same `sigma_data`.
     """
 
     def weight(log_snr, rate):
@@ -91,7 +91,7 @@ def min_snr(gamma: float = 5.0) -> Weighting:
 
 
 def sigmoid(bias: float = 0.0) -> Weighting:
-    """The bound with the low noise levels faded out: rate / 2 / (1 + exp(log_snr - bias)).
+    """The bound with low noise levels weighted down: rate / 2 / (1 + exp(log_snr - bias)).
 
     Kingma & Gao 2023, "Understanding diffusion objectives as the ELBO with simple data
     augmentation"; Hoogeboom et al. 2024, "Simpler diffusion", section 3.1.
@@ -109,4 +109,4 @@ WEIGHTINGS: dict[str, Callable[..., Weighting | None]] = {
     "min_snr": min_snr,
     "sigmoid": sigmoid,
 }
-"""Every weighting by name, as configs and the command line choose it."""
+"""Weightings by name, as configs and the command line choose them."""

@@ -55,7 +55,7 @@ def is_field(app, what, name, obj, skip, options):
 
 
 def by_last_name(app, env, node, contnode):
-    """Link a name without its module to what has this name, if that is one object."""
+    """Link a name without its module to the object of this name, if there is exactly one."""
     domain = env.get_domain("py")
     if node.get("refdomain") != "py":
         return None
@@ -77,7 +77,8 @@ def without_long_value(app, domain, objtype, content):
 def readme(app, path, parent, content):
     """Link the README's notebooks to their pages: the site has them below docs/, by a symlink."""
     link = r"\[([^]]*)\]\(notebooks/(\w+)\.ipynb\)"
-    content[0] = re.sub(link, r'<a href="notebooks/\2.html">\1</a>', content[0])
+    text = re.sub(link, r'<a href="notebooks/\2.html">\1</a>', content[0])
+    content[0] = text.replace("[notebooks](notebooks)", "notebooks")
 
 
 def setup(app):

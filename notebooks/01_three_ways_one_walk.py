@@ -13,13 +13,13 @@
 # %% [markdown]
 # # Three ways, one walk
 #
-# A diffusion model can learn to predict the clean data, the noise, or the score. Here is why these
-# are one problem: in the plane, with every distribution known exactly, each equation beside the
-# line of code that computes it.
+# A diffusion model can learn to predict the clean data, the noise, or the score. This notebook shows
+# why these are one problem. It works in the plane, where every distribution is known exactly, and
+# has each equation beside the line of code that computes it.
 #
-# One notation throughout: $t \in [0, 1]$, 0 is data and 1 is noise; $s < t$ is the earlier, cleaner
-# time; $x_t = \alpha_t x_0 + \sigma_t \epsilon$. The $\bar\alpha_t$ of the DDPM paper is
-# $\alpha_t^2$, its $t - 1$ is our $s$.
+# The notation is the same throughout. Time is $t \in [0, 1]$, where 0 is data and 1 is noise;
+# $s < t$ is the earlier, cleaner time; and $x_t = \alpha_t x_0 + \sigma_t \epsilon$. The
+# $\bar\alpha_t$ of the DDPM paper is $\alpha_t^2$, and its $t - 1$ is our $s$.
 
 # %%
 # !python -c "import diffjax" || pip install -q "diffjax[plots]"
@@ -34,13 +34,13 @@ import diffjax
 from diffjax import plots
 
 matplotlib.rcParams.update({"axes.titlesize": 9.5, "legend.fontsize": 8, "legend.frameon": False})
-X_0, EPS, SCORE, POSTERIOR = plots.COLOURS[:4]  # one colour each, in all of these notebooks
+X_0, EPS, SCORE, POSTERIOR = plots.COLOURS[:4]  # each has the same colour in all notebooks
 SHADES = LinearSegmentedColormap.from_list("shades", ["#FFFFFF", "#A0A0A0"])
 
 # %% [markdown]
 # ## 1. The encoder has no parameters
 #
-# The data is a curve in the plane, a little blurred. An *oracle* knows its density at every noise
+# The data is a slightly blurred curve in the plane. An *oracle* knows its density at every noise
 # level: if $p(x_0)$ is a mixture of Gaussians, so is every $p_t$.
 #
 # $$ p_t(x) = \sum_k w_k\, \mathcal N(x;\ \alpha_t m_k,\ \alpha_t^2 C_k + \sigma_t^2 I) $$
@@ -76,8 +76,8 @@ figure, _ = planes(0.0, 0.2, 0.5, 1.0, size=2.5)
 figure
 
 # %% [markdown]
-# Take one point. Shrink it to the mean of $x_t$. Draw a noise $\epsilon$, scale it to the red
-# vector, carry it to the end of the mean: that is $x_t$. The circle is one standard deviation of
+# Take one point $x_0$, and shrink it to the mean of $x_t$. Draw a noise $\epsilon$, scale it to the
+# red vector, and add it to the mean: the sum is $x_t$. The circle is one standard deviation of
 # $q(x_t \mid x_0)$.
 #
 # $$ q(x_t \mid x_0) = \mathcal N(\alpha_t x_0,\ \sigma_t^2 I), \qquad
@@ -107,8 +107,8 @@ figure
 # %% [markdown]
 # ## 2. What is there to learn? The bound
 #
-# The encoder leads from clean to noisy. A decoder $p(x_s \mid x_t)$ must walk back. The likelihood
-# of the data is bounded from below by three terms:
+# The encoder leads from clean to noisy. A decoder $p(x_s \mid x_t)$ leads back. Three terms bound the
+# likelihood of the data from below:
 #
 # $$ \log p(x_0) \ge
 #    \underbrace{\mathbb E \log p(x_0 \mid x_{1/T})}_{\text{reconstruction}}
@@ -116,8 +116,8 @@ figure
 #    - \sum_{t > 1/T} \underbrace{\mathbb E\, \mathrm{KL}\big(q(x_s \mid x_t, x_0)\,\|\,
 #      p(x_s \mid x_t)\big)}_{\text{denoising matching}} $$
 #
-# The first two are those of any variational autoencoder. The third is new: $p$ sees $x_t$ only,
-# while $q$ also sees the answer $x_0$. It is the ground truth that $p$ learns to imitate.
+# The first two are those of any variational autoencoder. The third is new. There $q$ is given the
+# answer $x_0$ and $p$ is given $x_t$ only, so that $q$ is the ground truth that $p$ learns to imitate.
 
 # %%
 denoise = data  # an oracle is a denoiser: x_t, t -> the best prediction of x_0 and eps
@@ -129,21 +129,22 @@ for steps in (1000, None):
 print(f"-log p(x_0), which the oracle knows: {-data.log_density(x, 0.0).mean():.3f} nats")
 
 # %% [markdown]
-# Left to right: reconstruction, prior, denoising, and their sum, which bounds $-\log p(x_0)$ from
-# above. With 1,000 steps a gap stays: the decoder's circles have the size of those of $q$, right
-# for data that is a point, too small for a blurred curve. With infinitely many (`None`) the two are
-# one, and the bound of a perfect denoiser is exact, but for the sampling error.
+From left to right these are reconstruction, prior, denoising, and their sum, which bounds
+# $-\log p(x_0)$ from above. With 1,000 steps a gap remains, because the decoder has the variance of
+# $q$, which is right if the data is a point and too small for a blurred curve. With infinitely many
+# steps (`None`) the gap vanishes, and the bound of a perfect denoiser is exact up to the sampling
+# error.
 #
 # ## 3. The posterior: circles of one radius
 #
-# By Bayes' rule the posterior is a Gaussian too. With $c = \mathrm{snr}_t / \mathrm{snr}_s$,
+# By Bayes' rule the posterior is also a Gaussian. With $c = \mathrm{snr}_t / \mathrm{snr}_s$,
 #
 # $$ q(x_s \mid x_t, x_0) = \mathcal N\Big(
 #    \underbrace{\alpha_s \big(x_0 + c\,(x_t / \alpha_t - x_0)\big)}_{\mu_q(x_t, x_0)},\
 #    \underbrace{\sigma_s^2 (1 - c)}_{\sigma_q^2}\, I \Big). $$
 #
-# Its mean lies between where we are and where we want to be. Its variance depends on the two times
-# alone: neither on $x_0$ nor on $x_t$. So every circle on the left is of one size.
+# Its mean lies between $x_t$ and $x_0$. Its variance depends on the two times only, and neither on
+# $x_0$ nor on $x_t$, so that all circles on the left have one size.
 
 # %%
 s = 0.2
@@ -173,8 +174,8 @@ right.legend()
 figure
 
 # %% [markdown]
-# Bayes' rule, checked: $q(x_s \mid x_t, x_0)\, q(x_t \mid x_0) = q(x_t \mid x_s)\, q(x_s \mid x_0)$
-# at any point of the plane.
+# This checks Bayes' rule,
+# $q(x_s \mid x_t, x_0)\, q(x_t \mid x_0) = q(x_t \mid x_s)\, q(x_s \mid x_0)$, at random points.
 
 
 # %%
@@ -194,16 +195,16 @@ print(f"largest difference of the logs: {jnp.abs(left - right).max():.1e}")
 # %% [markdown]
 # ## 4. Matching two such Gaussians is matching their means
 #
-# Give the decoder the variance that $q$ has. Then nothing is left to learn but its mean:
+# Give the decoder the variance of $q$. Then only its mean remains to be learned:
 #
 # $$ \mathrm{KL}\big(q(x_s \mid x_t, x_0)\,\|\,p(x_s \mid x_t)\big)
 #    = \frac{\|\mu_q(x_t, x_0) - \mu(x_t)\|^2}{2 \sigma_q^2} $$
 #
-# For the decoder's mean we put a guess for $x_0$ into the posterior's.
+# The decoder's mean is that of the posterior, with an estimate of $x_0$ in place of $x_0$.
 
 # %%
-guess = denoise(x_t, t)  # sees x_t only
-mean_of_p, _ = diffjax.q_posterior(schedule, guess.x_0, x_t, t, s)
+estimate = denoise(x_t, t)  # from x_t only
+mean_of_p, _ = diffjax.q_posterior(schedule, estimate.x_0, x_t, t, s)
 
 kl = ((mean - mean_of_p) ** 2).sum(-1) / (2 * std**2)
 print("by hand   ", kl[0, 0], "nats")
@@ -224,15 +225,15 @@ figure
 # ## 5. Three ways to write the mean, three networks
 #
 # Write $r = \alpha_t / \alpha_s$ and $\beta = \sigma_t^2 (1 - c)$ for the mean's factor and the
-# variance of $q(x_t \mid x_s)$: DDPM's $\sqrt{1 - \beta_t}$ and $\beta_t$. Put
-# $x_0 = (x_t - \sigma_t \epsilon) / \alpha_t$ into $\mu_q$, then
+# variance of $q(x_t \mid x_s)$; in DDPM they are $\sqrt{1 - \beta_t}$ and $\beta_t$. Insert
+# $x_0 = (x_t - \sigma_t \epsilon) / \alpha_t$ into $\mu_q$, and then
 # $\nabla \log q(x_t \mid x_0) = -\epsilon / \sigma_t$:
 #
-# | it predicts | the mean | it points |
+# | the network predicts | the mean of the next step | its output points |
 # |---|---|---|
-# | $x_0$ | $\mu = \alpha_s (\hat x_0 + c\,(x_t / \alpha_t - \hat x_0))$ | at the clean data |
-# | $\epsilon$ | $\mu = (x_t - \beta\,\hat\epsilon / \sigma_t) / r$ | at the noise to take away |
-# | score | $\mu = (x_t + \beta\,\nabla \log p_t(x_t)) / r$ | up, to higher density |
+# | $x_0$ | $\mu = \alpha_s (\hat x_0 + c\,(x_t / \alpha_t - \hat x_0))$ | to the clean data |
+# | $\epsilon$ | $\mu = (x_t - \beta\,\hat\epsilon / \sigma_t) / r$ | along the noise to remove |
+# | score | $\mu = (x_t + \beta\,\nabla \log p_t(x_t)) / r$ | to higher density |
 
 # %%
 x_0_hat, eps_hat = denoise(x_t, t)
@@ -263,8 +264,9 @@ write(axes[2], r"$\sigma_t^2 \nabla \log p_t(x_t)$", noiseless, (-78, -4), SCORE
 figure
 
 # %% [markdown]
-# Three arrows, and one cross: whatever the network says, the mean of the next step is the same. On
-# the whole plane each of the three is a vector field, and training fits it by least squares.
+# The three arrows differ, and the cross is in one place: whichever of the three the network predicts,
+# the mean of the next step is the same. On the whole plane each of the three is a vector field, which
+# training fits by least squares.
 
 # %%
 figure, axes = planes(t, t, t)
@@ -282,9 +284,9 @@ figure
 # %% [markdown]
 # ## 6. The three are one
 #
-# Given $x_t$ and $t$, each of the three is a linear map of any other. A target is one row of a
-# table, $\text{target} = a\,x_0 + b\,\epsilon$, and a prediction of any target, together with
-# $x_t$, is two equations for $x_0$ and $\epsilon$:
+# Given $x_t$ and $t$, each of the three is an affine function of any other. A target is one row of a
+# table, $\text{target} = a\,x_0 + b\,\epsilon$. A prediction of any target, together with $x_t$, gives
+# two equations for $x_0$ and $\epsilon$:
 #
 # $$ \begin{pmatrix} x_t \\ \text{target} \end{pmatrix} =
 #    \begin{pmatrix} \alpha_t & \sigma_t \\ a & b \end{pmatrix}
@@ -292,7 +294,7 @@ figure
 
 # %%
 for source in ("x_0", "eps", "score"):
-    out = diffjax.encode(source, x_0_hat, eps_hat, alpha, sigma)  # what such a network says
+    out = diffjax.encode(source, x_0_hat, eps_hat, alpha, sigma)  # the output of such a network
     for to in ("x_0", "eps", "score"):
         same = diffjax.convert(out, x_t, alpha, sigma, source, to)
         print(f"{source:>5} -> {to:<5} ({same[0, 0]:9.5f}, {same[0, 1]:9.5f})", end="   ")
@@ -301,9 +303,9 @@ for source in ("x_0", "eps", "score"):
 # %% [markdown]
 # ## 7. The walk
 #
-# Three networks now, each a function of $(x_t, \text{log-SNR})$ which says one thing only: the
-# first points at $x_0$, the second at $\epsilon$, the third up the score. `denoiser` gives each its
-# meaning, and DDPM's sampler draws from the decoder, from $t = 1$ to $t = 0$:
+# Now take three networks, each a function of $(x_t, \text{log-SNR})$ with one output: the first
+# predicts $x_0$, the second $\epsilon$, the third the score. `denoiser` converts each output to
+# $(\hat x_0, \hat\epsilon)$, and DDPM's sampler draws from the decoder, from $t = 1$ to $t = 0$:
 #
 # $$ x_s = \mu(x_t) + \sigma_q z, \qquad z \sim \mathcal N(0, I) $$
 
@@ -346,14 +348,14 @@ for a, b in (("x_0", "eps"), ("eps", "score"), ("score", "x_0")):
     print(f"{a:>5} and {b:<5} land {jnp.median(apart):.0e} apart, {apart.max():.0e} at most")
 
 # %% [markdown]
-# They land in the same place. What is left is rounding in float32, which the 200 steps carry along;
-# it is the largest where two ends of the curve are near and the walk has to choose.
+# The walks end in the same places. The differences are rounding errors of float32, which the 200
+# steps amplify; they are largest where two parts of the curve are close together.
 
 # %%
 steps = (0, 100, 140, 170, 200)
 figure, axes = planes(*(float(ts[step]) for step in steps), size=2.2)
 for ax, step in zip(axes, steps, strict=True):
-    # The one on top of the other: a large dot, a smaller one, and one smaller still.
+    # The dots lie on top of each other, so each walk has smaller ones than the walk before.
     for path, colour, size in zip(walks.values(), (X_0, EPS, SCORE), (60, 28, 8), strict=True):
         ax.scatter(*path[step, :40].T, s=size, color=colour, linewidth=0, zorder=3)
 figure
@@ -361,21 +363,22 @@ figure
 # %% [markdown]
 # ## 8. The theorem
 #
-# Put any network in place of the oracle. With the weights of the bound, *the same function* has the
-# same loss and the same gradient whichever of the three it is trained through:
+# Now replace the oracle by any network. With the weights of the bound, *the same function* has the
+# same loss and the same gradient, whichever of the three targets it is trained with:
 #
 # $$ \tfrac{\text{rate}}{2}\,\|\epsilon - \hat\epsilon\|^2
 #    = \tfrac{\text{rate}}{2}\,\mathrm{snr}\,\|x_0 - \hat x_0\|^2
 #    = \tfrac{\text{rate}}{2}\,\sigma_t^2\,\|\nabla \log q(x_t \mid x_0) - \hat s\|^2,
 #    \qquad \text{rate} = -\frac{d\,\text{log-SNR}}{dt} $$
 #
-# Here is a small network with random parameters. It speaks $\epsilon$; `convert` makes it speak the
-# other two. Its loss and its gradient, by automatic differentiation through each of the three:
+# Here is a small network with random parameters. It predicts $\epsilon$, and `convert` turns its
+# output into each of the other two. The next cell computes its loss and, by automatic
+# differentiation, its gradient with each of the three targets:
 
 
 # %%
-def spoken(params, target):
-    """One function of the parameters, which answers in the terms of `target`."""
+def predicting(params, target):
+    """The same network for every target, except that its output is converted to `target`."""
 
     def network(x_t, log_snr, cond):
         inputs = jnp.concatenate([x_t, log_snr[:, None] / 4], axis=-1)
@@ -387,12 +390,12 @@ def spoken(params, target):
 
 
 def losses(params, target, x_0, weight):
-    net, t = spoken(params, target), jnp.linspace(0, 1, len(x_0))
+    net, t = predicting(params, target), jnp.linspace(0, 1, len(x_0))
     return diffjax.diffusion_loss(jax.random.key(7), net, schedule, target, x_0, None, weight, t)
 
 
 def compute(dtype, weight):
-    """The losses of 1,600 examples and the gradient of their mean, through each target."""
+    """The losses of 1,600 examples and the gradient of their mean, with each target."""
     key_in, key_out = jax.random.split(jax.random.key(6))
     params = {
         "in": jax.random.normal(key_in, (3, 64), dtype),
@@ -408,14 +411,14 @@ def compute(dtype, weight):
 
 
 def compare(results):
-    """How far each loss and gradient is from that of eps, relative."""
+    """Print the relative differences of each loss and gradient from those of eps."""
     flat = lambda tree: np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
     reference, gradient = results["eps"]
     for target, (each, grad) in results.items():
         loss = abs(each.mean() / reference.mean() - 1)
-        turned = np.linalg.norm(flat(grad) - flat(gradient)) / np.linalg.norm(flat(gradient))
+        change = np.linalg.norm(flat(grad) - flat(gradient)) / np.linalg.norm(flat(gradient))
         print(
-            f"  {target:<5} loss {each.mean():.9g} differs by {loss:.0e}, gradient {turned:.0e}, "
+            f"  {target:<5} loss {each.mean():.9g} differs by {loss:.0e}, gradient {change:.0e}, "
             f"loss of the worst example {abs(each / reference - 1).max():.0e}"
         )
 
@@ -424,14 +427,14 @@ with jax.enable_x64(True):
     print("float64")
     double = compute(jnp.float64, diffjax.weightings.elbo())
     compare(double)
-print("float32, with other draws of the noise")
+print("float32, with other noise")
 single = compute(jnp.float32, diffjax.weightings.elbo())
 compare(single)
 
 # %% [markdown]
-# Equal, to the last digits that the arithmetic has. Example by example, the differences grow
-# towards both ends of log-SNR, where one of $x_0$ and $\epsilon$ is hidden in $x_t$ below the
-# other's last digits.
+# They are equal up to rounding. The differences of single examples grow towards both ends of
+# log-SNR, where the contribution of $x_0$ or of $\epsilon$ to $x_t$ is as small as the rounding error
+# of the other.
 
 # %%
 log_snr = schedule.log_snr(jnp.linspace(0, 1, 1600))
@@ -445,9 +448,8 @@ ax.legend(ncols=2, markerscale=3)
 figure
 
 # %% [markdown]
-# The weights are what makes them equal. By default (`weight=None`) each target is given unit
-# variance instead, which is what most people train with. These are different objectives, with one
-# and the same optimum:
+# They are equal because of the weights. By default (`weight=None`) each target is scaled to unit
+# variance instead, as in most implementations. These objectives differ, and have the same optimum:
 
 # %%
 compare(compute(jnp.float32, None))
@@ -465,7 +467,7 @@ ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
 figure
 
 # %% [markdown]
-# The three solid lines lie on each other: one objective. (So do those of $\epsilon$ and the score
-# at unit variance: the score's is Song's $\sigma_t^2$.) So choose the target for its numerics, or
-# for what your network finds easy; the model that it defines is the same. The next notebook trains
-# one.
+# The three solid lines coincide: the objective is one. (So do the lines of $\epsilon$ and of the score
+# at unit variance, for which the weight of the score is the $\sigma_t^2$ of Song et al.) So choose the
+# target for its numerical behaviour, or because your network learns it easily; the model that it
+# defines is the same. The next notebook trains one.

@@ -1,4 +1,4 @@
-"""Checkpoints: what is damaged is never read, what is sound is never lost."""
+"""Checkpoints: a damaged one is never read, and a sound one is never lost."""
 
 import dataclasses
 import io
@@ -19,8 +19,7 @@ from rich.console import Console
 import diffjax
 from diffjax import checkpoint
 from diffjax.experiment import command_line, inspect, run_directory
-from diffjax.training import checkpoints, runners
-from diffjax.training import init_state
+from diffjax.training import checkpoints, init_state, runners
 
 ROOT = Path(__file__).parents[1]
 CONFIG = dataclasses.replace(command_line.from_file("configs/digits.py:smoke"), keep=2)
@@ -39,14 +38,14 @@ def state_at(step):
 
 
 def save(workdir, *steps, config=CONFIG, losses=()):
-    with run_directory.open_run(workdir, config) as checkpoints:
+    with run_directory.open_run(workdir, config) as opened:
         for step, loss in zip(steps, losses or [1.0] * len(steps), strict=True):
-            checkpoints.save(step, state_at(step), loss)
+            opened.save(step, state_at(step), loss)
 
 
 def restored(workdir, like=None, config=CONFIG):
-    with run_directory.open_run(workdir, config) as checkpoints:
-        return checkpoints.restore(state_at(0) if like is None else like)
+    with run_directory.open_run(workdir, config) as opened:
+        return opened.restore(state_at(0) if like is None else like)
 
 
 def equal(a, b):
@@ -70,7 +69,7 @@ DAMAGE = {
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """A run with the checkpoints of steps 20 and 40, to be copied by who would harm it."""
+    """A run with the checkpoints of steps 20 and 40; a test that damages them copies it."""
     workdir = tmp_path_factory.mktemp("two") / "run"
     save(workdir, 20, 40)
     return workdir
@@ -80,12 +79,12 @@ def two(tmp_path_factory):
 def test_damage_to_any_file_is_found_and_the_older_checkpoint_used(two, tmp_path, kind, capsys):
     newest = two / "checkpoints" / "40"
     files = [f.relative_to(newest) for f in newest.rglob("*") if f.stat().st_size and f.is_file()]
-    # Orbax writes the time into this one when it commits; nothing that is restored depends on it.
+    # Orbax writes the time into this file when it commits; restoring does not depend on it.
     files.remove(Path(checkpoints.METADATA))
     assert len(files) > 10
     for i, name in enumerate(files):
         if name.name == checkpoints.COMMITTED:
-            continue  # it says nothing that the seal does not
+            continue  # it holds nothing that the seal does not
         copy = shutil.copytree(two, tmp_path / str(i))
         DAMAGE[kind](copy / "checkpoints" / "40" / name)
         damage = checkpoints.damage_of(copy / "checkpoints" / "40")
@@ -94,22 +93,22 @@ def test_damage_to_any_file_is_found_and_the_older_checkpoint_used(two, tmp_path
             assert str(name) in damage
         if i % 5 == 0:
             equal(restored(copy), state_at(20))
-            said = capsys.readouterr().out
-            assert damage in said and "set aside as damaged-40" in said
-            # A run goes on, and step 40 is written again.
+            out = capsys.readouterr().out
+            assert damage in out and "renamed to damaged-40" in out
+            # The run continues, and writes step 40 again.
             save(copy, 40)
             equal(restored(copy), state_at(40))
             assert (copy / "checkpoints" / "damaged-40").is_dir()
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_to_orbaxs_own_notes_harms_nothing(two, tmp_path, kind):
+def test_damage_to_the_metadata_of_orbax_changes_nothing(two, tmp_path, kind):
     copy = shutil.copytree(two, tmp_path / "run")
     DAMAGE[kind](copy / "checkpoints" / "40" / checkpoints.METADATA)
     equal(restored(copy), state_at(40))
 
 
-def test_reading_passes_over_a_damaged_checkpoint_with_a_warning(two, tmp_path):
+def test_reading_skips_a_damaged_checkpoint_with_a_warning(two, tmp_path):
     copy = shutil.copytree(two, tmp_path / "run")
     flip(next((copy / "checkpoints" / "40" / "default" / "d").iterdir()))
     with pytest.warns(UserWarning, match=r"40 is damaged: default.* has changed; trying an older"):
@@ -119,7 +118,7 @@ def test_reading_passes_over_a_damaged_checkpoint_with_a_warning(two, tmp_path):
     shutil.rmtree(copy / "checkpoints" / "20")
     with pytest.raises(ValueError, match="no checkpoint is sound; choose another"):
         restored(copy)
-    assert (copy / "checkpoints" / "40").is_dir()  # it is left for its owner to decide
+    assert (copy / "checkpoints" / "40").is_dir()  # the user decides about it
     with (
         pytest.warns(UserWarning, match="40 is damaged"),
         pytest.raises(FileNotFoundError, match="no sound checkpoint"),
@@ -128,7 +127,7 @@ def test_reading_passes_over_a_damaged_checkpoint_with_a_warning(two, tmp_path):
 
 
 def test_orbax_itself_returns_wrong_numbers_for_a_flipped_bit(two, tmp_path):
-    """Why there are seals; when this fails, Orbax has learned to see it."""
+    """This is why there are seals; if this test fails, Orbax detects the damage itself."""
     copy = shutil.copytree(two, tmp_path / "run") / "checkpoints" / "40"
     equal(checkpoints.read(copy), state_at(40))
     for file in (copy / "default" / "ocdbt.process_0" / "d").iterdir():
@@ -180,16 +179,16 @@ def test_another_state_is_refused_with_what_differs(two, change, message):
         restored(two, change(state_at(0)))
 
 
-def test_what_methods_carry_along_comes_back_as_what_it_was(tmp_path):
-    """A schedule that is learned, the history of losses, the optimiser's position."""
+def test_the_extra_state_of_a_method_is_restored(tmp_path):
+    """A learned schedule, the history of losses, and the optimiser's count of steps."""
     tx = optax.adam(optax.linear_schedule(0.0, 1.0, 10))
     params = {"schedule": diffjax.monotone_params(4), "net": jnp.ones(3)}
     history = diffjax.remember_losses(diffjax.loss_history(5), jnp.full(2, 0.4), jnp.ones(2))
     state = init_state(jax.random.key(0), params, tx, history)
     _, opt_state = tx.update(params, state.opt_state)
     state = state.replace(opt_state=opt_state)
-    with run_directory.open_run(tmp_path, CONFIG) as checkpoints:
-        checkpoints.save(20, state)
+    with run_directory.open_run(tmp_path, CONFIG) as opened:
+        opened.save(20, state)
     got = restored(tmp_path, init_state(jax.random.key(1), params, tx, diffjax.loss_history(5)))
     equal(got, state)
     assert jax.tree.structure(got) == jax.tree.structure(state)
@@ -202,8 +201,8 @@ def test_what_methods_carry_along_comes_back_as_what_it_was(tmp_path):
 def test_any_layout_reads_what_any_other_wrote(tmp_path, kind, fsdp):
     state = state_at(20)
     wrote = runners.RUNNERS[kind](fsdp).init(lambda: state)
-    with run_directory.open_run(tmp_path, CONFIG) as checkpoints:
-        checkpoints.save(20, wrote)
+    with run_directory.open_run(tmp_path, CONFIG) as opened:
+        opened.save(20, wrote)
     for other, share in (("pmap", 1), ("sharded", 2)):
         like = runners.RUNNERS[other](share).init(lambda: state_at(0))
         got = restored(tmp_path, like)
@@ -221,28 +220,29 @@ def test_the_newest_every_kth_and_the_best_are_kept(tmp_path):
 
 
 def test_a_full_disk_is_reported_and_training_goes_on(tmp_path):
-    """Files are limited to so many bytes while two checkpoints are written; a third is written.
+    """The size of files is limited while two checkpoints are written; then a third one is written.
 
-    In a process of its own, whose last run ends before that.
+    This happens in a process of its own, whose last run ends before the third.
     """
     code = f"""
 import resource, sys
 sys.path[:0] = [{str(ROOT / "tests")!r}]
 from pathlib import Path
-from test_checkpoint import CONFIG, checkpoint, state_at
+from diffjax.experiment import run_directory
+from test_checkpoint import CONFIG, state_at
 limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 for name, limit in (("none", 0), ("some", 4000), ("end", 0)):
-    with run_directory.open_run(Path({str(tmp_path)!r}) / name, CONFIG) as checkpoints:
-        checkpoints.save(20, state_at(20))
-        checkpoints.wait()
+    with run_directory.open_run(Path({str(tmp_path)!r}) / name, CONFIG) as opened:
+        opened.save(20, state_at(20))
+        opened.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
         for step in (40, 60):
-            checkpoints.save(step, state_at(step))
-            checkpoints.wait()
-            print(name, "newest", checkpoints.newest())
+            opened.save(step, state_at(step))
+            opened.wait()
+            print(name, "newest", opened.newest())
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         if name != "end":
-            checkpoints.save(80, state_at(80))
+            opened.save(80, state_at(80))
 """
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
     run = [sys.executable, "-c", code]
@@ -251,28 +251,28 @@ for name, limit in (("none", 0), ("some", 4000), ("end", 0)):
     for name, last in (("none", 80), ("some", 80), ("end", 20)):
         assert done.stdout.count(f"{name} newest 20\n") == 2
         equal(restored(tmp_path / name), state_at(last))
-        # Nothing is left lying about.
+        # No failed save leaves a file.
         kept = {path.name for path in (tmp_path / name / "checkpoints").iterdir()}
         assert kept == {"20", str(last)}
     assert "UnwrittenError: checkpoint 60 could not be written" in done.stderr
     assert "Event loop is closed" not in done.stderr and "absl" not in done.stderr
 
 
-def test_inspect_says_what_a_run_holds(two, tmp_path):
+def test_inspect_prints_what_a_run_holds(two, tmp_path):
     copy = shutil.copytree(two, tmp_path / "run")
     row = {"step": 40, "loss": 0.5, "eval_loss": 0.25}
     (copy / "metrics.jsonl").write_text(json.dumps(row) + "\n")
 
-    def said():
+    def report():
         console = Console(record=True, width=160, file=io.StringIO())
         damaged = inspect.report(copy, console)
         return damaged, console.export_text()
 
-    damaged, text = said()
+    damaged, text = report()
     assert damaged == 0 and text.count("sound") == 2 and "0.25" in text
     assert "model.width=8" in text and "loss 0.5" in text
     (copy / "checkpoints" / "40" / "seal.json").unlink()
-    damaged, text = said()
+    damaged, text = report()
     assert damaged == 1 and "seal.json is missing" in text
     with pytest.raises(FileNotFoundError, match="not the directory of a run"):
         inspect.report(tmp_path, Console(quiet=True))

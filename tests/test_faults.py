@@ -1,6 +1,6 @@
-"""Real processes that are killed, stopped and starved: `make test-faults`, ten to twenty minutes.
+"""Real processes that are killed and stopped: `make test-faults`, ten to twenty minutes.
 
-Each test says what must hold after it: nothing is lost, nothing wrong is read, nobody hangs.
+After each test nothing is lost, no damaged file was read, and no process hangs.
 """
 
 import os
@@ -19,16 +19,16 @@ import pytest
 from test_train import TINY, assert_bitwise_equal, newest, rows_of
 
 from diffjax.experiment import run_directory
-from diffjax.training import distributed, metrics, runners
+from diffjax.training import metrics, runners
 
 pytestmark = pytest.mark.faults
 ROOT = Path(__file__).parents[1]
-STEADY = ["--config.save-every=10", "--config.sample-every=100000", "--config.keep=3"]
+STEADY = ["--config.save_every=10", "--config.sample_every=100000", "--config.keep=3"]
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """As a user has it, but with programs compiled once for all of these runs."""
+    """A user's environment, except that all of these runs share compiled programs."""
     cache = tmp_path_factory.mktemp("compiled")
     return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
@@ -38,7 +38,7 @@ def environment(tmp_path_factory):
 
 
 def start(environment, *words):
-    """A Python process, whose output is read when it has ended."""
+    """Start a Python process, whose output is read when it has ended."""
     return subprocess.Popen(
         [sys.executable, *map(str, words)],
         stdout=subprocess.PIPE,
@@ -55,7 +55,7 @@ def finish(process, timeout=900):
 
 
 def launched(environment, *words, options=()):
-    """A script as two processes of four devices each."""
+    """Start a script as two processes of four devices each."""
     launcher = ["-m", "diffjax.launch", "--processes=2", "--devices=4", *options, "--"]
     return start(environment, *launcher, *words)
 
@@ -83,7 +83,7 @@ def saved(workdir):
 
 
 def test_thirty_kills_at_random_moments_change_nothing(tmp_path, environment):
-    """kill -9 while it starts, trains, and saves every tenth step; bitwise the same in the end."""
+    """Kills come while a run starts, trains or saves; its result is that of an unkilled run."""
     argv = ["train.py", *TINY, *STEADY, "--config.steps=3000"]
     status, out = finish(start(environment, *argv, f"--workdir={tmp_path / 'whole'}"))
     assert status == 0, out
@@ -92,7 +92,7 @@ def test_thirty_kills_at_random_moments_change_nothing(tmp_path, environment):
     while kills < 30:
         process = start(environment, *argv, f"--workdir={killed}")
         before = saved(killed)
-        # Half of them as soon as anything new was saved, with the next save in flight.
+        # Half of the kills follow a save, while the next one is in flight.
         if kills % 2:
             until(lambda: saved(killed) != before or process.poll() is not None, "a save")  # noqa: B023
             time.sleep(rng.uniform(0, 0.3))
@@ -106,7 +106,7 @@ def test_thirty_kills_at_random_moments_change_nothing(tmp_path, environment):
         found = re.search(r"resumed from the checkpoint of step (\d+)", out)
         if found:
             resumed.append(int(found[1]))
-        # Whatever was saved is used, and is sound.
+        # The run resumes from what was saved, and that is sound.
         assert found or not before or "compiled" not in out, out
         assert "damaged" not in out
     assert kills == 30
@@ -122,9 +122,9 @@ def test_thirty_kills_at_random_moments_change_nothing(tmp_path, environment):
 
 
 def test_draws_images_and_parameters_in_two_processes(tmp_path, environment):
-    """Each layout in two processes, against one device in one."""
+    """Each layout in two processes gives the same as one device of one process."""
     out = tmp_path / "found.npz"
-    # The compiler's options are part of what decides the last bit of a normal draw.
+    # The last bit of a normal draw depends on the compiler's options.
     alike = environment | {"XLA_FLAGS": os.environ["XLA_FLAGS"]}
     status, said = finish(launched(alike, ROOT / "tests" / "layouts.py", out))
     assert status == 0, said
@@ -162,8 +162,10 @@ RUNNERS = {
 
 @pytest.mark.parametrize("name", RUNNERS)
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_of_two_is_healed(tmp_path, environment, two_processes, name, victim):
-    """The rest is ended within 2 s, all start again, and the result is bitwise the same."""
+def test_a_run_recovers_when_one_of_two_processes_is_killed(
+    tmp_path, environment, two_processes, name, victim
+):
+    """The other ends within 2 s, both start again, and the result is bitwise the same."""
     argv = ["train.py", *TINY, *STEADY, *RUNNERS[name], "--config.steps=60"]
     process = launched(environment, *argv, f"--workdir={tmp_path / 'run'}")
     until(lambda: saved(tmp_path / "run")[-1:] == [30], "step 30")
@@ -191,10 +193,10 @@ def alive(pid):
     return "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
 
 
-def test_sigterm_to_one_of_two_and_on_with_other_numbers_of_devices(
+def test_sigterm_to_one_of_two_and_resumption_on_other_numbers_of_devices(
     tmp_path, environment, two_processes
 ):
-    """Both save the same step and exit with 75; then 1 x 8 and 1 x 1 devices go on."""
+    """Both save the same step and exit with 75; then the run resumes on 8 devices, and on one."""
     argv = ["train.py", *TINY, *STEADY, *RUNNERS["fsdp"]]
     process = launched(
         environment, *argv, "--config.steps=60", f"--workdir={tmp_path / 'run'}",
@@ -223,7 +225,7 @@ def test_sigterm_to_one_of_two_and_on_with_other_numbers_of_devices(
         layouts.assert_close(named(got), named(whole), f"on {devices} devices")
 
 
-def test_a_process_that_stands_still_is_noticed(tmp_path, environment, two_processes):
+def test_a_process_that_makes_no_progress_is_noticed(tmp_path, environment, two_processes):
     argv = ["train.py", *TINY, *STEADY, *RUNNERS["fsdp"], "--config.steps=60"]
     process = launched(
         environment, *argv, f"--workdir={tmp_path / 'run'}", options=["--patience=25"]
@@ -240,16 +242,17 @@ def test_an_exception_in_one_process_ends_both_at_once(tmp_path, environment):
     (tmp_path / "forked.py").write_text(
         "import sys\n"
         "import train\n"
-        "from diffjax import experiment, parallel\n"
-        "from diffjax.config import parse\n"
+        "from diffjax.experiment import dataset\n"
+        "from diffjax.experiment.command_line import parse\n"
+        "from diffjax.training.distributed import failing_fast\n"
         "import jax\n"
-        "train_batch = experiment.train_batch\n"
+        "train_batch = dataset.train_batch\n"
         "def bad(examples, seed, step, **options):\n"
         "    if step == 25 and jax.process_index() == 1:\n"
         "        raise RuntimeError('planted')\n"
         "    return train_batch(examples, seed, step, **options)\n"
-        "experiment.train_batch = bad\n"
-        "with distributed.failing_fast():\n"
+        "dataset.train_batch = bad\n"
+        "with failing_fast():\n"
         "    train.train(*parse(sys.argv[1:]))\n"
     )
     argv = [tmp_path / "forked.py", *TINY, *STEADY, "--config.steps=60"]
@@ -264,7 +267,7 @@ def test_an_exception_in_one_process_ends_both_at_once(tmp_path, environment):
     assert saved(tmp_path / "run") == [10, 20]
 
 
-def test_metrics_are_written_by_the_first_process_alone(two_processes):
+def test_only_the_first_process_writes_metrics(two_processes):
     for workdir in two_processes.values():
         assert [row["step"] for row in metrics.read(workdir)] == [10, 20, 30, 40, 50, 60]
         assert (workdir / "samples.png").exists()

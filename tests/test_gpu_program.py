@@ -1,4 +1,4 @@
-"""What a GPU would be given to compile, read here: XLA lowers for a GPU where there is none."""
+"""The program that a GPU would get, which XLA can lower on a machine without a GPU."""
 
 import collections
 import re
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 import train
-from diffjax.experiment import resolve
-from diffjax.config import Config
+from diffjax.experiment import Config, resolve
+from diffjax.experiment.functions import initial_state
 from diffjax.models import UNetConfig
 
 BATCH = 8
@@ -19,19 +19,17 @@ BATCH = 8
 def program():
     """The training step of a network in bfloat16, as lowered for CUDA."""
     model = UNetConfig(64, (1, 2), 1, attention=(8,), groups=8, bfloat16=True)
-    config = Config(model=model, batch_size=BATCH)
-    network, times = resolve.make_network(config), resolve.make_times(config)
-    tx = resolve.make_optimizer(config.optimizer)
-    state = jax.eval_shape(resolve.make_initial_state(config, (16, 16, 3), tx, times))
+    e = resolve(Config(model=model, batch_size=BATCH))
+    state = jax.eval_shape(initial_state(e, (16, 16, 3)))
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves((state.params, state.ema_params)))
-    step = resolve.make_step(config, train.make_loss(config, network, times, None), tx, times)
+    step = train.make_step(e, train.make_loss(e, None))
     batch = {
         "x": jax.ShapeDtypeStruct((BATCH, 16, 16, 3), jnp.float32),
         "index": jax.ShapeDtypeStruct((BATCH,), jnp.int32),
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "default_backend", lambda: "gpu")
-        # JAX asks for the library's version where there is no library.
+        # JAX asks for the version of cuDNN, which is not installed here.
         cudnn = "jax._src.cudnn.fused_attention_stablehlo."
         patch.setattr(cudnn + "check_cudnn_version", lambda: 91000)
         patch.setattr(cudnn + "check_compute_capability", lambda _: True)
@@ -50,7 +48,7 @@ def test_attention_is_cudnns_and_its_backward_pass_too(program):
     assert calls == {"__cudnn$fmhaSoftmax": 4, "__cudnn$fmhaSoftmaxBackward": 4}
 
 
-def test_convolutions_are_in_bfloat16_and_take_images_as_they_lie(program):
+def test_convolutions_are_in_bfloat16_and_keep_the_layout_of_images(program):
     lines = [line for line in program.splitlines() if "stablehlo.convolution" in line]
     forward = [line for line in lines if "[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]" in line]
     # Two in each of 2 + 2 + 4 blocks, in, out, one that halves, and four that double.
@@ -65,7 +63,7 @@ def test_statistics_are_in_float32(program):
 
 
 def test_no_image_is_transposed(program):
-    """But for the heads of attention, whose kernel gives its gradients that way."""
+    """Only the heads of attention are, because its kernel returns gradients in that layout."""
     found = re.findall(r"transpose .*dims = \[(.*)\] : \(tensor<([\dx]+)x\w+>\)", program)
     assert len(found) > 20
     for dims, shape in found:
@@ -74,7 +72,7 @@ def test_no_image_is_transposed(program):
         assert moved == sorted(moved) or BATCH not in shape, (dims, shape)
 
 
-def test_the_state_is_given_away(program):
+def test_the_state_is_donated(program):
     head = program[program.index("@main(") :].splitlines()[0]
     state = head.count("tensor<") - head.split("->")[1].count("tensor<")
     given = head.count("tf.aliasing_output") + head.count("jax.buffer_donor")

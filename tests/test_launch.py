@@ -1,4 +1,4 @@
-"""The launcher, with scripts that stand in for train.py: it never hangs and says why."""
+"""The launcher, with scripts in place of train.py: it never hangs, and prints why it ends."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from diffjax.training import launch
 
 ROOT = Path(__file__).parents[1]
 
-# Process i of a script: a few "steps", then what the test wants of it.
+# Process i of a script: a few "steps", then the body that a test gives.
 SCRIPT = """
 import os, pathlib, signal, sys, time
 words = dict(w.removeprefix("--distributed.").split("=") for w in sys.argv[1:])
@@ -46,7 +46,7 @@ def finish(process):
 
 @pytest.fixture
 def launched(tmp_path, monkeypatch, capfd):
-    """(body of a script, options) -> what the launcher ends with and says, in this process."""
+    """(body of a script, options) -> the launcher's exit status and output, in this process."""
 
     def run(body, *options):
         (tmp_path / "script.py").write_text(SCRIPT + body)
@@ -67,12 +67,12 @@ def attempts(tmp_path):
     return len((tmp_path / "runs0").read_text())
 
 
-def test_all_well(launched):
+def test_processes_that_succeed_end_with_0(launched):
     # One write each: the lines of two processes on one pipe must not mix.
     body = "os.write(1, f'{me} {n} {os.environ[\"JAX_NUM_CPU_DEVICES\"]}\\n'.encode())"
     status, out = launched(body, "--devices=3")
     assert status == 0 and sorted(out.split("\n")) == ["", "0 2 3", "1 2 3"]
-    # This test's own choice, of conftest.py.
+    # Without --devices, the number that conftest.py sets.
     status, out = launched(body)
     assert status == 0 and sorted(out.split("\n")) == ["", "0 2 8", "1 2 8"]
 
@@ -93,12 +93,12 @@ if attempt == 0: time.sleep(60)
     status, out = launched(body)
     assert status == 0
     assert f"launch: {why}" in out and "launch: restart 1 of 3" in out
-    assert time.monotonic() - began < 30  # the one that slept was not waited for
+    assert time.monotonic() - began < 30  # the launcher did not wait for the sleeping process
     ports = (tmp_path / "ports").read_text().split()
     assert len(set(ports)) == 2  # a port for each attempt
 
 
-def test_one_that_hangs_is_noticed(launched):
+def test_a_process_that_hangs_is_noticed(launched):
     body = """
 for _ in range(600 if attempt == 0 else 3):
     if me == 0 or attempt: sign.touch()
@@ -108,13 +108,13 @@ for _ in range(600 if attempt == 0 else 3):
     assert status == 0 and "process 1 of 2 made no step for 2 s" in out
 
 
-def test_it_gives_up_after_so_many_restarts(launched, tmp_path):
+def test_it_gives_up_after_the_allowed_restarts(launched, tmp_path):
     status, out = launched("sys.exit(70)", "--restarts=2")
     assert status == 70 and attempts(tmp_path) == 3 and "launch: giving up" in out
 
 
 @pytest.mark.parametrize("status", launch.REFUSED)
-def test_what_is_refused_is_not_tried_again(launched, tmp_path, status):
+def test_a_script_that_refuses_its_input_is_not_restarted(launched, tmp_path, status):
     got, _ = launched(f"sys.exit({status})")
     assert got == status and attempts(tmp_path) == 1
 
@@ -137,7 +137,7 @@ def until(path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_handed_on_and_the_run_can_be_resumed(tmp_path, number):
+def test_a_signal_is_passed_on_and_the_run_can_be_resumed(tmp_path, number):
     process = start(tmp_path, GRACEFUL)
     until(tmp_path / "ready0")
     until(tmp_path / "ready1")
@@ -148,7 +148,7 @@ def test_a_signal_is_handed_on_and_the_run_can_be_resumed(tmp_path, number):
     assert attempts(tmp_path) == 1
 
 
-def test_who_does_not_end_within_the_grace_is_ended(tmp_path):
+def test_a_process_that_does_not_end_within_the_grace_is_killed(tmp_path):
     body = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + "time.sleep(60)"
     process = start(tmp_path, body, "--grace=1")
     until(tmp_path / "runs1")
@@ -158,7 +158,7 @@ def test_who_does_not_end_within_the_grace_is_ended(tmp_path):
     assert status == 70 and "not all of 2 processes ended within 1 s of grace" in out
 
 
-def test_who_is_stopped_before_it_can_save_can_be_resumed(tmp_path):
+def test_a_run_that_is_stopped_before_it_can_save_can_be_resumed(tmp_path):
     process = start(tmp_path, "time.sleep(60)")
     until(tmp_path / "runs1")
     process.send_signal(signal.SIGHUP)
@@ -166,13 +166,13 @@ def test_who_is_stopped_before_it_can_save_can_be_resumed(tmp_path):
     assert status == 75 and "ended by SIGTERM" in out
 
 
-def test_a_status_says_which_signal_it_was(launched):
+def test_the_status_tells_the_signal(launched):
     body = "os.kill(os.getpid(), signal.SIGKILL)"
     status, _ = launched(body, "--restarts=0")
     assert status == 128 + 9
 
 
-def test_processes_that_were_stopped_by_others_start_again(launched):
+def test_processes_that_something_else_stopped_start_again(launched):
     body = "if attempt == 0: sys.exit(75)"
     status, out = launched(body)
     assert status == 0 and "restart 1 of 3" in out

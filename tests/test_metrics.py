@@ -1,4 +1,4 @@
-"""What rows say, against what went into them."""
+"""Rows of metrics, compared with the numbers that went into them."""
 
 import functools
 import json
@@ -9,29 +9,33 @@ import numpy as np
 import optax
 import pytest
 
-from diffjax import losses
-from diffjax.training import metrics, recorder
-from diffjax.training import init_state, train_step
+from diffjax.losses import LOG_SNR_EDGES, by_log_snr
+from diffjax.training import Losses, init_state, metrics, train_step
+from diffjax.training.recorder import Recorder
 
 
 def test_losses_are_counted_between_edges_and_the_outer_bins_take_the_rest():
     log_snr = np.random.default_rng(0).uniform(-20, 20, 500).astype(np.float32)
     log_snr[:3] = -12, 0, 11  # an edge belongs to the bin above it
     losses = np.random.default_rng(1).exponential(size=500).astype(np.float32)
-    sums, counts = losses.by_log_snr(jnp.asarray(log_snr), jnp.asarray(losses))
+    sums, counts = by_log_snr(jnp.asarray(log_snr), jnp.asarray(losses))
     inside = np.clip(log_snr, -12, 11.5)
-    histogram = functools.partial(np.histogram, inside, losses.LOG_SNR_EDGES)
+    histogram = functools.partial(np.histogram, inside, LOG_SNR_EDGES)
     np.testing.assert_allclose(sums, histogram(weights=losses.astype(float))[0], rtol=1e-5)
     np.testing.assert_array_equal(counts, histogram()[0])
 
 
 def state_and_step(**options):
-    """A regression at a noise level for each example, which is told on request."""
+    """A regression with a noise level for each example, which the loss reports to `measure`."""
 
-    def loss_fn(key, params, batch, *extra):
-        losses = (params[None] - batch["x"]) ** 2
-        return (losses, (batch["log_snr"], losses)) if extra else losses
+    def plain(key, params, batch):
+        return (params[None] - batch["x"]) ** 2
 
+    def reporting(key, params, batch, extra):
+        losses = plain(key, params, batch)
+        return Losses(losses, {"log_snr": batch["log_snr"], "loss": losses})
+
+    loss_fn = reporting if "measure" in options else plain
     tx = optax.adam(0.1)
     state = init_state(jax.random.key(0), jnp.ones(()), tx)
     return state, functools.partial(train_step, loss_fn=loss_fn, tx=tx, ema_decay=0.9, **options)
@@ -45,7 +49,7 @@ def batch_of(n):
 
 
 def measure(seen):
-    return {"by_log_snr": losses.by_log_snr(*seen)}
+    return {"by_log_snr": by_log_snr(seen["log_snr"], seen["loss"])}
 
 
 @pytest.mark.parametrize("layout", ["whole", "parts", "pmap"])
@@ -69,7 +73,7 @@ def test_a_step_measures_its_global_batch_and_is_the_same_bit_for_bit(layout):
     sums, counts = two["by_log_snr"]
     losses = (1 - batch["x"]) ** 2
     inside = np.clip(batch["log_snr"], -12, 11.5)
-    histogram = functools.partial(np.histogram, inside, losses.LOG_SNR_EDGES)
+    histogram = functools.partial(np.histogram, inside, LOG_SNR_EDGES)
     np.testing.assert_allclose(sums, histogram(weights=losses.astype(float))[0], rtol=1e-5)
     np.testing.assert_array_equal(counts, histogram()[0])
 
@@ -78,7 +82,7 @@ def window_of(*batches):
     window = []
     for log_snr, losses in batches:
         pair = jnp.asarray(log_snr, float), jnp.asarray(losses, float)
-        step = {"loss": pair[1].mean(), "by_log_snr": losses.by_log_snr(*pair)}
+        step = {"loss": pair[1].mean(), "by_log_snr": by_log_snr(*pair)}
         window.append(step)
     return window
 
@@ -93,19 +97,20 @@ def test_a_row_is_the_mean_over_examples_not_over_steps(tmp_path):
         assert (mean, count) == expected.get(i, (None, 0))
     assert json.loads(json.dumps(row)) == row
 
-    # What a stopped run keeps, and the rest, make the same row.
-    with recorder.Recorder(tmp_path, 0, 30) as recorder:
-        recorder.keep(1, window[:1])
-    assert metrics.summary(metrics.load_window(tmp_path, 1) + window[1:], 2, lambda step: 0.1) == row
+    # The window that a stopped run saves, and the rest, make the same row.
+    with Recorder(tmp_path, 0, 30) as recorder:
+        recorder.attempt(metrics.save_window, tmp_path, 1, window[:1])
+    loaded = metrics.load_window(tmp_path, 1)
+    assert metrics.summary(loaded + window[1:], 2, lambda step: 0.1) == row
 
-    # A batch that is left out is left out here too.
+    # A skipped batch does not enter the means.
     broken = window_of(([5.0], [np.nan]))
     skipped = metrics.summary(window + broken, 3, lambda step: 0.1)
     assert skipped == row | {"skipped": 1}
     assert "loss" not in metrics.summary(broken, 1, lambda step: 0.1)
 
 
-def test_a_runs_rows_divide_its_loss_over_noise_levels(finished):
+def test_the_rows_of_a_run_divide_its_loss_over_noise_levels(finished):
     """Times are uniform, so the mean over all bins is the loss; the schedule is from -8 to 7."""
     rows = metrics.read(finished)
     assert len(rows) == 4

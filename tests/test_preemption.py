@@ -1,4 +1,4 @@
-"""A run that is asked to stop: it saves that very step and goes on as if nothing had been."""
+"""A run that is asked to stop saves that step, and resumes as if it had not stopped."""
 
 import os
 import signal
@@ -10,8 +10,9 @@ import pytest
 from test_train import TINY, assert_bitwise_equal, interrupted, newest, rows_of, run
 
 from diffjax import data
-from diffjax.experiment import resolve
-from diffjax.training import metrics, preemption, recorder
+from diffjax.experiment import dataset
+from diffjax.training import metrics, preemption
+from diffjax.training.recorder import Recorder
 
 
 def stopped_at(step, number, workdir, monkeypatch):
@@ -69,8 +70,8 @@ def test_a_second_signal_is_not_caught():
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_notebooks_thread_can_train_too():
-    """Python takes signal handlers from the main thread alone."""
+def test_a_thread_of_a_notebook_can_train():
+    """Python allows signal handlers in the main thread only."""
     answers = []
 
     def work():
@@ -91,19 +92,19 @@ def test_a_run_whose_launcher_has_died_saves_and_stops(monkeypatch, tmp_path):
         assert asked(1)
 
 
-def test_rows_that_a_disk_has_spoilt_are_left_out_and_no_others(tmp_path):
+def test_only_damaged_rows_are_left_out(tmp_path):
     lines = [b'{"step": 1}', b'{"st\xff', b"3", b'{"step": 4}', b'{"step": 5, "lo']
     (tmp_path / metrics.ROWS).write_bytes(b"\n".join(lines))
     assert metrics.read(tmp_path) == [{"step": 1}, {"step": 4}]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"step": 7}', '{"step": 8, "window": []}'])
-def test_a_spoilt_window_is_none(tmp_path, text):
+def test_a_damaged_window_counts_as_empty(tmp_path, text):
     (tmp_path / metrics.WINDOW).write_text(text)
     assert metrics.load_window(tmp_path, 7) == []
 
 
-def test_each_step_tells_the_launcher_that_it_lives(tmp_path, monkeypatch):
+def test_each_step_reports_progress_to_the_launcher(tmp_path, monkeypatch):
     sign = tmp_path / "sign"
     monkeypatch.setenv(preemption.PROGRESS, str(sign))
     with preemption.watch() as asked:
@@ -113,10 +114,10 @@ def test_each_step_tells_the_launcher_that_it_lives(tmp_path, monkeypatch):
         assert sign.stat().st_mtime > 0
 
 
-def test_batches_of_no_finite_gradient_are_left_out_so_often_and_no_more(
+def test_no_more_batches_with_nonfinite_gradients_are_skipped_than_allowed(
     tmp_path, monkeypatch, capsys
 ):
-    """Two of the batches are poisoned; the run says which, and is that without their updates."""
+    """Two batches hold a NaN; the run names them, and makes no update with them."""
     train_batch = data.train_batch
 
     def poisoned(examples, seed, step, **options):
@@ -125,13 +126,13 @@ def test_batches_of_no_finite_gradient_are_left_out_so_often_and_no_more(
             batch["x"][3] = np.nan
         return batch
 
-    monkeypatch.setattr(resolve, "train_batch", poisoned)
+    monkeypatch.setattr(dataset, "train_batch", poisoned)
     argv = [*TINY, "--config.steps=40"]
-    run(tmp_path / "two", *argv, "--config.skip-nonfinite=2")
+    run(tmp_path / "two", *argv, "--config.skip_nonfinite=2")
     out = capsys.readouterr().out
     for at, count in ((8, 1), (24, 2)):
         examples = data.batch_indices(0, at - 1, 1497, 16).tolist()
-        assert f"left out {count} of 2: grad_norm is nan, loss is nan at step {at}; " in out
+        assert f"skipped {count} of 2: grad_norm is nan, loss is nan at step {at}; " in out
         assert f"examples {examples}" in out
     rows = metrics.read(tmp_path / "two")
     assert [row.get("skipped", 0) for row in rows] == [1, 0, 1, 0]
@@ -141,24 +142,24 @@ def test_batches_of_no_finite_gradient_are_left_out_so_often_and_no_more(
     assert int(arrays["step"]) == 40
     assert set(updates_counted(arrays["opt_state"])) == {38}
 
-    # What was left out before counts when the run goes on.
+    # Batches that were skipped before the run stopped count after it resumes.
     interrupted(tmp_path / "two", tmp_path / "one")
     with pytest.raises(SystemExit, match="error: grad_norm is nan, loss is nan at step 24"):
-        run(tmp_path / "one", *argv, "--config.skip-nonfinite=1")
+        run(tmp_path / "one", *argv, "--config.skip_nonfinite=1")
     assert newest(tmp_path / "one")[0] == 20
 
 
 def updates_counted(tree):
-    """How many updates each part of the optimiser has counted."""
+    """The number of updates that each part of the optimiser has counted."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [int(x) for path, x in leaves if "count" in jax.tree_util.keystr(path)]
 
 
-def test_a_metrics_file_that_cannot_be_written_waits(tmp_path, capsys):
-    """Rows are kept, in order and whole, until the disk takes them."""
-    with recorder.Recorder(tmp_path, 0, 30) as recorder:
+def test_rows_wait_while_the_metrics_file_cannot_be_written(tmp_path, capsys):
+    """The recorder keeps rows, in order and whole, until it can write them."""
+    with Recorder(tmp_path, 0, 30) as recorder:
         recorder.write(10, 16, loss=1.0)
-        path = recorder.path
+        path = tmp_path / metrics.ROWS
         path.rename(tmp_path / "away")
         path.mkdir()
         recorder.write(20, 16, loss=2.0)

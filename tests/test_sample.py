@@ -255,6 +255,23 @@ def test_samples_are_drawn_by_the_runner_of_the_run(finished, drawn, tmp_path, m
     np.testing.assert_array_equal(examples.x, drawn[1][0].x)
 
 
+@pytest.mark.parametrize("name", runners.RUNNERS)
+def test_each_device_draws_its_own_tiles_one_after_another(name):
+    """24 samples in tiles of 4 on two devices are three tiles on each, by either runner."""
+    generate = lambda scale, batch: scale * batch["index"][:, None]
+    programs = []
+
+    def watched(f):
+        show = lambda *args: programs.append(str(jax.make_jaxpr(f)(*args))) or f(*args)
+        return runner.map(show)
+
+    with on_devices(2):
+        runner = runners.RUNNERS[name](1)
+        parts = sampling.draw(runner._replace(map=watched), generate, 2, None, range(24), 24)
+        np.testing.assert_array_equal(np.concatenate([*parts])[:, 0], 2 * np.arange(24))
+    assert " length=3" in programs[0]
+
+
 BAD = {
     "sampler": (drawing(sampler="dim"), "unknown sampler 'dim': one of ancestral, ddim"),
     "times": (drawing(times="even"), "unknown times 'even': one of uniform, log_snr, karras"),
@@ -263,7 +280,7 @@ BAD = {
     "steps": (drawing(steps=0), "steps=0: must be at least 1"),
     "n": (drawing(n=0), "n=0: must be at least 1"),
     "label": (drawing(label=10), "label=10: the run has classes 0 to 9"),
-    "seed": (drawing(seed=-1), "seed=-1: must be at least 0"),
+    "seed": (drawing(seed=-1), "seed=-1: must be in [0, 2**32)"),
     "cond_noise": (drawing(cond_noise=0.1), "sampling.cond_noise=0.1: need low_resolution"),
     "guidance": (
         drawing(guidance=("classifier_free:weight=nan",)),

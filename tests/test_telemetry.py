@@ -1,4 +1,4 @@
-"""What a run says of its cost, against what is known of it."""
+"""The cost that a run reports, compared with known costs."""
 
 import gzip
 import json
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from diffjax import data
-from diffjax.training import distributed, metrics, telemetry
+from diffjax.training import metrics, telemetry
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,7 +27,7 @@ def test_operations_are_those_of_a_product_of_matrices():
     assert telemetry.flops(lambda a, b: a @ b, a, b) == 0
 
 
-def test_waiting_and_compiling_are_measured_and_speed_is_worked_out(monkeypatch):
+def test_a_meter_measures_waiting_compiling_and_speed(monkeypatch):
     def slow():
         for _ in range(4):
             time.sleep(0.05)
@@ -39,21 +39,21 @@ def test_waiting_and_compiling_are_measured_and_speed_is_worked_out(monkeypatch)
         meter.flops = 5e12
         row = meter.read(10, 2.0)
         assert 0.1 <= row["data_stall"] < 0.2 and row["tflop_per_s"] == 25
-        assert row["compile_s"] > 0 and "mfu" not in row  # of a CPU nobody says the peak
+        assert row["compile_s"] > 0 and "mfu" not in row  # the peak of a CPU is unknown
         assert 0.05 < row["memory_gb"] < 100
         monkeypatch.setattr(telemetry, "peak_flops", lambda kind: 100e12)
         row = meter.read(10, 2.0)
         assert row["data_stall"] == 0 and row["mfu"] == 0.25 and "compile_s" not in row
     jax.jit(lambda x: jnp.sin(x) * 4.25)(1.0)
-    assert "compile_s" not in meter.read(1, 1.0)  # it no longer listens
+    assert "compile_s" not in meter.read(1, 1.0)  # it no longer measures
 
 
-def test_peaks_are_of_the_device_and_of_no_other():
+def test_the_peak_is_that_of_the_device():
     peaks = [telemetry.peak_flops(kind) for kind in ("TPU v5 lite", "TPU v5p", "TPU v5", "cpu")]
     assert peaks == [197e12, 459e12, 459e12, None]
 
 
-def test_advice_is_for_who_needs_it_and_not_for_who_has_chosen(monkeypatch):
+def test_advice_is_given_only_where_the_user_has_chosen_no_allocator(monkeypatch):
     monkeypatch.delenv("LD_PRELOAD", raising=False)
     monkeypatch.delenv(telemetry.TUNABLES, raising=False)
     glibc = "glibc" in (os.confstr("CS_GNU_LIBC_VERSION") or "")
@@ -98,7 +98,7 @@ def test_some_steps_are_traced_on_request(tmp_path):
     with gzip.open(trace) as file:
         names = [str(event.get("name")) for event in json.load(file)["traceEvents"]]
     assert any("sort" in name for name in names)
-    # A trace may not outlive its run: the next one could not start.
+    # A trace must end with its run: otherwise the next one could not start.
     with telemetry.traced(tmp_path / "again", range(1, 5)) as at:
         at(1, jnp.ones(()))
     with telemetry.traced(tmp_path / "again", range(1, 2)) as at:
@@ -106,7 +106,7 @@ def test_some_steps_are_traced_on_request(tmp_path):
         at(2, jnp.ones(()))
 
 
-def test_rows_say_what_the_run_cost(finished):
+def test_rows_hold_the_cost_of_the_run(finished):
     rows = metrics.read(finished)
     assert rows[0]["compile_s"] > 0 and "compile_s" not in rows[2]
     for row in rows:
@@ -116,9 +116,10 @@ def test_rows_say_what_the_run_cost(finished):
         np.testing.assert_allclose(per_image, rows[0]["tflop_per_s"] / rows[0]["img_per_s"])
 
 
-def test_programs_are_kept_for_the_next_start_unless_the_user_says_where(tmp_path):
+def test_compiled_programs_are_kept_unless_the_user_has_chosen_a_folder(tmp_path):
     code = """
 import jax, jax.monitoring, jax.numpy as jnp
+from diffjax.training import distributed
 distributed.setup(distributed.ALONE, 8)
 seen = []
 jax.monitoring.register_event_listener(lambda event, **_: seen.append(event))

@@ -365,8 +365,8 @@ BAD = {
     "option": (["--config.schedule_options", "log_snr_min=nan"], "must be a finite number"),
     "option text": (["--config.schedule_options", "log_snr_min=low"], "must be a finite number"),
     "no labels": (["--config.model.labels=0", "--config.model.null_label=False"], "null_label"),
-    "seed": (["--config.seed=-1"], "seed=-1: must be at least 0"),
-    "attention": (["--config.model.attention", "16"], "model.attention=(16,): the heights are"),
+    "seed": (["--config.seed=-1"], "seed=-1: must be in [0, 2**32)"),
+    "attention": (["--config.model.attention", "16"], "attention=(16,): the heights are [8]"),
     "two Ts": (
         [
             "--config=configs/cifar10.py:smoke",
@@ -536,15 +536,12 @@ def test_the_json_of_version_0_1_is_read():
         tree = json.loads(config_lib.to_json(config))
         model, sampling = tree["model"], tree["sampling"]
         tree["low"], tree["augment"] = tree.pop("low_resolution"), tree.pop("max_cond_noise")
-        sampling["level"], sampling["score"] = (
-            sampling.pop("cond_noise"),
-            sampling.pop("eval_samples"),
-        )
+        sampling["level"] = sampling.pop("cond_noise")
+        sampling["score"] = sampling.pop("eval_samples")
         sampling["guidance"] = 1.2 if sampling["guidance"] else 1.0
         model["kind"] = "UNetConfig"
         for new, old in (
             ("log_snr_scale", "level_scale"),
-            ("log_snr_shift", "level_shift"),
             ("embedding_period", "level_period"),
             ("embed_image_log_snr", "image_level"),
         ):

@@ -1,22 +1,24 @@
-"""Event files and offline runs, read back; and what happens when they cannot be written."""
+"""Event files and offline runs, read back; and writers that fail."""
 
 import json
 import struct
 import sys
 import time
 
+import jax
 import pytest
 from PIL import Image
 from test_train import TINY, run
 
 from diffjax import plots
-from diffjax.training import metrics, recorder, writers
+from diffjax.training import metrics, writers
+from diffjax.training.recorder import Recorder
 
 SIDES = "width", "height"
 
 
 def events(workdir):
-    """What TensorBoard reads from event files: records of a length, a checksum and a protobuf."""
+    """The events in event files: records of a length, a checksum and a protobuf."""
     event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
     found = []
     for path in sorted(workdir.glob("tensorboard/events*")):
@@ -29,7 +31,7 @@ def events(workdir):
 
 
 def shown(workdir):
-    """Scalars and sizes of pictures by name and step, without those that a restart purges."""
+    """Scalars and sizes of pictures by name and step, without those that a restart discards."""
     found = {}
     for event in events(workdir):
         if event.HasField("session_log"):
@@ -51,16 +53,16 @@ def expected_of(workdir):
 
 
 def record(workdir, names, start, steps, picture=None):
-    """As a run does: a row at each step from `start`, and pictures at the end."""
+    """Record as a run does: a row at each step from `start`, and a picture at the end."""
     workdir.mkdir(exist_ok=True)
     (workdir / "config.json").write_text('{"seed": 3}')
-    with recorder.Recorder(workdir, start, 9, writers=names) as recorder:
+    with Recorder(workdir, start, 9, writers=names) as recorder:
         for step in range(start + 1, steps + 1):
             recorder.write(step, 8, loss=1 / (start + step), loss_by_log_snr=[None] * 24)
         recorder.picture(steps, "samples", lambda: picture or Image.new("L", (30, 20)))
 
 
-def test_tensorboard_shows_the_rows_and_forgets_what_a_resumed_run_does_again(tmp_path):
+def test_tensorboard_shows_the_rows_and_discards_those_that_a_resumed_run_repeats(tmp_path):
     pytest.importorskip("tensorboardX")
     record(tmp_path / "run", ["tensorboard"], 0, 5)
     record(tmp_path / "run", ["tensorboard"], 3, 4)  # it was cut off at 5 and had saved 3
@@ -74,7 +76,7 @@ def test_tensorboard_shows_the_rows_and_forgets_what_a_resumed_run_does_again(tm
 def test_a_run_writes_to_tensorboard_and_its_pictures_are_those_on_disk(tmp_path):
     """train.py, resumed; process 0 of one."""
     pytest.importorskip("tensorboardX")
-    argv = [*TINY, "--config.writers", "tensorboard", "--config.sample-every=20"]
+    argv = [*TINY, "--config.writers", "tensorboard", "--config.sample_every=20"]
     run(tmp_path / "run", *argv, "--config.steps=20")
     run(tmp_path / "run", *TINY, "--config.writers", "tensorboard", "--config.steps=40")
     found = shown(tmp_path / "run")
@@ -136,7 +138,7 @@ def test_wandb_gets_the_rows_and_pictures_under_one_id(tmp_path, monkeypatch):
 
 
 def broken(when):
-    """A writer that fails on request, and what it was asked."""
+    """A list of the calls that a writer got, and the writer, which fails at call `when`."""
     asked = []
 
     def fails(what):
@@ -154,7 +156,9 @@ def broken(when):
 
 
 @pytest.mark.parametrize("when", ["open", "row", "picture", "close"])
-def test_a_writer_that_fails_is_told_once_and_the_run_goes_on(tmp_path, monkeypatch, capsys, when):
+def test_a_failing_writer_is_reported_once_and_the_run_continues(
+    tmp_path, monkeypatch, capsys, when
+):
     failing_calls, failing = broken(when)
     sound_calls, sound = broken(None)
     monkeypatch.setitem(writers.WRITERS, "failing", failing)
@@ -171,19 +175,19 @@ def test_a_writer_that_fails_is_told_once_and_the_run_goes_on(tmp_path, monkeypa
 def test_other_processes_open_no_writer(tmp_path, monkeypatch):
     calls, kind = broken(None)
     monkeypatch.setitem(writers.WRITERS, "one", kind)
-    monkeypatch.setattr(metrics.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
     record(tmp_path, ["one"], 0, 2)
     assert not calls and not list(tmp_path.glob("*.png"))
 
 
-def test_a_writer_that_cannot_be_is_refused_before_anything_is_done(tmp_path, monkeypatch):
+def test_a_writer_without_its_package_is_refused_before_the_run_starts(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="error: unknown writer 'tensorbord': one of tens"):
         run(tmp_path / "run", *TINY, "--config.writers", "tensorbord")
     kind = writers.Kind(writers.wandb, "no_such_package", "wandb")
     monkeypatch.setitem(writers.WRITERS, "wandb", kind)
     with pytest.raises(SystemExit, match=r"wandb needs no_such_package: .*'diffjax\[wandb\]'"):
         run(tmp_path / "run", *TINY, "--config.writers", "wandb")
-    # A folder of the package's name, such as W&B leaves behind, is no package.
+    # A folder with the package's name, such as W&B creates, is no package.
     (tmp_path / "no_such_package").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match="needs no_such_package"):
@@ -191,8 +195,8 @@ def test_a_writer_that_cannot_be_is_refused_before_anything_is_done(tmp_path, mo
     assert not (tmp_path / "run").exists()
 
 
-def test_a_picture_that_cannot_be_drawn_is_told(tmp_path, monkeypatch, capsys):
+def test_a_picture_that_cannot_be_drawn_is_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with recorder.Recorder(tmp_path, 0, 9) as recorder:
+    with Recorder(tmp_path, 0, 9) as recorder:
         recorder.picture(1, "loss", plots.progress, [])
     assert "not written: figures need matplotlib" in capsys.readouterr().out

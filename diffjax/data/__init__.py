@@ -1,11 +1,11 @@
 """Data sets by name, and batches as a pure function of (seed, step).
 
-A data set is two `Examples`, to train on and held out. Images are uint8 and become float32 in
-[-1, 1] batch by batch; everything else is float32 in [-1, 1] already. They are in memory, or, as
-those of a folder, stay on the disk (`Rows`). Nothing is ever downloaded.
+A data set is two `Examples`, for training and held out. Images are uint8 and are converted to
+float32 in [-1, 1] batch by batch; all other data is float32 in [-1, 1]. Examples are in memory, or
+on the disk, as in a folder of images (`Rows`). Nothing is downloaded.
 
-A data set is a function and a row in the table of its file: `readers.READERS`, `toy.TOYS`,
-`images.FOLDERS`.
+A data set is defined by a function and a row in the table of its file: `readers.READERS`,
+`toy.TOYS`, `images.FOLDERS`.
 """
 
 import inspect
@@ -32,7 +32,7 @@ from .images import UnreadableError
 from .workers import check_workers, in_order, prefetch
 
 DATASETS: dict[str, Source] = readers.READERS | images.FOLDERS | toy.TOYS
-"""Every data set by name, as configs and the command line choose it."""
+"""Data sets by name, as configs and the command line choose them."""
 
 __all__ = [
     "DATASETS",
@@ -59,7 +59,7 @@ __all__ = [
 
 
 def levels(name: str, examples: Examples) -> int | None:
-    """How many values from -1 to 1 a number of a data set may have; None if it is continuous.
+    """Number of values in [-1, 1] that an element of a data set can take; None if continuous.
 
     >>> levels("digits", load("digits").train)
     17
@@ -79,17 +79,18 @@ def load(
 
     Args:
       name: one of `DATASETS`.
-      path: its folder or file; None for its default place, if it has one.
-      size: for `folder`, the side of the squares that images are cropped and scaled to; for others,
-        the side of the squares that square images are averaged down to, a divisor of theirs.
-      channels: for `folder` only: 1, grey, or 3, RGB; None: grey if all of them are.
-      unreadable: for `folder` only: "refuse" it if a file cannot be read, or "skip" the file.
-      workers: processes that decode a folder's files.
+      path: its folder or file; None for its default location, if it has one.
+      size: side of the images in pixels. `folder` crops images to squares and scales them to this
+        size; other data sets average square images down to it, so it must divide their side.
+      channels: for `folder` only: 1 (grey) or 3 (RGB); None is grey if all images are grey.
+      unreadable: for `folder` only: if a file cannot be read, "refuse" the folder or "skip" the
+        file.
+      workers: number of processes that decode a folder's files.
 
     Raises:
       ValueError: if the name is unknown, the data set does not take an option, a file is corrupt,
         or values have a wrong dtype or are outside [-1, 1].
-      FileNotFoundError: if the data is not there; says how to get it.
+      FileNotFoundError: if the data is missing; the message says how to get it.
 
     >>> train, test = load("digits")
     >>> train.x.shape, test.x.shape
@@ -122,12 +123,12 @@ def load(
 
 
 def _averaged(name, x, size):
-    """Square images `[n, side, side, channels]` with each of size x size squares averaged."""
+    """Average square images `[n, side, side, channels]` down to size x size pixels."""
     square = x.ndim == 4 and x.shape[1] == x.shape[2]
     if DATASETS[name].levels or not square or size < 1 or x.shape[1] % size:
         raise ValueError(
-            f"data.size={size}: the data set {name} has a size of its own, {x.shape[1:]}; square "
-            "images can be averaged down to a divisor of theirs"
+            f"data.size={size}: the data set {name} has a size of its own, {x.shape[1:]}; only "
+            "square images can be averaged down, to a divisor of their size"
         )
     k = x.shape[1] // size
     means = x.reshape(len(x), size, k, size, k, x.shape[3]).mean((2, 4), np.float32)

@@ -9,9 +9,10 @@ from .examples import Examples, take
 
 
 def batch_indices(seed: int, step: int, n: int, batch_size: int) -> np.ndarray:
-    """Which of n examples make the batch of a step, `[batch_size]`: a pure function.
+    """Indices of the examples in the batch of a step, `[batch_size]`: a pure function.
 
-    Each epoch is a new permutation; examples that do not fill a last batch are left out of it.
+    Each epoch is a new permutation of the n examples; those that do not fill the last batch of an
+    epoch are left out.
 
     >>> sorted(np.concatenate([batch_indices(0, step, n=6, batch_size=3) for step in (0, 1)]))
     [np.int64(0), np.int64(1), np.int64(2), np.int64(3), np.int64(4), np.int64(5)]
@@ -31,11 +32,11 @@ def train_batch(
     """The training batch of a step: a pure function of (seed, step).
 
     Args:
-      examples: what to draw from.
+      examples: the examples to draw from.
       seed: the run's seed.
-      step: steps taken before this one.
+      step: number of steps before this one.
       batch_size: size of the global batch, at most the number of examples.
-      slots: which positions of the global batch to return.
+      slots: positions of the global batch to return.
       flip: mirror each image left to right with probability 1/2.
 
     Returns:
@@ -53,20 +54,20 @@ def train_batch(
 def train_batches(
     examples: Examples, seed: int, step: int, count: int, **options: Any
 ) -> dict[str, np.ndarray]:
-    """The training batches of `count` steps from `step` on, side by side: `[batch, count, ...]`.
+    """The training batches of `count` steps, stacked along the second axis: `[batch, count, ...]`.
 
     Args:
-      examples: as in `train_batch`.
-      seed: likewise.
-      step: steps taken before the first of them.
-      count: how many.
-      options: of `train_batch`.
+      examples: the examples to draw from.
+      seed: the run's seed.
+      step: number of steps before the first of them.
+      count: number of batches.
+      options: options of `train_batch`.
     """
     each = [train_batch(examples, seed, i, **options) for i in range(step, step + count)]
     return {name: np.stack([batch[name] for batch in each], axis=1) for name in each[0]}
 
 
-_ORDER, _FLIPS = 0, 1  # which of a seed's generators
+_ORDER, _FLIPS = 0, 1  # independent random generators of a seed
 
 
 @functools.lru_cache(maxsize=2)

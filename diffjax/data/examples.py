@@ -1,4 +1,4 @@
-"""Examples of a data set: arrays in memory or on the disk, and how they become batches of float32."""
+"""Examples of a data set, in memory or on the disk, and their conversion to float32 batches."""
 
 import hashlib
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Rows(Protocol):
-    """An array `[n, ...]` as batches use it: NumPy's, one on the disk, or `images.Images`."""
+    """The array interface that batches need, which NumPy arrays and `images.Images` have."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -38,7 +38,7 @@ class Examples(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """Examples to train on, and held out."""
+    """Training examples, and held-out examples."""
 
     train: Examples
     test: Examples
@@ -48,9 +48,10 @@ class Source(NamedTuple):
     """A row of `DATASETS`.
 
     Attributes:
-      read: a function to ((x, label), (x, label)), to train on and held out. Its parameters, among
-        `path`, `size`, `channels`, `unreadable` and `workers`, are the options that it takes.
-      levels: how many values a pixel may have, where that is neither 256 (bytes) nor unlimited.
+      read: a function that returns ((x, label), (x, label)), for training and held out. Its
+        parameters are the options that it takes: some of `path`, `size`, `channels`, `unreadable`
+        and `workers`.
+      levels: number of values that a pixel can take, if it is neither 256 (bytes) nor unlimited.
     """
 
     read: Callable[..., tuple]
@@ -74,7 +75,7 @@ def _sha256(x):
 
 
 def checked(x: Rows, label: np.ndarray | None = None, *, where: str = "data") -> Examples:
-    """`Examples` of these arrays, after checking them.
+    """Check arrays, and make `Examples` of them.
 
     Raises:
       ValueError: unless x is uint8, or float32 within [-1, 1], and labels are integers >= 0, one
@@ -96,7 +97,7 @@ def checked(x: Rows, label: np.ndarray | None = None, *, where: str = "data") ->
 
 
 def take(examples: Examples, index: np.ndarray) -> dict[str, np.ndarray]:
-    """The examples at `index`: `x` float32 in [-1, 1], and `label` int32 if there are labels."""
+    """The examples at `index`: `x`, float32 in [-1, 1], and `label`, int32, if there are labels."""
     x = examples.x[index]
     if x.dtype == np.uint8:
         x = x.astype(np.float32) / 127.5 - 1
@@ -107,7 +108,7 @@ def take(examples: Examples, index: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def to_bytes(x: np.ndarray) -> np.ndarray:
-    """Images in [-1, 1] as uint8, rounded; the inverse of `take`.
+    """Convert images in [-1, 1] to uint8, rounded: the inverse of the conversion in `take`.
 
     >>> to_bytes(np.array([-1.0, 0.0, 0.01, 1.2]))
     array([  0, 128, 129, 255], dtype=uint8)
@@ -122,7 +123,7 @@ def first(examples: Examples, n: int) -> dict[str, np.ndarray]:
 
 
 def all_examples(dataset: Dataset) -> tuple[np.ndarray, np.ndarray | None]:
-    """Both parts of a data set as one array in memory, in [-1, 1], and its labels or None."""
+    """Both parts of a data set as one array in memory, in [-1, 1], and their labels or None."""
     parts = [take(examples, np.arange(len(examples.x))) for examples in dataset]
     x = np.concatenate([part["x"] for part in parts])
     label = np.concatenate([part["label"] for part in parts]) if "label" in parts[0] else None

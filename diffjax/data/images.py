@@ -1,9 +1,8 @@
-"""A folder of images as a data set that stays on the disk: a batch reads the files it needs.
+"""A folder of images as a data set on the disk: a batch reads the files that it needs.
 
-`Images` is an array as far as batches are concerned: it has a shape and a dtype, and an array of
-indices gives an array of pixels. Nothing that is read is kept, so memory does not grow with the
-folder but for its names. Every file is decoded once before training starts: what cannot be read is
-known then, by name, and how many are left.
+`Images` acts as an array in batches: it has a shape and a dtype, and an array of indices gives an
+array of pixels. Pixels are not cached, so memory grows only with the names of the files. Every file
+is decoded once before training starts, which finds and names the files that cannot be read.
 """
 
 import dataclasses
@@ -22,13 +21,13 @@ from .workers import in_order
 
 READ = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 NOT_READ = (".avif", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".psd", ".svg", ".tif", ".tiff")
-LARGEST = 2**26  # pixels of an image
+LARGEST = 2**26  # the largest number of pixels of an image
 UNREADABLE = ("refuse", "skip")
-CHUNK = 64  # files that are looked at together
+CHUNK = 64  # files that one task decodes
 
 
 class UnreadableError(ValueError):
-    """A file that is no image, or no longer one; names it."""
+    """A file cannot be read as an image; the message names it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +36,8 @@ class Images:
 
     Attributes:
       root: the folder.
-      names: the files' paths in it, an array of str `[n]`.
-      side: what they are scaled to; None if they are left as they are.
+      names: the files' paths in the folder, an array of str `[n]`.
+      side: side of the squares to which they are scaled; None if they are not scaled.
       shape: `(n, height, width, channels)`.
     """
 
@@ -66,16 +65,16 @@ class Images:
         return {k: hashlib.sha256(repr(v).encode()).hexdigest() for k, v in parts.items()}
 
     def __array__(self, *_: Any, **__: Any) -> np.ndarray:
-        return self[:]  # all of them, in memory
+        return self[:]  # reads all images into memory
 
 
 class Scan(NamedTuple):
-    """What a folder holds: the files that can be read, and those that cannot, with the reason."""
+    """The files of a folder that can be read, and those that cannot, with the reason."""
 
     names: list[str]
     unreadable: dict[str, str]
     shapes: dict[tuple[int, ...], str]
-    """Each shape there is, with an image that has it."""
+    """The shapes that occur, each with the name of an image that has it."""
 
 
 def folder(
@@ -87,21 +86,22 @@ def folder(
 ) -> tuple:
     """A folder of images, read batch by batch; about a tenth is held out.
 
-    An image is held out if the SHA-256 of its path in the folder says so (`held_out`): always the
-    same, whatever is added, and however the folder is listed. If all lie in sub-folders, these, in
-    alphabetical order, are the labels, however deep the files lie in them.
+    The SHA-256 of an image's path in the folder decides whether it is held out (`held_out`), so
+    this does not change when other images are added. If all images are in sub-folders, their labels
+    are the top-level sub-folders, in alphabetical order.
 
     Args:
       path: the folder.
-      size: crop each to a square about its centre and scale that to `size` x `size`; None: they
-        must all be of one size.
-      channels: 1, grey, or 3, RGB; None: grey if all of them are.
+      size: crop each image to a centred square, and scale it to `size` x `size`; None requires that
+        all images have one size.
+      channels: 1 (grey) or 3 (RGB); None is grey if all images are grey.
       unreadable: what to do if a file cannot be read: "refuse" the folder, or "skip" the file.
-      workers: processes to look at the files with.
+      workers: number of processes that decode the files.
 
     Raises:
       FileNotFoundError: if there is no such folder.
-      ValueError: if an option or a file is bad, or too few images are left; names it.
+      ValueError: if an option or a file is invalid, or too few images are left; the message says
+        which.
     """
     if path is None or not path.is_dir():
         raise FileNotFoundError(f"folder: --config.data.path={path} must be a folder of images")
@@ -122,7 +122,7 @@ def folder(
     if not all(parts):
         raise ValueError(
             f"{path}: {len(names)} images ({', '.join(READ)}), {len(parts[0])} to train on and "
-            f"{len(parts[1])} held out, about every tenth: need at least one of each"
+            f"{len(parts[1])} held out, about one in ten: need at least one of each"
         )
     class_of = lambda name: name.partition("/")[0]
     classes = {c: i for i, c in enumerate(sorted({class_of(name) for name in (*names, *bad)}))}
@@ -148,22 +148,22 @@ def _refuse_or_tell(path, readable, bad, unreadable):
     what = f"{path}: {len(bad)} of {len(bad) + readable} images cannot be read: {some}"
     what += f"; and {len(bad) - 10} more" if len(bad) > 10 else ""
     if unreadable == "refuse":
-        raise UnreadableError(f"{what}. Repair them, or skip them by data.unreadable=skip")
+        raise UnreadableError(f"{what}. Repair them, or skip them with data.unreadable=skip")
     print(f"skipped: {what}", flush=True)
 
 
 def held_out(name: str) -> bool:
-    """Whether an image is held out, one in ten: by its path in the folder and nothing else."""
+    """Whether an image is held out, as one in ten is: a function of its path in the folder."""
     return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8]) % 10 == 0
 
 
 def scan(path: Path, size: int | None = None, workers: int = 0) -> Scan:
-    """Decode every image of a folder once, saying how far it is, and keep none.
+    """Decode every image of a folder once, and print the progress.
 
     Args:
       path: the folder.
       size: as for `folder`.
-      workers: processes to do it with.
+      workers: number of processes that decode the files.
     """
     found = [
         os.path.relpath(os.path.join(where, file), path)
@@ -184,12 +184,12 @@ def scan(path: Path, size: int | None = None, workers: int = 0) -> Scan:
         if time.monotonic() > reported + 2:
             done, reported = len(result.names) + len(result.unreadable), time.monotonic()
             bad = f", {len(result.unreadable):,} unreadable" if result.unreadable else ""
-            print(f"{path}: looked at {done:,} of {len(found):,} images{bad}", flush=True)
+            print(f"{path}: checked {done:,} of {len(found):,} images{bad}", flush=True)
     return result
 
 
 def _look(path, found, size, start):
-    """(name, shape or None, why it is None) of a chunk of the files found."""
+    """(name, shape or None, reason if None) of each file in a chunk."""
     seen = []
     for name in found[start : start + CHUNK]:
         try:
@@ -203,16 +203,18 @@ def read(file: Path, side: int | None = None, channels: int | None = None) -> np
     """The pixels of an image file, uint8 `[height, width, channels]`, on white where transparent.
 
     Args:
-      file: a file of one of the kinds `READ`.
-      side: crop it to a square about its centre and scale that to so many pixels a side.
-      channels: 1, grey, or 3, RGB; None: what it has.
+      file: a file with a suffix in `READ`.
+      side: crop the image to a centred square, and scale it to this many pixels per side.
+      channels: 1 (grey) or 3 (RGB); None is grey if the image is grey.
 
     Raises:
-      UnreadableError: if it is not an image, or one of absurd size.
+      UnreadableError: if the file is not an image, or has more than `LARGEST` pixels.
     """
     try:
         if file.suffix.lower() in NOT_READ:
             raise ValueError(f"{file.suffix} is not read: convert it to PNG, JPEG, WebP or BMP")
+        if not file.is_file():  # opening a pipe would wait for ever
+            raise ValueError("not a regular file")
         with Image.open(file, formats=("PNG", "JPEG", "WEBP", "BMP")) as image:
             if image.width * image.height > LARGEST:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than {LARGEST}")
@@ -223,9 +225,9 @@ def read(file: Path, side: int | None = None, channels: int | None = None) -> np
 
 def _pixels(image, side, channels):
     if side is not None:
-        image.draft(None, (2 * side, 2 * side))  # of a JPEG of 12 million pixels decode a few
-    ImageOps.exif_transpose(image, in_place=True)  # cameras do not turn an image, but say how
-    if image.mode.startswith("I"):  # 16 bits of grey
+        image.draft(None, (2 * side, 2 * side))  # decodes a large JPEG at a reduced size
+    ImageOps.exif_transpose(image, in_place=True)  # cameras store the orientation in metadata
+    if image.mode.startswith("I"):  # 16-bit grey
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     grey = channels == 1 or (channels is None and image.mode in ("1", "L", "LA"))
     if image.has_transparency_data:

@@ -1,8 +1,8 @@
-"""Readers of files of arrays: each returns ((x, label), (x, label)), to train on and held out.
+"""Readers of files of arrays: each returns ((x, label), (x, label)), for training and held out.
 
-Files are untrusted input: no code in them is ever run (no pickles), the sizes in their headers are
-checked against the file's size before memory is allocated, and every fault is a ValueError that
-names the file.
+Files are untrusted input: no code in them is run (no pickles), the sizes in their headers are
+checked against the file's size before memory is allocated, and every defect raises a ValueError
+that names the file.
 """
 
 import gzip
@@ -16,13 +16,13 @@ import numpy as np
 from .examples import Source
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-"""The folder in which the Debian package `dataset-fashion-mnist` installs it."""
+"""The folder in which the Debian package `dataset-fashion-mnist` installs Fashion-MNIST."""
 
 
 def digits() -> tuple:
     """The UCI handwritten digits that come with diffjax: 1,797 images, 8x8x1, 17 grey levels.
 
-    Every sixth is held out (300), the rest (1,497) are to train on. See `digits.LICENSE`.
+    Every sixth image is held out (300); the rest (1,497) are for training. See `digits.LICENSE`.
     """
     with resources.files("diffjax.data").joinpath("digits.npz").open("rb") as file:
         arrays = np.load(file)
@@ -88,7 +88,7 @@ def npz(path: Path | None) -> tuple:
 
 
 def _member(archive, info):
-    """An array of a zip file, after a look at its header."""
+    """An array of a zip file, whose header is checked first."""
     with archive.open(info) as file:
         version = np.lib.format.read_magic(file)
         read_header = {
@@ -98,7 +98,7 @@ def _member(archive, info):
         shape, fortran, dtype = read_header(file)
         start = file.tell()
         if dtype.hasobject:
-            raise ValueError(f"{info.filename} is of Python objects, which are never read")
+            raise ValueError(f"{info.filename} holds Python objects, which are never read")
         if start + math.prod(shape) * dtype.itemsize != info.file_size:
             raise ValueError(f"{info.filename}: {info.file_size} bytes are not a {dtype}{shape}")
         flat = np.frombuffer(file.read(), dtype)
@@ -106,9 +106,10 @@ def _member(archive, info):
 
 
 def _refuse_bomb(name, size, packed):
-    # Packing shrinks pixels to a tenth, black ones to a thousandth: allow a megabyte of those.
+    # Compression shrinks pixels to about a tenth, but black ones to a thousandth, so allow a
+    # megabyte of those.
     if size > 100 * packed + 2**20:
-        raise ValueError(f"{name}: {packed} bytes that claim to be {size}: refused")
+        raise ValueError(f"{name}: {packed} compressed bytes claim to hold {size}: refused")
 
 
 _IDX_FILES = [
@@ -122,7 +123,7 @@ _IDX_FILES = [
 def _idx_folder(path):
     arrays = []
     for name in _IDX_FILES:
-        # The files are as good unpacked.
+        # Uncompressed files are accepted too.
         file = next((f for f in (path / name, (path / name).with_suffix("")) if f.is_file()), None)
         if file is None:
             raise FileNotFoundError(
@@ -141,7 +142,7 @@ def read_idx(path: Path) -> np.ndarray:
     big-endian 32-bit integer, and the data.
 
     Raises:
-      ValueError: if the file is not IDX, not uint8, or of another length than its header says.
+      ValueError: if the file is not IDX, not uint8, or its length does not match its header.
     """
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
@@ -161,7 +162,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 def _cifar(path):
     """Records of one label byte and 3 x 32 x 32 pixel bytes."""
-    raw = np.fromfile(path, np.uint8)  # 30 MB, or what the user's own file has
+    raw = np.fromfile(path, np.uint8)  # allocates the size of the file, 30 MB
     if raw.size == 0 or raw.size % 3073:
         raise ValueError(f"{path}: {raw.size} bytes, not a multiple of 3073: corrupt or truncated")
     records = raw.reshape(-1, 3073)

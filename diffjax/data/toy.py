@@ -1,4 +1,4 @@
-"""Two-dimensional sets, float32 within [-1, 1], on which every method can be checked by eye."""
+"""Two-dimensional toy data sets, float32 in [-1, 1], whose samples can be checked by eye."""
 
 from collections.abc import Callable
 
@@ -42,7 +42,7 @@ def circles(rng: np.random.Generator, n: int) -> np.ndarray:
 
 
 def split(make: Toy, n_train: int = 16384, n_test: int = 2048) -> Callable[[], tuple]:
-    """A reader of a toy set: the same points every time, to train on and held out."""
+    """Make a reader of a toy data set, which returns the same points every time."""
 
     def load():
         x = make(np.random.default_rng(0), n_train + n_test)

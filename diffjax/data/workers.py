@@ -1,4 +1,4 @@
-"""Work ahead of its use: in a thread of this process, or in Grain's worker processes."""
+"""Prefetching, in a thread of this process, or in Grain's worker processes."""
 
 import collections
 import concurrent.futures
@@ -17,12 +17,12 @@ T = TypeVar("T")
 
 
 def prefetch(fetch: Callable[[int], T], steps: Iterable[int], ahead: int = 2) -> Iterator[T]:
-    """Call `fetch` for each step, some calls ahead of their use, in a thread of its own.
+    """Call `fetch` for each step in a background thread, ahead of the use of its results.
 
     Args:
       fetch: a pure function of the step.
-      steps: what to call it with, in order.
-      ahead: how many results may wait; an error in one is raised when its turn comes.
+      steps: the steps, in order.
+      ahead: number of results that may wait; an error in a call is raised in place of its result.
 
     >>> list(prefetch(lambda step: 10 * step, range(3)))
     [0, 10, 20]
@@ -38,16 +38,16 @@ def prefetch(fetch: Callable[[int], T], steps: Iterable[int], ahead: int = 2) ->
 
 
 def in_order(make: Callable[[S], T], items: Sequence[S], workers: int = 0) -> Iterator[T]:
-    """`make` of each item, in their order: by so many worker processes, or, with 0, on demand.
+    """Apply `make` to each item, in order, in worker processes, or on demand if `workers` is 0.
 
     Args:
-      make: a pure function that can be pickled, of and to what can be. It must not use JAX: the
-        workers have no devices.
-      items: what to call it with.
-      workers: how many processes. An error in one is raised when its turn comes.
+      make: a pure function; it, its arguments and its results can be pickled. It must not use JAX,
+        because the workers have no devices.
+      items: the arguments.
+      workers: number of processes. An error in a call is raised in place of its result.
 
     Raises:
-      ValueError: if there shall be workers and Grain, the extra `data`, is missing.
+      ValueError: if `workers` is positive and Grain, the extra `data`, is not installed.
 
     >>> list(in_order(abs, [3, -2, 1]))
     [3, 2, 1]
@@ -60,11 +60,12 @@ def _by_grain(make, items, workers):
     import grain
     from absl import flags
 
-    flags.FLAGS.mark_as_parsed()  # Grain's workers want absl's flags, parsed
+    flags.FLAGS.mark_as_parsed()  # Grain's workers require that absl's flags are parsed
     made = (
         grain.MapDataset.source(items).map(make).to_iter_dataset(grain.ReadOptions(num_threads=0))
     )
-    # By pipe: JAX may hold on to an array, and shared memory must be let go before the end.
+    # Results are sent through pipes: JAX may keep an array alive, and shared memory must be
+    # released before the process ends.
     by_pipe = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
     made = grain.experimental.WithOptionsIterDataset(made, by_pipe)
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
@@ -73,7 +74,7 @@ def _by_grain(make, items, workers):
 
 
 def _follow_parent(*_):
-    """In a worker: leave Ctrl-C to the parent, which yet saves its run, and die when it dies."""
+    """In a worker: leave Ctrl-C to the parent, which then saves its run, and exit when it exits."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None  # this is a worker
@@ -82,7 +83,7 @@ def _follow_parent(*_):
 
 
 def check_workers(workers: int) -> None:
-    """Raise a ValueError if there cannot be so many workers."""
+    """Raise a ValueError if `workers` is negative, or positive while Grain is not installed."""
     if workers < 0:
         raise ValueError(f"data.workers={workers}: must be at least 0")
     if workers and importlib.util.find_spec("grain") is None:

@@ -1,6 +1,6 @@
-"""Samples of a trained network, and numbers that say how good they are.
+"""Samples of a trained network, and measures of their quality.
 
-`sampling` draws, `likelihoods` counts bits per dimension, `features` are named spaces in which
-`distances` between samples and data are measured, `comparison` puts several runs side by side, and
-`provenance` records what a number was computed with. evaluate.py prints all of it.
+`sampling` draws samples, `likelihoods` bounds the likelihood of data, `features` defines named
+spaces in which `distances` between samples and data are measured, `comparison` compares several
+runs, and `provenance` records what a number was computed with. evaluate.py uses all of them.
 """

@@ -1,8 +1,8 @@
-"""A small classifier of Fashion-MNIST, whose activations are a feature space to compare images in.
+"""Train a small classifier of Fashion-MNIST, whose activations are a feature space for images.
 
     python -m diffjax.evaluation.classifier --data-path=/usr/share/datasets/fashion-mnist
 
-trains it and prints its accuracy on held-out images. This command, with its defaults, made the
+prints the classifier's accuracy on held-out images. This command, with its defaults, made the
 weights that come with the package (`WEIGHTS`).
 """
 
@@ -27,7 +27,7 @@ from ..types import Array, Key
 WEIGHTS = Path(__file__).with_name("fashion_classifier.safetensors")
 """The parameters of `Classifier`."""
 SHAPE = (28, 28, 1)
-"""Of the images that it takes."""
+"""The shape of its images."""
 
 
 class Classifier(nn.Module):
@@ -44,18 +44,18 @@ class Classifier(nn.Module):
 
 
 def load(path: Path = WEIGHTS) -> Any:
-    """The parameters of a `Classifier`, for `Classifier().apply({"params": params}, x)`."""
+    """Load the parameters of a `Classifier`, for `Classifier().apply({"params": params}, x)`."""
     return traverse_util.unflatten_dict(safetensors.load_file(path), sep=".")
 
 
 def save(params: Any, path: Path) -> None:
-    """The inverse of `load`."""
+    """Write parameters to a file, which `load` reads."""
     flat = traverse_util.flatten_dict(jax.device_get(params), sep=".")
     safetensors.save_file({name: np.ascontiguousarray(x) for name, x in flat.items()}, path)
 
 
 def accuracy(params: Any, examples: data.Examples) -> float:
-    """How often the likeliest class is the label."""
+    """The fraction of examples whose most likely class is the label."""
     logits = jax.jit(lambda x: Classifier().apply({"params": params}, x)[0])
     right = 0
     for start in range(0, len(examples.x), 1000):
@@ -66,7 +66,7 @@ def accuracy(params: Any, examples: data.Examples) -> float:
 
 
 def train(examples: data.Examples, epochs: int, batch_size: int, seed: int) -> Any:
-    """Parameters after some epochs of Adam, its rate falling to 0; images mirrored at random."""
+    """Train with Adam, a cosine decay of its rate to 0, and random mirroring; return parameters."""
     steps = epochs * (len(examples.x) // batch_size)
     tx = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
     key_params, key_dropout = jax.random.split(jax.random.key(seed))
@@ -91,22 +91,22 @@ def train(examples: data.Examples, epochs: int, batch_size: int, seed: int) -> A
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """How to train it."""
+    """How to train the classifier."""
 
     data_path: Path | None = None
     """Fashion-MNIST's folder; None for its default place."""
     out: Path = Path("fashion_classifier.safetensors")
-    """Where the weights go."""
+    """File to which the weights are written."""
     epochs: int = 10
     """Passes over the data."""
     batch_size: int = 128
-    """Images a step."""
+    """Images per step."""
     seed: int = 0
-    """Seed of everything random."""
+    """Seed of all random numbers."""
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     args = tyro.cli(Arguments, description=__doc__)
     with error_exit():
         train_set, test_set = data.load("fashion_mnist", args.data_path)
@@ -115,7 +115,7 @@ def main() -> None:
     save(params, args.out)
     right = accuracy(load(args.out), test_set)
     print(
-        f"{args.out}: right on {right:.2%} of {len(test_set.x):,} held-out images, "
+        f"{args.out}: accuracy {right:.2%} on {len(test_set.x):,} held-out images, "
         f"{time.perf_counter() - began:.0f} s"
     )
 

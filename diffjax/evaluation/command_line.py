@@ -1,4 +1,4 @@
-"""The command line of sample.py and evaluate.py, whose defaults are those of the run."""
+"""The command lines of sample.py and evaluate.py, whose defaults are the run's own settings."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,17 +17,17 @@ Arguments = TypeVar("Arguments")
 def parse_with_run(
     kind: type[Arguments], argv: Sequence[str], description: str | None
 ) -> Arguments:
-    """Read the arguments of a command, where the flags of a walk default to those of the run.
+    """Read the arguments of a command, in which the flags of a walk default to the run's settings.
 
-    With `--sampler=NAME` they default to the best of this sampler (`walk_defaults`).
+    With `--sampler=NAME` they default to the best settings of this sampler (`walk_defaults`).
 
     Args:
       kind: a frozen dataclass with fields `workdir` and `drawing`, a `Drawing`.
-      argv: the words.
-      description: for --help.
+      argv: the arguments.
+      description: text for --help.
 
     Raises:
-      SystemExit: after printing the help, or what is wrong in a few lines.
+      SystemExit: after printing the help or an error of a few lines.
     """
     default: Any = kind()
     workdir, _ = take(argv, "--workdir")
@@ -45,7 +45,7 @@ def parse_with_run(
 
 
 def run_walk(source: Path) -> Walk:
-    """The walk of a run's config; the default one if there is no run, which the command reports."""
+    """The walk of a run's config, or the default if there is no run, which the command reports."""
     try:
         return read_config(source).sampling
     except (ValueError, OSError):

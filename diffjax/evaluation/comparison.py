@@ -1,4 +1,4 @@
-"""The results of evaluate.py: of one run as lines, of several side by side in a table and a picture."""
+"""The results of evaluate.py, as lines for one run, or as a table and a figure for several runs."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -19,13 +19,13 @@ RESULT = "evaluation.json"
 
 
 class Measure(NamedTuple):
-    """A number of an evaluation.
+    """A measure in an evaluation.
 
     Attributes:
       title: its name in tables.
       best: `min` or `max`, whichever is better.
-      conditions: what it depends on besides the run; it can be compared where these are equal.
-      error: the name of its standard error, which it may lack.
+      conditions: names of settings that must be equal for the values of two runs to be comparable.
+      error: name of its standard error, which not every measure has.
     """
 
     title: str
@@ -45,11 +45,11 @@ MEASURES = {
 }
 
 Result = dict[str, Any]
-"""An evaluation, flattened."""
+"""A flattened evaluation."""
 
 
 def lines(result: Result) -> list[str]:
-    """The numbers of an evaluation, a line each.
+    """Format the numbers of an evaluation, one line each.
 
     >>> lines({"bound_bits_per_dim": 2.069, "bound_standard_error": 0.017, "held_out.n": 300})
     ['bound, bits/dim: 2.069 +- 0.017 (held_out.n=300)']
@@ -57,7 +57,7 @@ def lines(result: Result) -> list[str]:
     found = []
     for name, measure in MEASURES.items():
         if name in result:
-            # The hashes are in the file only.
+            # Hashes are left out; the file has them.
             given = [c for c in measure.conditions if c in result and not c.endswith("sha256")]
             conditions = ", ".join(f"{c}={result[c]}" for c in given)
             found.append(f"{measure.title}: {shown(result, name)} ({conditions})")
@@ -65,7 +65,7 @@ def lines(result: Result) -> list[str]:
 
 
 def shown(result: Result, name: str) -> str:
-    """A number, with its standard error if it has one; a dash if it was not measured."""
+    """Format a number, with its standard error if it has one, or a dash if it is missing."""
     if name not in result:
         return "-"
     error = result.get(MEASURES[name].error)
@@ -73,12 +73,12 @@ def shown(result: Result, name: str) -> str:
 
 
 def read(runs: Iterable[Path]) -> dict[str, Result]:
-    """The evaluations of runs, by the path given: the run's directory, or the evaluation's file.
+    """Read the evaluations of runs, given by their directories or by the evaluations' files.
 
     Raises:
       FileNotFoundError: if a run has not been evaluated.
-      ValueError: if evaluate.py did not write a file, or if numbers are not comparable; says which,
-        and why.
+      ValueError: if evaluate.py did not write a file, or if numbers are not comparable; the message
+        says which, and why.
     """
     results = {}
     for run in runs:
@@ -112,7 +112,7 @@ def best(results: dict[str, Result], name: str) -> float | None:
 
 
 def table(results: dict[str, Result]) -> Table:
-    """A row for each run, and a column for each measure that any has; a star marks the best."""
+    """Make a table with a row per run and a column per measure; a star marks the best value."""
     names = _present(results)
     made = Table("run", *(MEASURES[name].title for name in names))
     for run, result in results.items():
@@ -126,10 +126,10 @@ def table(results: dict[str, Result]) -> Table:
 
 
 def figure(results: dict[str, Result]) -> "Figure":
-    """A panel for each measure, a point for each run, with its standard error.
+    """Draw a panel per measure, with a point and its standard error per run.
 
     Raises:
-      ModuleNotFoundError: if there is no Matplotlib.
+      ModuleNotFoundError: if Matplotlib is not installed.
     """
     names, runs = _present(results), list(results)
     made, axes = plots.panels(1, len(names), width=2.6, height=1.3 + 0.35 * len(runs))
@@ -140,7 +140,7 @@ def figure(results: dict[str, Result]) -> "Figure":
                 colour = plots.COLOURS[1 if result[name] == winner else 0]
                 error = result.get(measure.error)
                 ax.errorbar(result[name], row, xerr=error, fmt="o", color=colour, capsize=3)
-        wanted = "less" if measure.best is min else "more"
+        wanted = "lower" if measure.best is min else "higher"
         ax.set_xlabel(f"{measure.title}\n({wanted} is better)")
         ax.margins(x=0.2)
         ax.set_yticks(range(len(runs)), runs if ax is axes[0] else [""] * len(runs))

@@ -1,7 +1,7 @@
-"""Distances between samples and data, in a feature space that is always named.
+"""Distances between samples and data, in a named feature space.
 
-None of these is FID or KID: those names belong to one network's features. `features` has the
-spaces that come with diffjax, and takes others. A metric is a function and a row of `METRICS`.
+None of these is FID or KID, which are defined for the features of one network. `features` has the
+spaces that come with diffjax, and accepts others. A metric is a function and a row of `METRICS`.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ Features = Callable[[np.ndarray], np.ndarray]
 
 
 def pca(x: np.ndarray, components: int) -> Features:
-    """The projection on the leading principal components of data `[n, ...]`.
+    """The projection onto the leading principal components of data `[n, ...]`.
 
     Returns:
       A function `[m, ...]` -> `[m, components]`.
@@ -27,8 +27,8 @@ def pca(x: np.ndarray, components: int) -> Features:
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """The Frechet distance between Gaussians fitted to features `[n, d]` and `[m, d]`.
 
-    |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), squared units of the features (Dowson &
-    Landau 1982; Heusel et al. 2017). It is biased upwards by small samples: compare at equal n.
+    |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), in squared units of the features (Dowson &
+    Landau 1982; Heusel et al. 2017). Small samples bias it upwards, so compare at equal n.
 
     >>> rng = np.random.default_rng(0)
     >>> a = rng.standard_normal((1000, 3))
@@ -52,20 +52,20 @@ class Estimate(NamedTuple):
 
 
 def kernel_distance(a: np.ndarray, b: np.ndarray, block: int = 1000) -> Estimate:
-    """The squared kernel distance of the distributions of features `[n, d]` and `[m, d]`.
+    """The squared kernel distance between the distributions of features `[n, d]` and `[m, d]`.
 
     MMD^2 with k(x, y) = (x . y / d + 1)^3 (Binkowski et al. 2018, section 4; there in Inception's
-    features, as KID): the mean of its unbiased estimate over disjoint blocks, drawn at random, with
-    the standard error that the blocks' spread gives (Zaremba et al. 2013, "B-test"). It has no bias
-    at any n, and so may be negative.
+    features, as KID). The value is the mean of unbiased estimates over disjoint random blocks, and
+    the standard error comes from their spread (Zaremba et al. 2013, "B-test"). It has no bias at
+    any n, and can therefore be negative.
 
     Args:
       a: features.
       b: features of another set.
-      block: examples in a block, at most: fewer if there would be less than ten blocks.
+      block: the largest number of examples in a block; there are always at least ten blocks.
 
     Raises:
-      ValueError: if there are less than 20 examples in either.
+      ValueError: if there are fewer than 20 examples in either.
 
     >>> rng = np.random.default_rng(0)
     >>> a, b = rng.standard_normal((2, 5000, 2))
@@ -84,7 +84,7 @@ def kernel_distance(a: np.ndarray, b: np.ndarray, block: int = 1000) -> Estimate
 
 
 def _squared_mmd(x, y):
-    """The unbiased estimate from as many x as y: no example is compared with itself."""
+    """The unbiased estimate from equally many x and y: no example is compared with itself."""
     n, d = x.shape
     within = sum(k.sum() - np.trace(k) for k in ((z @ z.T / d + 1) ** 3 for z in (x, y)))
     return within / (n * (n - 1)) - 2 * ((x @ y.T / d + 1) ** 3).mean()
@@ -132,13 +132,13 @@ def _equally_many(samples, real, k):
 
 def _in_manifold(x, of, k):
     """The fraction of x within the manifold of another set."""
-    # The nearest example to each of them is itself, so the k-th other one is number k.
+    # The nearest neighbour of each example is itself, so index k is the k-th other example.
     radii = np.concatenate([np.partition(d, k, axis=1)[:, k] for d in _distances(of, of)])
     return float(np.mean(np.concatenate([(d <= radii).any(1) for d in _distances(x, of)])))
 
 
 def _distances(x, y, rows=1000) -> Iterator[np.ndarray]:
-    """Squared distances `[<= rows, len(y)]`, so many rows of x at a time."""
+    """Yield squared distances `[<= rows, len(y)]`, for at most `rows` rows of x at a time."""
     for part in np.array_split(x, -(-len(x) // rows)):
         squares = (part**2).sum(1)[:, None] + (y**2).sum(1)[None] - 2 * part @ y.T
         yield np.maximum(squares, 0)
@@ -183,7 +183,7 @@ def measure(samples: np.ndarray, real: np.ndarray) -> dict[str, float]:
 
 
 def nearest_neighbour(x: np.ndarray, label: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """The classifier that gives an example the label of the nearest of x, by Euclidean distance.
+    """A classifier that gives an example the label of its nearest neighbour in x (Euclidean).
 
     Returns:
       A function `[m, ...]` -> labels `[m]`.
@@ -195,19 +195,19 @@ def nearest_neighbour(x: np.ndarray, label: np.ndarray) -> Callable[[np.ndarray]
 def from_halves(
     x: np.ndarray, label: np.ndarray | None, real: np.ndarray, real_label: np.ndarray | None
 ) -> dict[str, float]:
-    """The distance of samples to one half of the data, beside that of the other half; accuracy.
+    """Compare samples with one half of the data, and do the same with the other half as samples.
 
     Args:
       x: samples `[n, ...]` in [-1, 1].
       label: the classes that were requested `[n]`, or None.
       real: data `[m, ...]` in [-1, 1].
-      real_label: its classes `[m]`, or None.
+      real_label: the classes of the data `[m]`, or None.
 
     Returns:
       `frechet_pca24`: the Frechet distance of the samples from one random half of the data, in the
-      data's 24 principal components; `frechet_pca24_real`: that of the other half. With labels,
-      `accuracy`: how often the nearest example in that other half has the requested label;
-      `accuracy_real`: the same for the examples of the first half.
+      data's 24 principal components; `frechet_pca24_real`: the same distance of the other half.
+      With labels, `accuracy`: how often the nearest example in the other half has the requested
+      label; `accuracy_real`: the same for the examples of the first half.
     """
     order = np.random.default_rng(0).permutation(len(real))
     one, other = order[: len(real) // 2], order[len(real) // 2 :]

@@ -1,9 +1,9 @@
 """Named feature spaces, in which `distances` between samples and data are measured.
 
-A distance depends on its feature space, and cannot be compared across two; so a space has a name
-and the SHA-256 of what determines it. FID is the Frechet distance in the features of one particular
-Inception network, which does not come with diffjax; with a function of yours that computes them,
-`yours:inception`, the number in the column is FID.
+Distances in different feature spaces cannot be compared, so a space has a name and the SHA-256 of
+what determines it. FID is the Frechet distance in the features of one particular Inception network,
+which does not come with diffjax; with your own function for these features, `yours:inception`, the
+Frechet distance is FID.
 
 A feature space is a function and a row of `FEATURES`.
 """
@@ -21,7 +21,7 @@ from . import classifier
 from .distances import Features, pca
 
 BATCH = 256
-"""Images that a function of features is given at once, at most."""
+"""The largest number of images in one call of a feature function."""
 
 
 class Space(NamedTuple):
@@ -29,7 +29,7 @@ class Space(NamedTuple):
 
     Attributes:
       name: its name.
-      sha256: the hash of what determines it: weights, the examples it is fitted to, or code.
+      sha256: hash of what determines it: weights, the examples it is fitted to, or code.
       features: images `[n, height, width, channels]` in [-1, 1] to features `[n, d]`.
     """
 
@@ -39,7 +39,7 @@ class Space(NamedTuple):
 
 
 def pca24(reference: np.ndarray) -> Space:
-    """The 24 leading principal components of the reference examples' own pixels."""
+    """The 24 leading principal components of the reference examples' pixels."""
     return Space("pca24", digest(reference), pca(reference, 24))
 
 
@@ -63,17 +63,17 @@ FEATURES: dict[str, Callable[[np.ndarray], Space]] = {
 
 
 def named(name: str, reference: np.ndarray) -> Space:
-    """The feature space of a name.
+    """The feature space with this name.
 
     Args:
-      name: one of `FEATURES`, or `module:function`, a function of yours from images
+      name: one of `FEATURES`, or `module:function`, your own function from images
         `[n, height, width, channels]` in [-1, 1], at most `BATCH` at once, to features `[n, d]`.
         The hash of such a space is that of the module's file: it does not cover files that the
         module reads.
       reference: examples `[n, ...]` in [-1, 1], which `pca24` is fitted to.
 
     Raises:
-      ValueError: if there is no such space, or it does not take such examples.
+      ValueError: if there is no such space, or it does not accept such examples.
     """
     if name in FEATURES:
         return FEATURES[name](reference)

@@ -1,4 +1,4 @@
-"""Upper bounds on -log p of data under a trained network, by the bound and by the flow."""
+"""Upper bounds on -log p of data: the variational bound and the probability flow of a network."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,14 +14,14 @@ Bound = Callable[[Any, dict[str, Array]], Array]
 
 
 def variational_bound(e: Experiment, levels: int | None, samples: int = 32) -> Bound:
-    """A pure function (params, batch) -> the variational bound of each example, nats `[batch]`.
+    """A pure function (params, batch) -> the variational bound of each example, in nats `[batch]`.
 
-    It uses the run's own time, discrete or continuous, and its conditioning. Example i draws from
-    the seed and `batch["index"][i]` alone.
+    It uses the run's own time, discrete or continuous, and its conditioning. The random draws
+    for example i depend only on the seed and `batch["index"][i]`.
 
     Args:
       e: the experiment.
-      levels: how many values a number of the data may have; None if it is continuous.
+      levels: number of values that an element of the data can take; None for continuous data.
       samples: times at which the denoising term is evaluated, for each example.
     """
     variance = "learned" if e.config.bound_weight is not None else "posterior"
@@ -43,14 +43,15 @@ def variational_bound(e: Experiment, levels: int | None, samples: int = 32) -> B
 
 
 def flow_bound(e: Experiment, levels: int | None, steps: int = 50) -> Bound:
-    """The same by the probability flow, on dequantised data, with Hutchinson's estimate.
+    """A pure function (params, batch) -> a bound by the probability flow, in nats `[batch]`.
 
-    Its denoiser is not clipped, because the flow of a clipped one has no density.
+    The data is dequantised, and the divergence is Hutchinson's estimate. The denoiser is not
+    clipped, because the flow of a clipped denoiser has no density.
 
     Args:
       e: the experiment.
       levels: as in `variational_bound`.
-      steps: of the flow.
+      steps: steps of the ODE solver.
     """
 
     def bound(params, batch):

@@ -1,4 +1,4 @@
-"""What a number was computed with: versions, device and git revision."""
+"""Provenance of a number: versions, device and git revision."""
 
 import importlib.metadata
 import platform
@@ -11,11 +11,11 @@ import jax
 
 
 def program() -> dict[str, Any]:
-    """The versions, the device, and the git revision if diffjax is a checkout.
+    """Versions, device, and git revision if diffjax is a checkout.
 
     Returns:
       `diffjax`, `jax`, `device`, `devices` (how many), `git` (None outside a checkout) and
-      `git_dirty`, whether tracked files differ from it. A CPU's device is `processor`.
+      `git_dirty`, whether tracked files differ from it. On a CPU, the device is `processor`.
     """
     status = _git("status", "--porcelain", "--untracked-files=no")
     kind = jax.devices()[0].device_kind

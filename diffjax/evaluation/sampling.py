@@ -1,8 +1,8 @@
-"""Samples of a trained network: which ones, how they are drawn, and the file that holds them.
+"""Samples of a trained network: which samples, how they are drawn, and the file that holds them.
 
-Sample i depends on its settings and on i alone, among devices of one kind to the last bit: each
-device computes samples in tiles of one size, because the rounding of a matrix product depends on
-the matrix's size, and so, without tiles, on how many devices share a batch.
+Sample i depends only on the settings and on i, and is equal bit for bit on any number of devices of
+one kind. For this, each device computes samples in tiles of one size: the rounding of a matrix
+product depends on the size of the matrix, and would otherwise depend on the number of devices.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from . import distances
 TILE = 64
 """Samples that a device draws at once."""
 TILES = {"cpu": 16}
-"""The same on other platforms."""
+"""The same number on the platforms where it differs."""
 MANIFEST = "manifest.json"
 
 
@@ -45,18 +45,18 @@ class Drawing:
     n: int = 1000
     """Number of samples."""
     label: int | None = None
-    """Class of all samples; None: sample i is of class i modulo the number of classes."""
+    """Class of all samples; with None, sample i is of class i modulo the number of classes."""
     seed: int = 0
     """Seed of the noise."""
     walk: tyro.conf.OmitArgPrefixes[Walk] = Walk()  # noqa: RUF009, it is frozen
-    """How they are drawn."""
+    """How the samples are drawn."""
 
 
 def drawn_by(config: Config, drawing: Drawing) -> Experiment:
     """The experiment of a run, with the seed and the walk of a drawing.
 
     Raises:
-      ValueError: if the drawing makes no sense, or not for this run.
+      ValueError: if the drawing is invalid, or does not fit this run.
 
     >>> drawn_by(Config(), Drawing(seed=3, walk=Walk(sampler="edm"))).config.sampling.grid
     'karras'
@@ -65,8 +65,8 @@ def drawn_by(config: Config, drawing: Drawing) -> Experiment:
         raise ValueError(f"n={drawing.n}: must be at least 1")
     if config.low_resolution is not None:
         raise ValueError(
-            f"low_resolution={config.low_resolution}: the run enlarges images, and draws none by "
-            "itself"
+            f"low_resolution={config.low_resolution}: the run enlarges images, and cannot draw "
+            "samples by itself"
         )
     if drawing.label is not None and not 0 <= drawing.label < config.model.labels:
         has = f"classes 0 to {config.model.labels - 1}" if config.model.labels else "no classes"
@@ -78,8 +78,8 @@ def drawn_by(config: Config, drawing: Drawing) -> Experiment:
 def make_generate(e: Experiment, shape: tuple[int, ...]) -> Callable[[Any, dict[str, Any]], Data]:
     """A pure function (params, batch) -> samples `[batch, *shape]`.
 
-    Sample i depends on the experiment, the parameters, `batch["index"][i]` and its conditioning
-    alone, so that it is the same on any number of devices and in any batch.
+    Sample i depends only on the experiment, the parameters, `batch["index"][i]` and its
+    conditioning, so that it is the same on any number of devices and in any batch.
     """
     ts = e.grid()
 
@@ -99,17 +99,17 @@ def make_cascade(
     """A pure function ((small's params, params), batch) -> enlargements of small samples.
 
     Args:
-      small: of a run on images of side `low_resolution`.
-      e: of a run of super-resolution.
-      shape: of the images that it enlarges to.
+      small: the experiment of a run on images of side `low_resolution`.
+      e: the experiment of a super-resolution run.
+      shape: shape of the enlarged images.
 
     Raises:
-      ValueError: if `e` is not of super-resolution, or `small` draws no such images.
+      ValueError: if `e` is not a super-resolution run, or `small` does not draw such images.
     """
     low = e.config.low_resolution
     if low is None:
         raise ValueError(
-            "low_resolution=None: the second run of a cascade must be one of super-resolution"
+            "low_resolution=None: the second run of a cascade must be a super-resolution run"
         )
     small_shape = (low, low, shape[-1])
     small.config.model.check_input(small_shape)
@@ -125,9 +125,9 @@ def make_cascade(
 
 
 def request(config: Config, test: data.Examples, n: int) -> dict[str, np.ndarray]:
-    """A batch for which `make_generate`'s function draws n samples, of each class in turn.
+    """A batch for which the function of `make_generate` draws n samples, of each class in turn.
 
-    In super-resolution the samples enlarge the first n held-out images, which are its `x`.
+    In super-resolution the samples enlarge the first n held-out images, which are the batch's `x`.
     """
     if config.low_resolution is not None:
         return data.first(test, n)
@@ -139,10 +139,10 @@ def request(config: Config, test: data.Examples, n: int) -> dict[str, np.ndarray
 def evaluate(
     config: Config, dataset: data.Dataset, requested: dict[str, np.ndarray], x: np.ndarray
 ) -> dict[str, float]:
-    """The numbers of `distances.from_halves` for samples x of a `request`.
+    """The results of `distances.from_halves` for samples x of a `request`.
 
-    In super-resolution: the distance to 10,000 of the images to train on, and `psnr`, in decibels,
-    of one sample for each image; and both of bicubic enlargement, `_bicubic`.
+    In super-resolution they are the distance to 10,000 of the training images, `psnr`, in decibels,
+    of one sample per image, and both numbers for bicubic enlargement, with the suffix `_bicubic`.
     """
     if config.low_resolution is None:
         real, label = data.all_examples(dataset)
@@ -167,12 +167,12 @@ def labels(config: Config, drawing: Drawing) -> np.ndarray | None:
 
 
 def settings(e: Experiment, drawing: Drawing, params: Any) -> dict[str, Any]:
-    """Everything that the samples depend on, for JSON.
+    """Everything that the samples depend on, as JSON values.
 
     Args:
-      e: of `drawn_by`.
+      e: the experiment that `drawn_by` returned.
       drawing: which samples.
-      params: the parameters, of which the hash is taken.
+      params: the parameters, which are hashed.
 
     Returns:
       The fields of the drawing and of its walk; `function_evaluations`; `parameters`; `config`.
@@ -190,12 +190,12 @@ def settings(e: Experiment, drawing: Drawing, params: Any) -> dict[str, Any]:
 
 
 def parameters(config: Config, params: Any) -> dict[str, Any]:
-    """Which parameters: a moving average of decay `ema`, and their hash."""
+    """The decay `ema` of the parameters' moving average, and their hash."""
     return {"ema": config.ema, "sha256": digest(params)}
 
 
 def function_evaluations(e: Experiment) -> int:
-    """How often the experiment's sampler calls the denoiser for a sample.
+    """How often the experiment's sampler calls the denoiser for one sample.
 
     With classifier-free guidance each call is two evaluations of the network.
 
@@ -234,19 +234,19 @@ def draw(
 
     Args:
       runner: maps over the devices.
-      generate: of `make_generate`.
+      generate: a function that `make_generate` made.
       params: its parameters.
       label: the class of every sample, or None.
       indices: which samples to draw.
-      size: how many at once, over all devices; rounded up to whole tiles on each.
+      size: samples per batch over all devices; rounded up to whole tiles on each device.
 
     Yields:
-      The next samples, in every process: images as uint8, as they are stored; vectors as float32.
+      The next samples, in every process: images as uint8, as files store them; vectors as float32.
     """
     tile = TILES.get(jax.default_backend(), TILE)
     whole = tile * jax.device_count()
     size = -(-size // whole) * whole
-    mapped = runner.map(_in_tiles(generate, tile))
+    mapped = runner.map(_in_tiles(generate, tile, size))
     for start in range(indices.start, indices.stop, size):
         index = np.arange(start, min(start + size, indices.stop), dtype=np.int32)
         batch = {"index": index, "label": None if label is None else label[index]}
@@ -257,7 +257,7 @@ def draw(
 def with_progress(
     parts: Iterator[np.ndarray], what: str, n: int, done: int = 0
 ) -> Iterator[np.ndarray]:
-    """The same parts of n samples, with a progress bar on the first process' terminal."""
+    """Yield the parts of n samples, with a progress bar on the first process's terminal."""
     console = Console(quiet=jax.process_index() > 0, highlight=False)
     with Progress(console=console) as progress:
         bar = progress.add_task(what, total=n, completed=done)
@@ -300,12 +300,14 @@ def _manifest(parts):
 
 
 def read(path: Path) -> tuple[data.Examples, dict[str, Any]]:
-    """The samples of a file of sample.py, and their `settings`.
+    """Read the samples of a file of sample.py, and their `settings`.
 
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: if sample.py did not write it, or it is damaged.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a file of sample.py: it is not a regular file")
     try:
         with np.load(path) as file:
             x, index, label = file["x"], file["index"], file.get("label")
@@ -323,16 +325,21 @@ def read(path: Path) -> tuple[data.Examples, dict[str, Any]]:
 
 
 def upgraded(settings: dict[str, Any]) -> dict[str, Any]:
-    """`settings` that this version or an earlier one wrote, as this version writes them."""
+    """Convert `settings` of this or an earlier version to the form that this version writes."""
     config = config_lib.from_tree(settings["config"])
     return settings | _as_json(_walk_settings(config) | {"config": config_lib.to_tree(config)})
 
 
-def _in_tiles(generate, tile):
+def _in_tiles(generate, tile, size):
+    """`generate` on batches of `size` samples over all devices: on each, one tile after another."""
+
     def in_tiles(params, batch):
-        tiles = jax.tree.map(lambda x: x.reshape(-1, tile, *x.shape[1:]), batch)
-        x = jax.lax.map(functools.partial(generate, params), tiles)
-        return x.reshape(-1, *x.shape[2:])
+        # `pmap` passes the share of one device, `sharded` the whole batch, split by its first axis.
+        devices = len(batch["index"]) * jax.device_count() // size
+        split = lambda x: x.reshape(devices, -1, tile, *x.shape[1:]).swapaxes(0, 1)
+        tiles = jax.tree.map(split, batch)
+        x = jax.lax.map(jax.vmap(functools.partial(generate, params)), tiles).swapaxes(0, 1)
+        return x.reshape(-1, *x.shape[3:])
 
     return in_tiles
 
@@ -344,7 +351,7 @@ def _walk_settings(config):
 
 
 def _as_json(tree):
-    """The same, as it is after it has been written and read."""
+    """The tree as it is after it has been written to JSON and read."""
     return json.loads(json.dumps(tree))
 
 

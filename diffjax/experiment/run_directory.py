@@ -65,22 +65,29 @@ def read_config(workdir: Path) -> Config:
       ValueError: if the config is damaged, or of another version; names the file.
     """
     path = workdir / CONFIG
-    try:
-        return config_lib.from_json(path.read_text())
-    except FileNotFoundError as error:
-        why: Exception = FileNotFoundError(
-            f"{workdir} holds no {CONFIG}: it is not the directory of a run"
-        )
-        why.__cause__ = error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        why = ValueError(f"{path} is not a config of this diffjax: {error!r}")
-        why.__cause__ = error
+    why: Exception = FileNotFoundError(
+        f"{workdir} holds no {CONFIG}: it is not the directory of a run"
+    )
+    if path.is_file():
+        try:
+            return config_lib.from_json(path.read_text())
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            why = ValueError(f"{path} is not a config of this diffjax: {error!r}")
+            why.__cause__ = error
     for checkpoint in reversed(list_checkpoints(workdir)):
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
             config = config_lib.from_tree(checkpoints.read_seal(checkpoint).about["config"])
             print(f"{why}; read from {checkpoint} instead", flush=True)
             return config
     raise why
+
+
+def _is_whole(path):
+    """Whether every file of a checkpoint is there; deleting one takes a while."""
+    try:
+        return all((path / name).is_file() for name in checkpoints.read_seal(path).files)
+    except (OSError, ValueError):
+        return path.exists()
 
 
 def _refuse_others(workdir, differences, what):
@@ -108,12 +115,16 @@ def read_params(workdir: Path) -> Any:
     if not (workdir / CHECKPOINTS).is_dir():
         raise FileNotFoundError(f"{workdir} holds no {CHECKPOINTS}")
     for path in reversed(list_checkpoints(workdir)):
-        damage = checkpoints.damage_of(path)
-        if not path.exists():
-            return read_params(workdir)  # the run has deleted it, because there are newer ones
-        if damage is None:
-            saved = checkpoints.read(path, "ema_params")["ema_params"]
-            # By way of the host, so that they are not committed to one device.
-            return jax.tree.map(jnp.asarray, jax.tree.map(np.asarray, saved))
+        try:
+            damage = checkpoints.damage_of(path)
+            if damage is None:
+                saved = checkpoints.read(path, "ema_params")["ema_params"]
+                # By way of the host, so that they are not committed to one device.
+                return jax.tree.map(jnp.asarray, jax.tree.map(np.asarray, saved))
+        except Exception:  # Orbax may raise anything if files vanish while it reads
+            if _is_whole(path):
+                raise
+        if not _is_whole(path):
+            return read_params(workdir)  # the run is deleting it, because there are newer ones
         warnings.warn(f"{path} is damaged: {damage}; trying an older one", stacklevel=2)
     raise FileNotFoundError(f"{workdir / CHECKPOINTS} holds no sound checkpoint")

@@ -1,8 +1,7 @@
 """Flax Linen networks by name, and the functions that make one from its config.
 
-The core takes any function `network(x_t, log_snr, cond)`; these are the ones that come with it. A
-network is one file, with a frozen dataclass of its options and a Linen module, and one row of
-`MODELS`.
+The core takes any function `network(x_t, log_snr, cond)`; these networks come with it. Each network
+is one file, with a frozen dataclass of its options and a Linen module, and one row of `MODELS`.
 """
 
 import dataclasses
@@ -19,23 +18,23 @@ from .unet import UNet, UNetConfig
 
 
 class ModelConfig(Protocol):
-    """What a run needs to know of any network's config, a frozen dataclass."""
+    """The interface of a network's config, a frozen dataclass, that runs use."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def dropout(self) -> float:
-        """Probability of dropping an activation; 0: none."""
+        """Probability of dropping an activation."""
         ...
 
     @property
     def out_channels(self) -> int | None:
-        """Channels of the output; None: as many as x_t has."""
+        """Channels of the output; None for as many as x_t has."""
         ...
 
     @property
     def labels(self) -> int:
-        """Number of classes that `cond["label"]` takes; 0: no label."""
+        """Number of classes of `cond["label"]`; 0 for no label."""
         ...
 
     @property
@@ -65,7 +64,7 @@ MODELS = {
     "song_unet": Model(SongUNetConfig, SongUNet),
     "mlp": Model(MLPConfig, MLP),
 }
-"""Every network by name, as configs and the command line choose it."""
+"""Networks by name, as configs and the command line choose them."""
 
 __all__ = [
     "MODELS",
@@ -82,12 +81,12 @@ __all__ = [
 
 
 def name_of(config: ModelConfig) -> str:
-    """The name in `MODELS` of the network that a config is of."""
+    """The name in `MODELS` of a config's network."""
     return next(name for name, row in MODELS.items() if type(config) is row.config)
 
 
 def make_module(config: ModelConfig) -> nn.Module:
-    """The Linen module of a config.
+    """Make the Linen module of a config.
 
     >>> type(make_module(MLPConfig())).__name__
     'MLP'
@@ -96,17 +95,21 @@ def make_module(config: ModelConfig) -> nn.Module:
 
 
 def switched(config: ModelConfig, name: str) -> ModelConfig:
-    """The config of another network: options that both networks have keep their values.
+    """Change the network of a config; options that both networks have keep their values.
+
+    The exception is `log_snr_scale`, whose right value depends on how a network embeds log-SNR.
 
     Raises:
-      ValueError: if there is no such network, or if it does not take these values.
+      ValueError: if there is no such network, or it does not accept these values.
 
     >>> switched(UNetConfig(width=64, labels=10), "song_unet").width
     64
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}: one of {', '.join(MODELS)}")
-    both = {field.name for field in dataclasses.fields(MODELS[name].config)}
+    if type(config) is MODELS[name].config:
+        return config
+    both = {f.name for f in dataclasses.fields(MODELS[name].config)} - {"log_snr_scale"}
     kept = {k: v for k, v in vars(config).items() if k in both}
     return MODELS[name].config(**kept)
 
@@ -120,10 +123,10 @@ def apply(
     *,
     dropout: Key | None = None,
 ) -> Array:
-    """The output of a Linen module; with `dropout` keys `[batch]`, in training mode.
+    """Apply a Linen module; with `dropout` keys `[batch]`, in training mode.
 
     `functools.partial(apply, module, params)` is a network as the core takes it. Dropout masks are
-    drawn under `vmap`, each example from its own key, so that they do not depend on how the batch
+    drawn under `vmap`, each example's from its own key, so that they do not depend on how the batch
     is split over devices.
     """
     if dropout is None:

@@ -19,9 +19,9 @@ class MLPConfig:
     dropout: float = 0.0
     """Probability of dropping an activation inside a block."""
     out_channels: int | None = None
-    """Features of the output; None: as many as x_t has."""
+    """Features of the output; None for as many as x_t has."""
     labels: int = 0
-    """Number of classes that `cond["label"]` takes; 0: no label."""
+    """Number of classes of `cond["label"]`; 0 for no label."""
     null_label: bool = False
     """Add one class that means "no label", index `labels`, for classifier-free guidance."""
 
@@ -31,7 +31,7 @@ class MLPConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: must be in [0, 1)")
         if self.null_label and not self.labels:
-            raise ValueError("null_label=True needs labels: there is nothing to leave out")
+            raise ValueError("null_label=True needs labels, the number of classes")
 
     @property
     def image_cond(self) -> bool:
@@ -39,15 +39,15 @@ class MLPConfig:
         return False
 
     def check_input(self, shape: tuple[int, ...]) -> None:
-        """Raise a ValueError unless an example of this shape fits: a vector."""
+        """Raise a ValueError unless the network takes examples of this shape: vectors."""
         if len(shape) != 1:
             raise ValueError(f"examples of shape {shape}: an MLP needs vectors, [features]")
 
 
 class MLP(nn.Module):
-    """A network for two-dimensional toy sets and other vectors, `[batch, features]`.
+    """A residual MLP for two-dimensional toy data and other vectors, `[batch, features]`.
 
-    Dropout is on exactly when `apply` is given a "dropout" key.
+    Dropout is on if and only if `apply` is given a "dropout" key.
 
     >>> import jax, jax.numpy as jnp
     >>> x = jnp.zeros((4, 2))

@@ -1,12 +1,12 @@
-"""The networks of Song et al. 2021 and of EDM: DDPM++ and NCSN++.
+"""DDPM++ and NCSN++, the networks of Song et al. 2021 and of EDM.
 
-They are DDPM's U-Net with residual blocks that change the resolution themselves, and with every sum
-of two branches divided by sqrt(2), so that it does not grow with the depth. NCSN++ is DDPM++ that
-resamples by a smoother filter, sees the noise level through random Fourier features, and is shown
-the image again at every level on the way down ("residual" progressive input).
+They are DDPM's U-Net with two changes: residual blocks change the resolution, and every sum of two
+branches is divided by sqrt(2), so that it does not grow with the depth. NCSN++ also resamples with
+a smoother filter, embeds the noise level by random Fourier features, and adds the downsampled image
+at every level on the way down ("residual" progressive input).
 
 Song et al. 2021, "Score-based generative modeling through stochastic differential equations",
-appendix H; the variants here are those that Karras et al. 2022 (EDM) train and publish.
+appendix H; Karras et al. 2022 (EDM) train and publish the variants in this module.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ import jax.numpy as jnp
 from ..types import Array, Cond
 from .unet import Attention, Init, Zero, noise_embedding
 
-ROOT = math.sqrt(0.5)  # of a sum of two branches, so that it is no larger than they are
+ROOT = math.sqrt(0.5)  # scales a sum of two branches, so that it is no larger than they are
 EPSILON = 1e-6  # added to the variance in each group normalisation
 
 
 @dataclasses.dataclass(frozen=True)
 class SongUNetConfig:
-    """The network's options. The defaults are EDM's DDPM++ for CIFAR-10."""
+    """The options of DDPM++ and NCSN++; the defaults are EDM's DDPM++ for CIFAR-10."""
 
     width: int = 128
     """Channels of the first level."""
@@ -36,24 +36,24 @@ class SongUNetConfig:
     blocks: int = 4
     """Residual blocks per level on the way down; one more on the way up."""
     attention: tuple[int, ...] = (16,)
-    """Heights of the image at which blocks attend, all on the way down and the last on the way up;
-    so does the first of the two in the middle. One head."""
+    """Heights of the image at which blocks have self-attention with one head: all blocks on the way
+    down, and the last block on the way up. The first block in the middle always has it."""
     dropout: float = 0.1
     """Probability of dropping an activation inside a block."""
     taps: tuple[float, ...] = (1.0, 1.0)
-    """Filter by which images are halved and doubled, up to a factor; (1, 3, 3, 1) in NCSN++."""
+    """Filter that halves and doubles images, up to a factor; NCSN++ has (1, 3, 3, 1)."""
     fourier: bool = False
-    """Embed log-SNR by `width` random frequencies (NCSN++)."""
+    """Embed log-SNR with `width` random frequencies (NCSN++)."""
     residual_input: bool = False
     """Add the image, halved by convolutions, to the activations of each smaller level (NCSN++)."""
     log_snr_scale: float = -1 / 8
-    """The network embeds log_snr_scale * log_snr + log_snr_shift; EDM's is log(sigma / alpha) / 4."""
+    """The network embeds log_snr_scale * log_snr + log_snr_shift; EDM: log(sigma / alpha) / 4."""
     log_snr_shift: float = 0.0
     """See log_snr_scale."""
     out_channels: int | None = None
-    """Channels of the output; None: as many as x_t has."""
+    """Channels of the output; None for as many as x_t has."""
     labels: int = 0
-    """Number of classes that `cond["label"]` takes; 0: no label."""
+    """Number of classes of `cond["label"]`; 0 for no label."""
     null_label: bool = False
     """Let the index `labels` mean "no label", for classifier-free guidance; it adds no weights."""
 
@@ -61,11 +61,11 @@ class SongUNetConfig:
         if not self.mults or min(self.width, self.blocks, *self.mults) < 1 or self.labels < 0:
             raise ValueError(f"sizes and counts must be at least 1, mults not empty: {self}")
         if self.null_label and not self.labels:
-            raise ValueError("null_label=True needs labels: there is nothing to leave out")
+            raise ValueError("null_label=True needs labels, the number of classes")
         if self.width % 32:
-            raise ValueError(f"width={self.width}: must be a multiple of 32, for the norms' groups")
+            raise ValueError(f"width={self.width}: must be a multiple of 32, for the group norms")
         if len(self.taps) % 2 or self.taps != self.taps[::-1] or sum(self.taps) <= 0:
-            raise ValueError(f"taps={self.taps}: need an even number, symmetric, of positive sum")
+            raise ValueError(f"taps={self.taps}: need an even, symmetric list with a positive sum")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: must be in [0, 1)")
 
@@ -75,7 +75,7 @@ class SongUNetConfig:
         return False
 
     def check_input(self, shape: tuple[int, ...]) -> None:
-        """Raise a ValueError unless an example of this shape fits: an image that halves evenly."""
+        """Raise a ValueError unless the network takes examples of this shape: images that halve."""
         halvings = 2 ** (len(self.mults) - 1)
         if len(shape) != 3 or shape[0] % halvings or shape[1] % halvings:
             raise ValueError(
@@ -89,7 +89,7 @@ class SongUNetConfig:
 
 
 class SongUNet(nn.Module):
-    """The network. Dropout is on exactly when `apply` is given a "dropout" key.
+    """DDPM++ and NCSN++. Dropout is on if and only if `apply` is given a "dropout" key.
 
     Call with x_t `[batch, height, width, channels]`, log_snr `[batch]`, and a dict `cond` with
     `label` `[batch]` integers, if the config has labels. Returns
@@ -114,12 +114,12 @@ class SongUNet(nn.Module):
 
         noise = c.log_snr_scale * log_snr + c.log_snr_shift
         if c.fourier:
-            # Drawn once: no gradient moves them (Tancik et al. 2020).
+            # The frequencies are random and are not trained (Tancik et al. 2020).
             drawn = self.param("frequencies", nn.initializers.normal(16.0), (c.width,))
             angles = noise[:, None] * (2 * jnp.pi * jax.lax.stop_gradient(drawn))[None]
             emb = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
         else:
-            # The last of the frequencies is 1/10000 itself.
+            # The last of the frequencies is exactly 1/10000.
             emb = noise_embedding(noise, c.width, 10000 ** (c.width / (c.width - 2)))
         emb = emb.astype(x_t.dtype)
         if c.labels:
@@ -193,22 +193,23 @@ class Block(nn.Module):
 
 
 def groups(channels: int) -> int:
-    """Groups of a normalisation: 32, or fewer, so that each has four channels."""
+    """Groups of a normalisation: 32, or fewer, so that each has at least four channels."""
     return min(32, channels // 4)
 
 
 def halve(x: Array, taps: Sequence[float]) -> Array:
-    """Every other pixel of the filtered image: `[b, h, w, c]` -> `[b, h/2, w/2, c]`.
+    """Filter an image and keep every other pixel: `[b, h, w, c]` -> `[b, h/2, w/2, c]`.
 
-    Zeros lie around it. With taps (1, 1) it is the mean of each 2x2 square.
+    The image is padded with zeros. With taps (1, 1) this is the mean of each 2x2 square.
     """
     return every_other(pad(x, taps), taps)
 
 
 def double(x: Array, taps: Sequence[float]) -> Array:
-    """Zeros between the pixels, filtered; with taps (1, 1) each pixel as a 2x2 square.
+    """Insert zeros between the pixels and filter: `[b, h, w, c]` -> `[b, 2 h, 2 w, c]`.
 
-    `[b, h, w, c]` -> `[b, 2 h, 2 w, c]`: four times the transpose of `halve`.
+    This is four times the transpose of `halve`. With taps (1, 1) it repeats each pixel as a 2x2
+    square.
     """
     b, h, w, c = x.shape
     large = jax.ShapeDtypeStruct((b, 2 * h, 2 * w, c), x.dtype)
@@ -216,14 +217,14 @@ def double(x: Array, taps: Sequence[float]) -> Array:
 
 
 def pad(x: Array, taps: Sequence[float]) -> Array:
-    """Zeros around an image, as many as the taps reach beyond the two pixels in their middle."""
+    """Pad an image with as many zeros as there are taps on each side of the middle two."""
     margin = len(taps) // 2 - 1
     return jnp.pad(x, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
 
 
 def every_other(x: Array, taps: Sequence[float]) -> Array:
-    """Filter along both axes, where all taps lie inside, and keep every other pixel."""
-    # Sums of slices: XLA's depthwise convolution takes seven times as long on a CPU.
+    """Filter along both axes, where all taps are inside, and keep every other pixel."""
+    # A sum of slices, because XLA's depthwise convolution takes seven times as long on a CPU.
     for axis in (1, 2):
         end = x.shape[axis] - len(taps) + 1
         parts = (

@@ -2,8 +2,8 @@
 
 A `Block` is two 3x3 convolutions with the embedded log-SNR added between them. A level is a few
 blocks at one resolution, with self-attention where the image is small enough; the way down keeps
-every activation, and the way up concatenates them. The options span Ho et al. 2020 (DDPM), Nichol & Dhariwal 2021
-(improved DDPM) and Dhariwal & Nichol 2021 (ADM).
+every activation, and the way up concatenates them. The options span Ho et al. 2020 (DDPM), Nichol &
+Dhariwal 2021 (improved DDPM) and Dhariwal & Nichol 2021 (ADM).
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ Zero = nn.initializers.zeros_init()  # the last layer of every residual branch s
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
-    """The U-Net's options. The defaults are DDPM's network for CIFAR-10."""
+    """The options of the U-Net; the defaults are DDPM's network for CIFAR-10."""
 
     width: int = 128
     """Channels of the first level."""
@@ -31,7 +31,7 @@ class UNetConfig:
     blocks: int = 2
     """Residual blocks per level on the way down; one more on the way up."""
     patch: int = 1
-    """Fold squares of this many pixels a side into channels first: a smaller, cheaper image."""
+    """Fold squares of this many pixels per side into channels first, which is cheaper."""
     attention: tuple[int, ...] = (16,)
     """Heights of the (folded) image at which blocks are followed by self-attention."""
     heads: int = 1
@@ -41,7 +41,7 @@ class UNetConfig:
     groups: int = 32
     """Groups of each group normalisation."""
     epsilon: float = 1e-6
-    """Added to the variance in each of them."""
+    """Constant added to the variance in each group normalisation."""
     dropout: float = 0.1
     """Probability of dropping an activation inside a block."""
     scale_shift: bool = False
@@ -55,16 +55,16 @@ class UNetConfig:
     embedding_period: float = 10000.0
     """The sinusoids that embed log-SNR have frequencies from 1 down to just above 1 / this."""
     out_channels: int | None = None
-    """Channels of the output; None: as many as x_t has."""
+    """Channels of the output; None for as many as x_t has."""
     labels: int = 0
-    """Number of classes that `cond["label"]` takes; 0: no label."""
+    """Number of classes of `cond["label"]`; 0 for no label."""
     null_label: bool = False
     """Add one class that means "no label", index `labels`, for classifier-free guidance."""
     image_cond: bool = False
     """Concatenate `cond["image"]`, enlarged to the height and width of x_t, to the input."""
     embed_image_log_snr: bool = True
-    """With image_cond, also embed `cond["image_log_snr"]` `[batch]`, the image's own log-SNR. OpenAI's
-    upsamplers do not."""
+    """With image_cond, also embed `cond["image_log_snr"]` `[batch]`, the image's own log-SNR.
+    OpenAI's upsamplers do not."""
     remat: bool = False
     """Recompute blocks in the backward pass, which saves memory and costs time."""
     bfloat16: bool = False
@@ -75,7 +75,7 @@ class UNetConfig:
         if not self.mults or min(numbers) < 1 or (self.head_width or 1) < 1 or self.labels < 0:
             raise ValueError(f"sizes and counts must be at least 1, mults not empty: {self}")
         if self.null_label and not self.labels:
-            raise ValueError("null_label=True needs labels: there is nothing to leave out")
+            raise ValueError("null_label=True needs labels, the number of classes")
         for mult in self.mults:
             channels = self.width * mult
             if channels % self.groups:
@@ -92,11 +92,11 @@ class UNetConfig:
             raise ValueError(f"dropout={self.dropout}: must be in [0, 1)")
 
     def heads_of(self, channels: int) -> int:
-        """The heads of an attention over so many channels."""
+        """Number of heads of an attention over this many channels."""
         return channels // self.head_width if self.head_width else self.heads
 
     def check_input(self, shape: tuple[int, ...]) -> None:
-        """Raise a ValueError unless an example of this shape fits: an image that halves evenly."""
+        """Raise a ValueError unless the network takes examples of this shape: images that halve."""
         halvings = self.patch * 2 ** (len(self.mults) - 1)
         if len(shape) != 3 or shape[0] % halvings or shape[1] % halvings:
             raise ValueError(
@@ -110,12 +110,12 @@ class UNetConfig:
 
 
 class UNet(nn.Module):
-    """The network. Dropout is on exactly when `apply` is given a "dropout" key.
+    """The U-Net. Dropout is on if and only if `apply` is given a "dropout" key.
 
     Call with x_t `[batch, height, width, channels]`, log_snr `[batch]`, and a dict `cond` with
     `label` `[batch]` integers, and `image` `[batch, any, any, any]` with `image_log_snr` `[batch]`,
-    as the config asks (None if it asks for neither). Returns, in float32 or wider,
-    `[batch, height, width, out_channels]`.
+    as the config requires (None if it requires neither). Returns
+    `[batch, height, width, out_channels]`, in float32 or wider.
 
     >>> model = UNet(UNetConfig(width=8, mults=(1, 2), groups=4, attention=(4,)))
     >>> inputs = jnp.zeros((1, 8, 8, 3)), jnp.zeros(1), None
@@ -134,7 +134,7 @@ class UNet(nn.Module):
         conv = functools.partial(nn.Conv, kernel_size=(3, 3), kernel_init=Init, dtype=dtype)
         block = functools.partial(nn.remat(Block) if c.remat else Block, c, dtype)
 
-        embed = lambda l: noise_embedding(c.log_snr_scale * l, c.width, c.embedding_period)
+        embed = lambda x: noise_embedding(c.log_snr_scale * x, c.width, c.embedding_period)
         emb = embed(log_snr)
         if c.image_cond and c.embed_image_log_snr:
             emb = jnp.concatenate([emb, embed(cond["image_log_snr"])], axis=-1)
@@ -189,8 +189,8 @@ class UNet(nn.Module):
 class Block(nn.Module):
     """Two convolutions with the embedded log-SNR between them, added to a shortcut; then attention.
 
-    `resize` halves or doubles the image on both branches (ADM's resampling blocks). `attend` is
-    by default whether the image's height is one of the config's `attention`, and never in a
+    `resize` halves or doubles the image on both branches (ADM's resampling blocks). By default,
+    there is attention if the image's height is one of the config's `attention`, and never in a
     resampling block.
     """
 
@@ -211,7 +211,7 @@ class Block(nn.Module):
         if self.resize is not None:
             h, x = self.resize(h), self.resize(x)
         h = conv(kernel_init=Init, name="conv_0")(h)
-        # The parameters' name, "level", is that of every file written so far.
+        # The parameters are named "level" in all existing checkpoints, so the name stays.
         noise = dense(self.channels * (1 + c.scale_shift), name="level")(nn.silu(emb))
         noise = noise[:, None, None]
         if c.scale_shift:
@@ -235,7 +235,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the pixels, added to its input. Softmax in float32."""
+    """Self-attention over the pixels, added to its input; the softmax is in float32."""
 
     heads: int
     groups: int
@@ -254,13 +254,13 @@ class Attention(nn.Module):
 
 
 class DoubleConv(nn.Module):
-    """A 3x3 convolution of the doubled image, without doubling it: the same numbers.
+    """A 3x3 convolution of the doubled image, computed without doubling it.
 
     `[batch, height, width, any]` -> `[batch, 2 height, 2 width, channels]`.
 
-    The nine pixels that it looks at are but four of the image, so that each of the four outputs
-    of a pixel is a 2x2 convolution, whose kernel sums the taps that see the same pixel: 4/9 of the
-    operations, and no large image to write and read.
+    The nine pixels under the kernel are copies of only four pixels of the image, so each of the
+    four outputs of a pixel is a 2x2 convolution, whose kernel sums the taps on the same pixel. This
+    takes 4/9 of the operations, and the doubled image is not written to memory.
     """
 
     channels: int
@@ -271,8 +271,9 @@ class DoubleConv(nn.Module):
         b, h, w, c = x.shape
         kernel = self.param("kernel", Init, (3, 3, c, self.channels))
         bias = self.param("bias", Zero, (self.channels,))
-        # [phase, tap of 2, tap of 3]: an even row of the doubled image sees the row above and
-        # itself twice; an odd one itself twice, and the row below.
+        # [phase, tap of 2, tap of 3]: for an even row of the doubled image, the three taps are on
+        # the row above once and on its own row twice; for an odd row, on its own row twice and on
+        # the row below once.
         taps = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], kernel.dtype)
         kernels = jnp.einsum("apr,bqs,rsio->abpqio", taps, taps, kernel).astype(self.dtype)
         conv = functools.partial(
@@ -292,9 +293,9 @@ class DoubleConv(nn.Module):
 def attention(query: Array, key: Array, value: Array) -> Array:
     """softmax(query key^T / sqrt(width)) value, each `[batch, tokens, heads, width]`.
 
-    The softmax is in float32. In bfloat16 on a GPU, cuDNN's fused kernel, if it has one of this
-    size; elsewhere two products of batches of matrices, which XLA multiplies faster than the same
-    with an axis of heads.
+    The softmax is in float32. In bfloat16 on a GPU it uses cuDNN's fused kernel, if there is one
+    for this size; otherwise it uses two batched matrix products, which XLA computes faster than
+    products with a separate axis of heads.
     """
     batch, tokens, heads, width = query.shape
     half_on_gpu = jax.default_backend() == "gpu" and query.dtype == jnp.bfloat16
@@ -310,7 +311,7 @@ def attention(query: Array, key: Array, value: Array) -> Array:
 
 
 def noise_embedding(noise: Array, width: int, period: float = 10000.0) -> Array:
-    """Sinusoids of a measure of noise, such as scaled log-SNR: `[batch]` -> `[batch, width]`.
+    """Sinusoidal embedding of a noise level, such as scaled log-SNR: `[batch]` -> `[batch, width]`.
 
     Vaswani et al. 2017, section 3.5, as DDPM embeds its t = 0..999.
     """
@@ -325,14 +326,14 @@ def halve(x: Array) -> Array:
 
 
 def double(x: Array) -> Array:
-    """Each pixel as a 2x2 square."""
+    """Repeat each pixel as a 2x2 square."""
     b, h, w, c = x.shape
     x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c))
     return x.reshape(b, 2 * h, 2 * w, c)
 
 
 def fold(x: Array, side: int) -> Array:
-    """Squares of side x side pixels into channels: `[b, h, w, c]` -> `[b, h/s, w/s, s s c]`."""
+    """Fold squares of s x s pixels into channels: `[b, h, w, c]` -> `[b, h/s, w/s, s s c]`."""
     b, h, w, c = x.shape
     x = x.reshape(b, h // side, side, w // side, side, c).swapaxes(2, 3)
     return x.reshape(b, h // side, w // side, side * side * c)

@@ -1,14 +1,14 @@
-"""Networks that others have trained and published, from their own files into ours.
+"""Readers of networks that others have trained and published.
 
     from diffjax import published
     params, config = published.load("ddpm-cifar10-32")           # a folder of diffusers
     params, config = published.load("64x64_diffusion.pt")        # improved- or guided-diffusion
     params, config = published.load("edm-imagenet-64x64-cond-adm.pkl")        # EDM
 
-`python -m diffjax.export SOURCE FILE` writes such a network to a file of ours. The config says what
-the network predicts, on which schedule, and how it is given the log-SNR, so that our samplers can
-use it. No file is ever executed: see `torchfile`. Our own networks as files are in `weights`, and
-those that come with diffjax in `pretrained`; `trained` loads any network of ours.
+`python -m diffjax.export SOURCE FILE` writes such a network to a file in diffjax's format, which
+`weights` defines. The config holds the network's target, its schedule, and how it is given the
+log-SNR, so that diffjax's samplers can use it. No code in a file is executed: see `torchfile`.
+`pretrained` holds the networks that come with diffjax, and `trained` loads any network of diffjax.
 """
 
 from collections.abc import Callable
@@ -24,19 +24,19 @@ READERS: dict[str, Callable[[Path], tuple[Any, Config]]] = {
     ".pt": openai.load,
     ".pkl": edm.load,
 }
-"""The reader by the path's suffix; a folder has the suffix ""."""
+"""Readers by suffix of the path; a folder has the suffix ""."""
 
 
 def load(path: Path | str) -> tuple[Any, Config]:
-    """The parameters and the config of a published network.
+    """Read the parameters and the config of a published network.
 
     Args:
-      path: a folder with diffusers' `config.json`, a state dict of OpenAI's under the name that
-        they gave it, or a pickle of EDM's.
+      path: a folder with diffusers' `config.json`, a state dict of OpenAI with its original file
+        name, or a pickle of EDM.
 
     Raises:
-      FileNotFoundError: if it is not there.
-      ValueError: if it is damaged, or not a network that ours can be; says why.
+      FileNotFoundError: if the path does not exist.
+      ValueError: if the file is damaged, or diffjax has no such network; the message says why.
     """
     path = Path(path)
     if not path.exists():

@@ -1,6 +1,6 @@
-"""From others' state dicts to our parameters: one walk over our arrays, and a table of names.
+"""Conversion of published state dicts to diffjax's parameters, by a table of names.
 
-All these U-Nets are DDPM's or its kin; they differ in what they call their layers, in the order of
+All these U-Nets are variants of DDPM's. They differ in the names of their layers, in the order of
 the rows that make queries, keys and values, and in whether sines or cosines come first.
 """
 
@@ -16,13 +16,14 @@ from . import weights
 
 
 class Names(NamedTuple):
-    """How others name and order the arrays of our U-Net.
+    """The names and the order of arrays in a published state dict.
 
     Attributes:
-      modules: our modules to theirs, as in `down_0_1/attention`.
-      layers: our layers inside a block or an attention to theirs.
-      order: of their rows of queries, keys and values: k, which of the three; h, head; c, channel.
-      cos_first: whether their embedding of the noise level has its cosines first.
+      modules: their names of modules, by ours, such as `down_0_1/attention`.
+      layers: their names of layers inside a block or an attention, by ours.
+      order: order of their rows of queries, keys and values: k, which of the three; h, head;
+        c, channel.
+      cos_first: whether the cosines come first in their embedding of the noise level.
     """
 
     modules: dict[str, str]
@@ -32,16 +33,17 @@ class Names(NamedTuple):
 
 
 def convert(where: Path, state: dict[str, Any], config: Config, names: Names) -> Any:
-    """Our parameters from their arrays, every one of which must have its place.
+    """Convert published arrays to our parameters; every array must be used.
 
     Args:
       where: the file, for messages.
-      state: their arrays, by their names.
-      config: what our network is to be.
-      names: how they name them.
+      state: the published arrays, by their names.
+      config: the config of our network.
+      names: the names and the order of the published arrays.
 
     Raises:
-      ValueError: if one is missing, left over or of another shape; lists the first of them.
+      ValueError: if an array is missing, left over or of another shape; the message lists the first
+        few.
     """
     left, flat, wrong = dict(state), {}, []
     for path, like in weights.expected(config).items():
@@ -58,7 +60,7 @@ def convert(where: Path, state: dict[str, Any], config: Config, names: Names) ->
             heads = c.heads_of(channels) if isinstance(c, UNetConfig) else 1
             value = _queries_first(value, heads, names.order)
         if leaf == "kernel":
-            # Convolutions have (out, in, height, width); those that are but matrices may too.
+            # Convolutions have (out, in, height, width), and matrices may be 1x1 convolutions.
             value = np.moveaxis(value, (0, 1), (-1, -2))
             value = value.reshape(value.shape[-len(like.shape) :])
         if path == "embed_0/kernel" and names.cos_first:
@@ -66,7 +68,7 @@ def convert(where: Path, state: dict[str, Any], config: Config, names: Names) ->
         if value.shape != like.shape:
             wrong.append(f"{theirs} gives {value.shape}, need {like.shape}")
         flat[path] = np.asarray(value, like.dtype)
-    wrong += [f"{theirs} has no place" for theirs in left]
+    wrong += [f"{theirs} is not an array of this network" for theirs in left]
     if wrong:
         more = f"\n  and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         lines = "\n  ".join(wrong[:5])
@@ -75,13 +77,13 @@ def convert(where: Path, state: dict[str, Any], config: Config, names: Names) ->
 
 
 def unet(config: Config) -> UNetConfig:
-    """The config's network, where it is our U-Net."""
+    """The network of a config for which it is a U-Net."""
     assert isinstance(config.model, UNetConfig)
     return config.model
 
 
 def _queries_first(rows, heads, order):
-    """Rows in the order of which (query, key, value), head, channel, as ours are."""
+    """Put rows in our order: query, key or value; then head; then channel."""
     sizes = {"k": 3, "h": heads, "c": len(rows) // (3 * heads)}
     apart = rows.reshape(*(sizes[axis] for axis in order), *rows.shape[1:])
     return np.moveaxis(apart, [order.index(axis) for axis in "khc"], (0, 1, 2)).reshape(rows.shape)

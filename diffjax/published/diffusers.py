@@ -1,7 +1,7 @@
-"""diffusers' `UNet2DModel`: DDPM's networks for CIFAR-10, CelebA-HQ and LSUN, and its kin.
+"""A reader of diffusers' `UNet2DModel`: DDPM's networks for CIFAR-10, CelebA-HQ and LSUN, and more.
 
-A folder holds config.json and the weights (safetensors, or a torch file) and, there or in folders
-unet/ and scheduler/ as pipelines have them, scheduler_config.json.
+A folder holds config.json, the weights (safetensors, or a torch file) and scheduler_config.json; in
+a pipeline they are in the sub-folders unet/ and scheduler/.
 """
 
 import dataclasses
@@ -28,12 +28,12 @@ ONLY = {
     "add_attention": True,
     "class_embed_type": None,
 }
-"""What the network must have; all but its class are the defaults too."""
+"""Values that the network's config must have; all except the class are also the defaults."""
 PLAIN = {
     "conv": ("DownBlock2D", "UpBlock2D"),
     "resnet": ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"),
 }
-"""The blocks without attention, by how resolution changes."""
+"""The blocks without attention, by how they change the resolution."""
 TARGETS = {"epsilon": "eps", "sample": "x_0", "v_prediction": "v"}
 BETAS = {
     "linear": "linear_betas",
@@ -59,15 +59,15 @@ LAYERS = {
     "out": "to_out.0",
 }
 OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""What older files call the layers of an attention."""
+"""Newer names of attention layers, by their names in older files."""
 
 
 def load(folder: Path) -> tuple[Any, Config]:
-    """The parameters and the config of a folder. Without a scheduler's config, DDPM's schedule.
+    """Read the parameters and the config of a folder; without a scheduler's config, as DDPM.
 
     Raises:
       FileNotFoundError: if a file is missing.
-      ValueError: if one is damaged, or the network or the schedule has what ours has not.
+      ValueError: if a file is damaged, or the network or the schedule is not one that diffjax has.
     """
     inside = folder / "unet" if (folder / "unet").is_dir() else folder
     where, config = inside / "config.json", make_config(folder, inside)
@@ -77,7 +77,7 @@ def load(folder: Path) -> tuple[Any, Config]:
 
 
 def make_config(folder: Path, inside: Path) -> Config:
-    """What a pipeline's folder, with its network `inside`, says of itself, as our config."""
+    """Make our config from the files in `folder`, whose network is in the folder `inside`."""
     where = inside / "config.json"
     c: dict[str, Any] = ONLY | {"_class_name": None} | _json(where)
     channels = c["block_out_channels"]
@@ -97,7 +97,7 @@ def make_config(folder: Path, inside: Path) -> Config:
             resample == c.get("upsample_type", "conv"),
             f"downsample_type={resample} and upsample_type={c.get('upsample_type')} differ",
         ),
-        (c.get("attn_norm_num_groups") in (None, groups), "attn_norm_num_groups is of its own"),
+        (c.get("attn_norm_num_groups") in (None, groups), "attn_norm_num_groups differs"),
         (all(n % channels[0] == 0 for n in channels), f"channels {channels}: need multiples"),
         (isinstance(size, int), f"sample_size={size}: need one number, for a square"),
     ):
@@ -117,7 +117,7 @@ def make_config(folder: Path, inside: Path) -> Config:
         resblock_updown=resample == "resnet",
         pad_both=c.get("downsample_padding", 1) == 1,
         log_snr_scale=1.0,
-        # With a shift of 1 the last frequency is 1/10000 itself.
+        # With a shift of 1 the last frequency is exactly 1/10000.
         embedding_period=10000.0 ** (half / (half - c.get("freq_shift", 0))),
         out_channels=c["out_channels"],
         labels=c.get("num_class_embeds") or 0,
@@ -127,7 +127,7 @@ def make_config(folder: Path, inside: Path) -> Config:
 
 
 def _with_schedule(config, folder, learned):
-    """The config with what the scheduler's says."""
+    """Add the schedule, the target and the sampler of the scheduler's config."""
     files = [folder / "scheduler_config.json", folder / "scheduler" / "scheduler_config.json"]
     where = next((file for file in files if file.is_file()), None)
     c = _json(where) if where else {}
@@ -137,7 +137,7 @@ def _with_schedule(config, folder, learned):
         if name not in table:
             raise ValueError(f"{where}: {name!r} is not one of {', '.join(table)}")
     if c.get("trained_betas") is not None or c.get("rescale_betas_zero_snr"):
-        raise ValueError(f"{where}: trained_betas or rescale_betas_zero_snr, which no config has")
+        raise ValueError(f"{where}: trained_betas and rescale_betas_zero_snr are not supported")
     steps = c.get("num_train_timesteps", 1000)
     ends = {"start": c.get("beta_start", 1e-4), "end": c.get("beta_end", 0.02)}
     return dataclasses.replace(
@@ -153,7 +153,7 @@ def _with_schedule(config, folder, learned):
 
 
 def modules(c: UNetConfig) -> dict[str, str]:
-    """Our modules' names to diffusers'."""
+    """Map our names of modules to diffusers' names."""
     names = {
         "embed_0": "time_embedding.linear_1",
         "embed_1": "time_embedding.linear_2",
@@ -179,7 +179,7 @@ def modules(c: UNetConfig) -> dict[str, str]:
 
 
 def merged(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays with newer names, and queries, keys and values as one."""
+    """Rename arrays of older files, and join queries, keys and values into one array."""
     result, apart = {}, {}
     for name, value in state.items():
         module, _, leaf = name.rpartition(".")
@@ -202,7 +202,7 @@ def _state(folder):
         return torchfile.read(folder / f"{name}.bin")
     try:
         return safetensors.numpy.load_file(file)
-    except Exception as error:  # the bytes of a stranger make the parser raise anything
+    except Exception as error:  # untrusted input may raise anything
         raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
 
 

@@ -1,8 +1,8 @@
-"""EDM's networks (Karras et al. 2022), from their pickles.
+"""A reader of EDM's pickles (Karras et al. 2022).
 
-`SongUNet` is DDPM++ and NCSN++; `DhariwalUNet` is ADM's as they train it. A pickle holds the
-network as objects, with the source of their classes, which is not run: the arrays are taken out,
-and the architecture is read off their names and shapes.
+`SongUNet` is DDPM++ or NCSN++; `DhariwalUNet` is EDM's version of ADM's network. A pickle holds the
+network as objects, with the source of their classes. The source is not run: the arrays are
+extracted, and their names and shapes determine the architecture.
 """
 
 import math
@@ -31,11 +31,12 @@ LAYERS = {
 
 
 class Preconditioning(NamedTuple):
-    """What stands around a network of theirs, in our words.
+    """A preconditioning of EDM's, in terms of our config.
 
     Attributes:
-      numbers: those it must have.
-      level: what theirs sees of the noise level, c_noise: so many times what ours sees, plus this.
+      numbers: values that it must have.
+      level: (scale, shift): the input c_noise of their network is scale times the input of ours,
+        plus shift.
       config: fields of our config.
     """
 
@@ -51,7 +52,7 @@ PRECONDITIONINGS = {
         (-1 / 8, 0.0),
         dict(target="F", unit_input=True, schedule="log_uniform", weighting="edm"),
     ),
-    # c_noise = 999 t, where ours sees 1000 t - 1.
+    # c_noise = 999 t; our network is given 1000 t - 1.
     "VPPrecond": Preconditioning(
         {"beta_min": 0.1, "beta_d": 19.9, "M": 1000},
         (0.999, 0.999),
@@ -69,16 +70,16 @@ PRECONDITIONINGS = {
         ),
     ),
 }
-"""By the names of their classes (Karras et al. 2022, table 1)."""
+"""Preconditionings by the names of their classes (Karras et al. 2022, table 1)."""
 NETWORKS = {"DhariwalUNet": ("EDMPrecond",), "SongUNet": tuple(PRECONDITIONINGS)}
-"""And what may stand around each network."""
+"""The preconditionings that each network may have."""
 
 
 def load(path: Path) -> tuple[Any, Config]:
-    """The parameters (the moving average) and the config of a pickle.
+    """Read the parameters (the moving average) and the config of a pickle.
 
     Raises:
-      FileNotFoundError: if it is not there.
+      FileNotFoundError: if there is no such file.
       ValueError: if it is damaged, or holds another network.
     """
     found = torchfile.read(path)
@@ -98,20 +99,20 @@ def load(path: Path) -> tuple[Any, Config]:
 
 
 def make_config(path: Path, state: dict[str, np.ndarray], outer: str, inner: str) -> Config:
-    """What the names and shapes of the arrays of a network say, as our config.
+    """Make our config from the names and shapes of a network's arrays.
 
     Args:
       path: the file, for messages.
-      state: the arrays.
-      outer: the class of its preconditioning.
-      inner: its class.
+      state: the arrays, by name.
+      outer: the class of the preconditioning.
+      inner: the class of the network.
     """
     blocks = [re.fullmatch(r"enc\.(\d+)x\d+_block(\d+)\.conv1\.weight", name) for name in state]
     shapes = {(int(m[1]), int(m[2])): state[m[0]].shape for m in blocks if m}
     sizes = sorted({size for size, _ in shapes}, reverse=True)
     first = state.get(f"enc.{sizes[0]}x{sizes[0]}_conv.weight") if sizes else None
     if first is None or (inner == "DhariwalUNet" and len(first) < 128):
-        # Narrower ones of ADM have fewer groups in some normalisations than in others.
+        # In a narrower DhariwalUNet some normalisations have fewer groups than others.
         raise ValueError(f"{path}: need a SongUNet, or a DhariwalUNet of at least 128 channels")
     size, (width, channels) = sizes[0], first.shape[:2]
     around = PRECONDITIONINGS[outer]
@@ -146,9 +147,9 @@ def make_config(path: Path, state: dict[str, np.ndarray], outer: str, inner: str
 
 
 def renamed(state: dict[str, np.ndarray], inner: str) -> dict[str, np.ndarray]:
-    """The arrays that we have a place for, as if all were some layer's weights."""
-    # They augment images while training, and say so by another input, which is 0 afterwards and
-    # whose layer has no bias.
+    """Keep the arrays that our network has, and name all of them as weights of a layer."""
+    # In training, another input describes the augmentation of an image. It is 0 in sampling, and
+    # its layer has no bias.
     unused = re.compile(r"^map_augment\.|resample_filter$")
     state = {name: value for name, value in state.items() if not unused.search(name)}
     if "map_noise.freqs" in state:
@@ -159,12 +160,12 @@ def renamed(state: dict[str, np.ndarray], inner: str) -> dict[str, np.ndarray]:
 
 
 def modules(config: Config) -> dict[str, str]:
-    """Our modules' names to theirs, which are told apart by the size of the image."""
+    """Map our names of modules to theirs, which contain the size of the image."""
     c: Any = config.model
     song, last, size = isinstance(c, SongUNetConfig), len(c.mults) - 1, config.data.size or 0
     at = [f"{size // 2**level}x{size // 2**level}" for level in range(last + 1)]
     names = {
-        "": "map_noise",  # the frequencies are no module's
+        "": "map_noise",  # the frequencies belong to no module
         "embed_0": "map_layer0",
         "embed_1": "map_layer1",
         "label": "map_label",
@@ -187,7 +188,7 @@ def modules(config: Config) -> dict[str, str]:
 
 
 def _state(net):
-    """The attributes of a module: its own class keeps them where it kept its source."""
+    """The attributes of a module, from its pickled state or from the metadata of its class."""
     if not isinstance(net, torchfile.Record):
         return {}
     meta = net.args[0] if net.args and isinstance(net.args[0], dict) else {}
@@ -196,7 +197,7 @@ def _state(net):
 
 
 def _class(net) -> Any:
-    """The name of a module's class, if it is one."""
+    """The name of a module's class, or of the type of any other object."""
     meta = net.args[0] if isinstance(net, torchfile.Record) and net.args else {}
     return meta.get("class_name") if isinstance(meta, dict) else type(net).__name__
 

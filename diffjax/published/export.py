@@ -1,4 +1,4 @@
-"""Write a trained network as one file, which `checkpoint.load` reads as it reads a run.
+"""Write a trained network as one file, which `checkpoint.load` reads like a run.
 
     python -m diffjax.export runs/digits digits.safetensors
     python -m diffjax.export 64x64_diffusion.pt adm.safetensors
@@ -24,13 +24,13 @@ class Arguments:
     """What to export, and to which file."""
 
     source: tyro.conf.Positional[Path]
-    """A run's directory, or a network that others published: a folder or a file of theirs."""
+    """A run's directory, or the folder or file of a network that others published."""
     file: tyro.conf.Positional[Path]
     """The file to write."""
 
 
 def export(source: Path, file: Path) -> str:
-    """Write the file; returns a line that says what is in it."""
+    """Write the file, and return a line that describes it."""
     ours = (source / CHECKPOINTS).exists() or source.suffix == ".safetensors"
     params, config = load(source)[1:] if ours else published.load(source)
     weights.save(file, params, config)
@@ -42,7 +42,7 @@ def export(source: Path, file: Path) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     args = tyro.cli(Arguments, description=__doc__)
     with error_exit():
         print(export(args.source, args.file))

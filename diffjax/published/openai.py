@@ -1,7 +1,9 @@
-"""OpenAI's improved-diffusion (Nichol & Dhariwal 2021), guided-diffusion (Dhariwal & Nichol 2021).
+"""A reader of OpenAI's networks.
 
-Their files hold arrays alone; what else a network is, their READMEs say, and `PUBLISHED` repeats.
-Not the one for 512 x 512, whose first level is half as wide as its embedding asks.
+They are improved-diffusion (Nichol & Dhariwal 2021) and guided-diffusion (Dhariwal & Nichol 2021).
+Their files hold only arrays; their READMEs give the architectures, which `PUBLISHED` repeats. The
+network for 512 x 512 is not supported, because its first level is half as wide as its embedding
+requires.
 """
 
 from collections.abc import Mapping
@@ -20,7 +22,7 @@ MULTS = {
     256: (1, 1, 2, 2, 4, 4),
     512: (1, 1, 2, 2, 4, 4),
 }
-"""Of an image's size."""
+"""The default `mults` of each image size."""
 LAYERS = {
     "norm_0": "in_layers.0",
     "conv_0": "in_layers.2",
@@ -35,11 +37,12 @@ LAYERS = {
 
 
 class OpenAI(NamedTuple):
-    """What a file of theirs does not say.
+    """What a published file does not contain.
 
     Attributes:
-      config: our config of it.
-      order: "hkc"; or "khc" with their option use_new_attention_order.
+      config: our config of the network.
+      order: order of the rows of queries, keys and values: "hkc", or "khc" with their option
+        use_new_attention_order.
     """
 
     config: Config
@@ -57,7 +60,7 @@ def improved(
     low: int | None = None,
     **model: Any,
 ) -> Config:
-    """The config of a network by improved-diffusion's flags.
+    """Make our config from improved-diffusion's flags.
 
     Args:
       size: their image_size.
@@ -65,9 +68,9 @@ def improved(
       blocks: their num_res_blocks.
       steps: their diffusion_steps.
       betas: their noise_schedule, "cosine_betas" or "linear_betas".
-      rescale: their rescale_timesteps: whether the network sees times of 0 to 1000.
-      low: their small_size, of an upsampler.
-      model: what else of `UNetConfig` is not their default.
+      rescale: their rescale_timesteps: whether the network is given times from 0 to 1000.
+      low: their small_size, for an upsampler.
+      model: options of `UNetConfig` that differ from their defaults.
     """
     options: dict[str, Any] = {"steps": steps}
     if betas == "linear_betas":
@@ -98,7 +101,7 @@ def improved(
 
 
 def guided(size: int, width: int, blocks: int, betas: str = "linear_betas", **model: Any) -> Config:
-    """The config of a network by guided-diffusion's flags, as `improved`."""
+    """Make our config from guided-diffusion's flags; the arguments are those of `improved`."""
     defaults: dict[str, Any] = dict(attention=(32, 16, 8), head_width=64, resblock_updown=True)
     return improved(size, width, blocks, steps=1000, betas=betas, **defaults | model)
 
@@ -141,25 +144,25 @@ PUBLISHED: Mapping[str, OpenAI] = {
     "lsun_horse": _LSUN,
     "lsun_horse_nodropout": OpenAI(guided(256, 256, 2)),
 }
-"""By the names of their files, without ".pt"."""
+"""The published networks by the names of their files, without ".pt"."""
 
 
 def load(path: Path, known: OpenAI | None = None) -> tuple[Any, Config]:
-    """The parameters and the config of a file.
+    """Read the parameters and the config of a file.
 
     Args:
       path: the file.
-      known: what it does not say of itself; by default what `PUBLISHED` has under its name.
+      known: what the file does not contain; by default the entry of `PUBLISHED` for its name.
 
     Raises:
-      FileNotFoundError: if it is not there.
-      ValueError: if its name is not known, it is damaged or of another network.
+      FileNotFoundError: if there is no such file.
+      ValueError: if its name is not known, it is damaged, or it is of another network.
     """
     known = known or PUBLISHED.get(path.stem)
     if known is None:
         raise ValueError(
-            f"{path}: its name is none of {', '.join(PUBLISHED)}; for a network of your own, give "
-            "published.openai.load what it is"
+            f"{path}: its name is none of {', '.join(PUBLISHED)}; for a network of your own, pass "
+            "`known` to published.openai.load"
         )
     state = torchfile.read(path)
     if not isinstance(state, dict):
@@ -170,7 +173,7 @@ def load(path: Path, known: OpenAI | None = None) -> tuple[Any, Config]:
 
 
 def modules(c: UNetConfig, size: int) -> dict[str, str]:
-    """Our modules' names to theirs, which are numbered in the order in which they run."""
+    """Map our names of modules to theirs, which are numbered in the order in which they run."""
     names = {
         "embed_0": "time_embed.0",
         "embed_1": "time_embed.2",

@@ -1,9 +1,9 @@
-"""PyTorch's files, without PyTorch and without running anything that is in them.
+"""A reader of PyTorch's files that needs no PyTorch and runs no code from the files.
 
-A pickle is a program: it names functions and calls them. Here every name that it asks for becomes a
-`Record`, which keeps what it is called with, but for the few in `KNOWN`, which rebuild tensors.
-Three formats are read: the zip files of `torch.save`, its older streams (before PyTorch 1.6), and
-plain pickles with such streams inside, as EDM's.
+A pickle is a program: it names functions and calls them. This reader replaces every name by a
+`Record`, which stores the arguments of the call, except for the few in `KNOWN`, which rebuild
+tensors. Three formats are read: the zip files of `torch.save`, its older streams (before PyTorch
+1.6), and plain pickles that contain such streams, as EDM's do.
 """
 
 import io
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 MAGIC = 0x1950A86A20F9469CFC6C
-"""What an older stream begins with."""
+"""The number at the start of an older stream."""
 DTYPES = {
     "DoubleStorage": "<f8",
     "FloatStorage": "<f4",
@@ -31,16 +31,16 @@ DTYPES = {
     "ByteStorage": "u1",
     "BoolStorage": "?",
 }
-"""Of PyTorch's storages."""
+"""NumPy dtypes of PyTorch's storages."""
 
 
 class Record:
-    """What stands for an object that is not made.
+    """A placeholder for an object that is not created.
 
     Attributes:
-      path: the name of the class or function, as in `torch.nn.modules.conv.Conv2d`.
-      args: what it was called with.
-      state: what it was then given as its state, or None.
+      path: the name of the class or function, such as `torch.nn.modules.conv.Conv2d`.
+      args: the arguments of the call.
+      state: the state that the pickle then sets, or None.
     """
 
     path = ""
@@ -59,15 +59,15 @@ class Record:
 
 
 class Dict(dict):
-    """A dictionary that may be given attributes, as PyTorch gives its state dicts."""
+    """A dictionary that can have attributes, as PyTorch's state dicts have."""
 
 
 def read(path: Path | str) -> Any:
-    """The object in a file: of dicts, lists, numbers, NumPy arrays, and a `Record` for all else.
+    """Read a file as dicts, lists, numbers, NumPy arrays, and a `Record` for any other object.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if it is damaged or no such file; names it.
+      ValueError: if it is damaged or not in one of the formats; the message names it.
     """
     path = Path(path)
     with path.open("rb") as file:
@@ -75,7 +75,7 @@ def read(path: Path | str) -> Any:
             is_zip = zipfile.is_zipfile(file)
             file.seek(0)
             return _zip(file) if is_zip else _stream(file)
-        except Exception as error:  # the bytes of a stranger make the parsers raise anything
+        except Exception as error:  # untrusted input may raise anything
             raise ValueError(f"{path}: not a readable file of PyTorch ({error!r})") from error
 
 
@@ -98,9 +98,9 @@ def _zip(file: BinaryIO) -> Any:
     with zipfile.ZipFile(file) as archive:
         members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
-            raise ValueError("compressed, which torch.save never does")
+            raise ValueError("it is compressed, which files of torch.save never are")
         if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
-            raise ValueError("big endian")
+            raise ValueError("it is big endian")
         storages: dict[str, np.ndarray] = {}
 
         def storage(dtype, key, size):
@@ -144,7 +144,7 @@ def _stream(file: BinaryIO) -> Any:
 
 
 def _tensor(storage, offset, size, strides, *_):
-    """A view of a storage, which must hold all of it."""
+    """A view of a storage, which must contain all of the view."""
     if not isinstance(storage, np.ndarray):
         raise ValueError(f"a tensor of {type(storage).__name__}")
     if min((offset, *size, *strides), default=0) < 0 or len(size) != len(strides):

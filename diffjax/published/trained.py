@@ -11,11 +11,11 @@ from .pretrained import PRETRAINED
 
 
 def load(source: Path | str) -> tuple[Callable[..., Data], Any, Config]:
-    """A trained network.
+    """Load a trained network.
 
     Args:
-      source: a run's directory; a file of `python -m diffjax.export`; or, if there is no such path,
-        a name in `PRETRAINED`, a network that comes with diffjax.
+      source: a run's directory; a file that `python -m diffjax.export` wrote; or, if there is no
+        such path, a name in `PRETRAINED`, a network that comes with diffjax.
 
     Returns:
       `apply`, a function (params, x_t, log_snr, cond) -> an estimate of `config.target`; the moving
@@ -25,7 +25,7 @@ def load(source: Path | str) -> tuple[Callable[..., Data], Any, Config]:
       FileNotFoundError: if there is no config or no sound checkpoint.
       ValueError: if the config or the file cannot be read.
 
-    From there to a denoiser, and on to samples:
+    From the network to a denoiser, and to samples:
 
     >>> import functools, jax, diffjax
     >>> from diffjax.checkpoint import load
@@ -49,7 +49,7 @@ def load(source: Path | str) -> tuple[Callable[..., Data], Any, Config]:
 
 
 def read_config(source: Path | str) -> Config:
-    """The config of what `load` takes, without its parameters.
+    """Read the config of a trained network, without its parameters.
 
     Raises:
       FileNotFoundError, ValueError: as `load` does.
@@ -67,9 +67,9 @@ def read_config(source: Path | str) -> Config:
 
 
 def home(source: Path | str) -> Path:
-    """The directory in which results of what `load` takes are written by default.
+    """The default directory for the results of a trained network.
 
-    That is the run's directory, the folder of the file, or, for a network that comes with diffjax,
+    It is the run's directory, the folder of the file, or, for a network that comes with diffjax,
     `runs/NAME`, which is created.
     """
     path = Path(source)

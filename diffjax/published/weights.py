@@ -1,8 +1,8 @@
 """A trained network as one file: its parameters and its config, in the safetensors format.
 
-The arrays' names are the parameters' paths, as in `down_0_0/conv_0/kernel`; the metadata holds the
-config as JSON, and the SHA-256 of the parameters. Nothing in such a file is ever executed, any
-program that reads safetensors can read it, and a file is complete or not written at all.
+The arrays' names are the parameters' paths, such as `down_0_0/conv_0/kernel`; the metadata holds
+the config as JSON, and the SHA-256 of the parameters. Such a file contains no code, any program
+that reads safetensors can read it, and it is written completely or not at all.
 """
 
 import contextlib
@@ -26,14 +26,15 @@ CONFIG, SEAL = "diffjax.config", "diffjax.sha256"
 
 
 def save(path: Path | str, params: Any, config: Config) -> None:
-    """Write parameters and their config to a file, and replace what is there.
+    """Write parameters and their config to a file, and replace an existing file.
 
     `data.shape` is added to the config, so that its reader needs no data, and `data.path` is left
     out.
 
     Raises:
-      ValueError: if the parameters are not those of the config's network; lists what differs.
-      OSError: if it cannot be written; nothing is then.
+      ValueError: if the parameters are not those of the config's network; the message lists the
+        differences.
+      OSError: if the file cannot be written; an existing file is then left as it is.
     """
     path = Path(path)
     data = dataclasses.replace(config.data, shape=example_shape(config), path=None)
@@ -51,12 +52,12 @@ def save(path: Path | str, params: Any, config: Config) -> None:
 
 
 def read(path: Path | str) -> tuple[Any, Config]:
-    """The parameters and the config that `save` wrote.
+    """Read the parameters and the config that `save` wrote.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if it is damaged, has no config of ours, or its arrays are not those of the
-        config's network; names the file.
+      ValueError: if it is damaged, has no config of diffjax, or its arrays are not those of the
+        config's network; the message names the file.
     """
     path = Path(path)
     with _opened(path) as (file, config, seal), _readable(path):
@@ -69,7 +70,7 @@ def read(path: Path | str) -> tuple[Any, Config]:
 
 
 def read_config(path: Path | str) -> Config:
-    """The config of a file of `save`, without its parameters.
+    """Read the config of a file that `save` wrote, without its parameters.
 
     Raises:
       FileNotFoundError, ValueError: as `read` does.

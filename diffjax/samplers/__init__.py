@@ -1,13 +1,13 @@
-r"""Samplers: walks from x_1, noise, to x_0, data, along a grid of times of the caller's choice.
+r"""Samplers, which step from noise x_1 to data x_0 along a grid of times.
 
 A `Sampler` is two pure functions. `init(x_1)` makes a state; `step(key, state, t, s)` moves it
-from time t to time s. In a notebook call `step` in a `for` loop; `sample` is the same loop as one
-`lax.scan`, to be jitted by its caller with the parameters as arguments.
+from time t to time s. In a notebook, call `step` in a `for` loop; `sample` is the same loop as one
+`lax.scan`, which its caller can jit with the parameters as arguments.
 
-Every sampler is a function `(denoise, schedule, *, options) -> Sampler`, and works with any
-schedule over the whole of [0, 1]: log-SNR is finite there, so no step is special. A deterministic
-one walks both ways. `docs/samplers.md` has their measured orders and errors, `SAMPLERS` all of them
-by name.
+Every sampler is made by a function `(denoise, schedule, *, options) -> Sampler`, and works with any
+schedule on all of [0, 1], because log-SNR is finite there. A deterministic sampler also steps from
+data to noise. `docs/samplers.md` reports measured orders and errors, and `SAMPLERS` lists all
+samplers by name.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ class Method(NamedTuple):
 
     Attributes:
       make: (denoise, schedule, *, options) -> `Sampler`.
-      times: the grid that suits it best, a name in `TIMES`.
+      times: the best grid for this sampler, a name in `TIMES`.
     """
 
     make: Callable[..., Sampler]
@@ -44,7 +44,7 @@ SAMPLERS = {
     "predictor_corrector": Method(predictor_corrector, "uniform"),
     "unipc": Method(unipc, "log_snr"),
 }
-"""Every sampler by name, as configs and the command line choose it."""
+"""Samplers by name, as configs and the command line choose them."""
 
 __all__ = [
     "SAMPLERS",

@@ -1,4 +1,4 @@
-"""Grids of times for samplers to step along. `SAMPLERS` says which one suits each sampler."""
+"""Grids of times for samplers. `SAMPLERS` gives the best grid for each sampler."""
 
 from collections.abc import Callable
 
@@ -30,11 +30,11 @@ def log_snr_times(schedule: Schedule, n: int) -> Float[Array, " times"]:
 def karras_times(schedule: Schedule, n: int, rho: float = 7.0) -> Float[Array, " times"]:
     """n steps of equal length in (sigma/alpha)^(1/rho), from exactly 1 to exactly 0.
 
-    Karras et al. 2022, equation 5. Theirs are n times from sigma_max to sigma_min and then zero;
-    these end at the schedule's own finite end.
+    Karras et al. 2022, equation 5. Their grid is n times from sigma_max to sigma_min and then zero;
+    this grid ends at the schedule's own finite end.
 
     Raises:
-      ValueError: if `n` is below 1 or `rho` not positive.
+      ValueError: if `n` is below 1 or `rho` is not positive.
     """
     _check_steps(n)
     if rho <= 0:
@@ -44,7 +44,7 @@ def karras_times(schedule: Schedule, n: int, rho: float = 7.0) -> Float[Array, "
 
 
 def discrete_times(steps: int, n: int) -> Float[np.ndarray, " times"]:
-    """n steps along the grid i/T, T = `steps`, as evenly spaced as it allows, from 1 to 0.
+    """n steps along the grid i/T, T = `steps`, as evenly spaced as possible, from 1 to 0.
 
     Raises:
       ValueError: unless `1 <= n <= steps`.
@@ -54,7 +54,7 @@ def discrete_times(steps: int, n: int) -> Float[np.ndarray, " times"]:
     """
     _check_steps(n)
     if n > steps:
-        raise ValueError(f"{n} steps on a grid of {steps}: there are only {steps}")
+        raise ValueError(f"{n} steps on a grid of {steps}: need at most {steps}")
     return _known(np.round(np.linspace(steps, 0, n + 1)) / steps)
 
 
@@ -63,11 +63,11 @@ TIMES: dict[str, Callable[[Schedule, int], Float[Array | np.ndarray, " times"]]]
     "log_snr": log_snr_times,
     "karras": karras_times,
 }
-"""Every grid by name: functions of a schedule and the number of steps."""
+"""Grids by name: functions of a schedule and the number of steps."""
 
 
 def _known(ts):
-    # A NumPy array: its values are known under `jit` too, so that `sample` can check them there.
+    # A NumPy array stays concrete under `jit`, so that `sample` can check its values there.
     return ts.astype(jnp.result_type(float))
 
 
@@ -77,5 +77,5 @@ def _check_steps(n):
 
 
 def _between(schedule, log_snr):
-    """Times of a falling log-SNR whose ends are those of the schedule, at exactly 1 and 0."""
+    """Times at falling values of log-SNR from end to end of a schedule, at exactly 1 and 0."""
     return time_at(schedule, log_snr).at[0].set(1.0).at[-1].set(0.0)

@@ -1,8 +1,8 @@
-r"""Multistep samplers: what earlier steps saw tells how the prediction is about to change.
+r"""Multistep samplers, which extrapolate the prediction from earlier steps.
 
-All of them are one idea. The probability-flow ODE is linear but for the prediction; in the step
-from t to s it is replaced by the polynomial through its values at t and at times before, and that
-is integrated exactly. With lambda = log_snr / 2 and h = lambda_s - lambda_t,
+All of them use one idea. The probability-flow ODE is linear except for the prediction. In the step
+from t to s, the prediction is replaced by the polynomial P through its values at t and at earlier
+times, which is integrated exactly. With lambda = log_snr / 2 and h = lambda_s - lambda_t,
 
     x_s = sigma_s/sigma_t x_t + alpha_s int_0^1 h e^{h (u - 1)} P(u) du,        P = x_0(lambda),
 
@@ -10,11 +10,11 @@ is DPM-Solver++ and UniPC; in rho = sigma / alpha it is the linear multistep met
 
     x_s / alpha_s = x_t / alpha_t + (rho_s - rho_t) int_0^1 P(u) du,            P = eps(rho).
 
-u runs from 0 at t to 1 at s, so that earlier nodes are negative. P is in Newton's form: each
-divided difference more is one order more.
+u runs from 0 at t to 1 at s, so that earlier nodes are negative. P is in Newton's form, in which
+each further divided difference adds one order.
 
-A step more than three times as long (in log-SNR) as the one before it extrapolates further than
-its memory reaches; such a step starts afresh, at first order. So do both ends of many grids.
+A step more than three times as long (in log-SNR) as the step before it would extrapolate too far;
+such a step ignores the history and has first order. This happens at both ends of many grids.
 """
 
 import itertools
@@ -31,23 +31,23 @@ from .walk import Sampler, State, in_use
 
 
 class Node(NamedTuple):
-    """A time that a walk has been at: its log-SNR, and the prediction there."""
+    """A time on the trajectory: its log-SNR, and the prediction there."""
 
     log_snr: Array
     value: Data
 
 
 class History(NamedTuple):
-    """The nodes before, newest first, and how many of them are used."""
+    """The previous nodes, newest first, and the number of them that are used."""
 
     nodes: tuple[Node, ...]
     used: Array
 
 
 def dpm_solver_pp_2m(denoise: Denoiser, schedule: Schedule) -> Sampler:
-    """DPM-Solver++(2M): second order from one evaluation a step.
+    """DPM-Solver++(2M): second order from one evaluation per step.
 
-    Lu et al. 2022, "DPM-Solver++", Algorithm 2. Deterministic; wants uniform log-SNR.
+    Lu et al. 2022, "DPM-Solver++", Algorithm 2. It is deterministic. Use `log_snr_times`.
 
     Args:
       denoise: a `Denoiser`.
@@ -57,11 +57,11 @@ def dpm_solver_pp_2m(denoise: Denoiser, schedule: Schedule) -> Sampler:
 
 
 def dpm_solver_pp_3m(denoise: Denoiser, schedule: Schedule) -> Sampler:
-    """DPM-Solver++(3M): third order from one evaluation a step.
+    """DPM-Solver++(3M): third order from one evaluation per step.
 
     The multistep method of DPM-Solver's published code (Lu et al. 2022), with the quadratic
-    integrated exactly: the code takes half of its second derivative, and measures order 2.
-    Deterministic; wants uniform log-SNR.
+    integrated exactly; the published code takes half of its second derivative, and has a measured
+    order of 2. It is deterministic. Use `log_snr_times`.
 
     Args:
       denoise: a `Denoiser`.
@@ -71,15 +71,15 @@ def dpm_solver_pp_3m(denoise: Denoiser, schedule: Schedule) -> Sampler:
 
 
 def dpm_solver_pp_2m_sde(denoise: Denoiser, schedule: Schedule, *, eta: Scalar = 1.0) -> Sampler:
-    """SDE-DPM-Solver++(2M): the same for the reverse-time SDE.
+    """SDE-DPM-Solver++(2M): `dpm_solver_pp_2m` for the reverse-time SDE.
 
-    Lu et al. 2022, section 5 and appendix B (k-diffusion's `sample_dpmpp_2m_sde`, midpoint). Wants
-    uniform log-SNR.
+    Lu et al. 2022, section 5 and appendix B (k-diffusion's `sample_dpmpp_2m_sde`, midpoint). Use
+    `log_snr_times`.
 
     Args:
       denoise: a `Denoiser`.
       schedule: its `Schedule`.
-      eta: how much of the noise is fresh; 1 is the SDE, 0 is `dpm_solver_pp_2m`.
+      eta: the amount of fresh noise; 1 is the SDE, 0 is `dpm_solver_pp_2m`.
 
     Raises:
       ValueError: if `eta` is negative.
@@ -88,20 +88,20 @@ def dpm_solver_pp_2m_sde(denoise: Denoiser, schedule: Schedule, *, eta: Scalar =
 
 
 def unipc(denoise: Denoiser, schedule: Schedule, *, order: int = 2) -> Sampler:
-    """UniPC: the multistep prediction, corrected as soon as the next evaluation is known.
+    """UniPC: a multistep predictor, corrected when the next evaluation is known.
 
-    Zhao et al. 2023, the multistep one with x_0 prediction and B_2(h) = e^h - 1. The evaluation
-    at the predicted point first redoes the step that led there, with one node more, and then makes
-    the next one: still one evaluation a step. The last step is not corrected. Deterministic; wants
-    uniform log-SNR.
+    Zhao et al. 2023, the multistep method with x_0 prediction and B_2(h) = e^h - 1. The evaluation
+    at the predicted point corrects the step that led there, with one more node, and is then used
+    for the next step, so there is one evaluation per step. The last step is not corrected. It is
+    deterministic. Use `log_snr_times`.
 
     Args:
       denoise: a `Denoiser`.
       schedule: its `Schedule`.
-      order: 1, 2 or 3, that of the prediction; the correction is of one order more.
+      order: order of the predictor, 1, 2 or 3; the corrector has one order more.
 
     Raises:
-      ValueError: if there is no such order.
+      ValueError: if `order` is not 1, 2 or 3.
     """
     _check_order("unipc", order, 3)
 
@@ -112,7 +112,7 @@ def unipc(denoise: Denoiser, schedule: Schedule, *, order: int = 2) -> Sampler:
         redone = _exponential_step(
             base, schedule, (before.nodes[0], here, *before.nodes[1:]), before.used + 1, here
         )
-        # A displacement, so that what others did to x since, such as guidance, stays.
+        # Add the correction to x, so that changes made between steps, such as guidance, are kept.
         x = state.x + select(before.used > 0, redone - predicted, jnp.zeros_like(x_0))
         history = _after(before, here, schedule.log_snr(s), order)
         there = Node(schedule.log_snr(s), x_0)
@@ -129,16 +129,16 @@ def unipc(denoise: Denoiser, schedule: Schedule, *, order: int = 2) -> Sampler:
 def lms(denoise: Denoiser, schedule: Schedule, *, order: int = 4) -> Sampler:
     """The linear multistep method in sigma/alpha, with the coefficients of uneven steps.
 
-    Adams-Bashforth's methods (k-diffusion's `sample_lms`): order 1 is `ddim`. Deterministic; one
-    evaluation a step; wants `karras_times`.
+    Adams-Bashforth methods (k-diffusion's `sample_lms`); order 1 is `ddim`. It is deterministic,
+    with one evaluation per step. Use `karras_times`.
 
     Args:
       denoise: a `Denoiser`.
       schedule: its `Schedule`.
-      order: 1 to 4, how many evaluations a step looks at.
+      order: 1 to 4, the number of evaluations that a step uses.
 
     Raises:
-      ValueError: if there is no such order.
+      ValueError: if `order` is not 1 to 4.
     """
     _check_order("lms", order, 4)
 
@@ -180,8 +180,8 @@ def _dpm_solver_pp(denoise, schedule, order, eta: Scalar = 0.0):
 
 def _init(order):
     def init(x_1):
-        # Nodes that do not count lie far from any schedule, so that no arithmetic on them is
-        # singular: gradients would see it.
+        # Unused nodes are far outside any schedule, so that arithmetic on them and its gradients
+        # are finite.
         nowhere = Node(jnp.full((), -100.0), jnp.zeros_like(x_1))
         return State(x_1, jnp.zeros_like(x_1), History((nowhere,) * order, jnp.zeros((), int)))
 
@@ -189,7 +189,7 @@ def _init(order):
 
 
 def _after(before, here, log_snr_s, order):
-    """The history with `here` before it; `used` is how much of it a step to `log_snr_s` may use."""
+    """Put `here` first in the history; a step to `log_snr_s` may use the first `used` nodes."""
     last = before.nodes[0].log_snr
     long = jnp.abs(log_snr_s - here.log_snr) > 3 * jnp.abs(here.log_snr - last)
     count = jnp.where(long, 0, before.used)
@@ -212,12 +212,12 @@ def _exponential_step(x, schedule, nodes, count, there, eta: Scalar = 0.0):
 
 
 def _exponential_moments(h, n):
-    """int_0^1 h e^{h (u - 1)} u^k du for k = 0..n-1, by integrating by parts."""
+    """int_0^1 h e^{h (u - 1)} u^k du for k = 0..n-1, by integration by parts."""
     up = [-jnp.expm1(-h)]
     for k in range(1, n):
         up.append(1 - k / h * up[-1])
-    # Short steps lose their digits on the way up; so there one goes down, from the series of the
-    # last one, int_0^1 e^{hu} u^k du = sum_j h^j / (j! (k + j + 1)).
+    # For short steps the upward recursion loses precision, so use the downward recursion, from the
+    # series of the last moment, int_0^1 e^{hu} u^k du = sum_j h^j / (j! (k + j + 1)).
     short = jnp.abs(h) < 1
     small, last = jnp.where(short, h, 0.0), 0.0
     for j in reversed(range(18)):
@@ -229,7 +229,7 @@ def _exponential_moments(h, n):
 
 
 def _integral(nodes, u, count, moments):
-    """The integral of the polynomial through the first `count` nodes, at u; moments: those of u^k.
+    """The integral of the polynomial through the first `count` nodes, at u, by the moments of u^k.
 
     Newton's form: f[0] + f[0,1] (u - u_0) + f[0,1,2] (u - u_0)(u - u_1) + ...
     """

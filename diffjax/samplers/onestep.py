@@ -1,4 +1,4 @@
-"""One-step samplers: each step knows where it is and nothing of the steps before."""
+"""One-step samplers, whose steps do not depend on earlier steps."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ from .walk import Sampler, State, in_use, init
 def ancestral(denoise: Denoiser, schedule: Schedule, *, variance: str = "posterior") -> Sampler:
     """DDPM's sampler: draw x_s from the decoder, q(x_s | x_t, x_0) with the predicted x_0.
 
-    Ho et al. 2020, Algorithm 2. Weak order 1; wants uniform t, hundreds of steps.
+    Ho et al. 2020, Algorithm 2. It has weak order 1. Use `uniform_times` with hundreds of steps.
 
     Args:
       denoise: a `Denoiser`.
@@ -23,8 +23,8 @@ def ancestral(denoise: Denoiser, schedule: Schedule, *, variance: str = "posteri
         noise in a step to t = 0, as in Algorithm 2.
 
     Raises:
-      ValueError: if `variance` is not one of these; when called, if it is learned and the denoiser
-        has learned none.
+      ValueError: if `variance` is not one of these; when called, if it is "learned" and the
+        denoiser has not learned one.
     """
     check_variance(variance)
 
@@ -44,14 +44,14 @@ def ddim(denoise: Denoiser, schedule: Schedule, *, eta: Scalar = 0.0) -> Sampler
 
     x_s = alpha_s x_0 + sigma_s (sqrt(1 - eta^2 (1 - c)) eps + eta sqrt(1 - c) z), c = snr_t/snr_s.
     Song et al. 2021, "Denoising diffusion implicit models", equations 12 and 16. With eta = 0 it
-    is deterministic, of order 1, the exponential integrator of the probability-flow ODE, and also
-    Euler's method in sigma/alpha (k-diffusion's `sample_euler`); with eta = 1 it is `ancestral`.
-    Wants uniform t.
+    is deterministic and of order 1: the exponential integrator of the probability-flow ODE, and
+    also Euler's method in sigma/alpha (k-diffusion's `sample_euler`). With eta = 1 it is
+    `ancestral`. Use `uniform_times`.
 
     Args:
       denoise: a `Denoiser`.
       schedule: its `Schedule`.
-      eta: from 0, deterministic, to 1, the posterior.
+      eta: from 0 (deterministic) to 1 (the posterior).
 
     Raises:
       ValueError: unless `0 <= eta <= 1`.
@@ -64,7 +64,7 @@ def ddim(denoise: Denoiser, schedule: Schedule, *, eta: Scalar = 0.0) -> Sampler
         x_0, eps = denoise(x, t)[:2]
         alpha_s, sigma_s = scales_at(schedule, s, x)
         if in_use(eta):
-            # 1 - eta^2 (1 - c) would be 0 for a small c, and its root have no gradient.
+            # 1 - eta^2 (1 - c) could round to 0 for a small c, and its root would have no gradient.
             gap = schedule.log_snr(t) - schedule.log_snr(s)
             kept = jnp.sqrt((1 - eta**2) + eta**2 * jnp.exp(gap))
             fresh = eta * jnp.sqrt(-jnp.expm1(gap))
@@ -79,10 +79,10 @@ def euler_maruyama(denoise: Denoiser, schedule: Schedule) -> Sampler:
     r"""Euler-Maruyama's method on the reverse-time SDE of Song et al. 2021, equation 6.
 
     dx = [f x - g^2 score] dt + g dw with f = dlog(alpha)/dt and g^2 = dsigma^2/dt - 2 f sigma^2.
-    The state is frozen over a step; f and g^2, known functions of time, are integrated over it (f
+    The state is constant over a step; f and g^2, known functions of time, are integrated over it (f
     exactly, g^2 by the trapezoid rule), because at the ends of a schedule they change by orders of
-    magnitude in one step. The step to t = 0 adds no noise. Weak order 1; wants uniform log-SNR, or
-    hundreds of steps.
+    magnitude in one step. The step to t = 0 adds no noise. It has weak order 1. Use `log_snr_times`
+    or hundreds of steps.
 
     Args:
       denoise: a `Denoiser`.
@@ -105,9 +105,9 @@ def euler_maruyama(denoise: Denoiser, schedule: Schedule) -> Sampler:
 def heun(denoise: Denoiser, schedule: Schedule) -> Sampler:
     """Heun's method on the probability-flow ODE, in the angle atan2(sigma, alpha) (see `ode`).
 
-    Deterministic, of order 2, two evaluations a step. The angle is bounded, and so is the velocity
-    in it: at equal steps its error is a fraction of that of Heun's method in sigma/alpha, which is
-    `edm`. Wants uniform t.
+    It is deterministic, of order 2, with two evaluations per step. The angle and the velocity in it
+    are bounded: with equally many steps, the error is a fraction of the error of Heun's method in
+    sigma/alpha, which is `edm`. Use `uniform_times`.
 
     Args:
       denoise: a `Denoiser`.
@@ -135,23 +135,23 @@ def edm(
     s_noise: Scalar = 1.0,
     steps: int | None = None,
 ) -> Sampler:
-    """Karras' sampler: add a little noise, then take a step of Heun's method in sigma/alpha.
+    """The EDM sampler: add a little noise, then take a step of Heun's method in sigma/alpha.
 
     Karras et al. 2022, Algorithm 2, in which sigma is our sigma/alpha. Without churn it is
-    deterministic, of order 2 (k-diffusion's `sample_heun`); two evaluations a step. Wants
-    `karras_times`. Every step is Heun's: the paper's last one, an Euler step to sigma = 0, does
+    deterministic, of order 2 (k-diffusion's `sample_heun`). It takes two evaluations per step. Use
+    `karras_times`. Every step is Heun's: the paper's last step, an Euler step to sigma = 0, does
     not occur on a finite schedule.
 
     Args:
       denoise: a `Denoiser`.
       schedule: its `Schedule`.
-      s_churn: how much noise to add over the whole walk; 0: none. A step multiplies sigma/alpha by
+      s_churn: amount of noise to add over all steps; 0 adds none. A step multiplies sigma/alpha by
         1 + min(s_churn / N, sqrt(2) - 1), but never past t = 1.
-      s_min: least sigma/alpha at which to add noise.
-      s_max: greatest.
+      s_min: the smallest sigma/alpha at which to add noise.
+      s_max: the largest sigma/alpha at which to add noise.
       s_noise: standard deviation of the added noise.
-      steps: N, the steps of the walk; None takes the step's own t - s for 1/N, which is the same
-        on `uniform_times`.
+      steps: N, the number of steps; None uses the step's own t - s for 1/N, which is the same on
+        `uniform_times`.
 
     Raises:
       ValueError: if `s_churn`, `s_min` or `s_noise` is negative, `s_max < s_min`, or `steps` is
@@ -202,19 +202,20 @@ def predictor_corrector(
     corrections: int = 1,
     snr: Scalar = 0.16,
 ) -> Sampler:
-    """A step of any sampler, then steps of Langevin dynamics at the time arrived at.
+    """A step of any one-step sampler, then steps of Langevin dynamics at the new time.
 
     Song et al. 2021, Algorithm 1 with the corrector of Algorithms 4 and 5: x + h score +
     sqrt(2 h) z with h = 2 (snr sigma)^2. (They estimate sigma = |z| / |score| from the batch; here
-    it is the one known, so that no sample depends on another; and Algorithm 5 multiplies h by
-    1 - beta_i, which is nearly 1.) 1 + `corrections` evaluations a step; wants uniform t.
+    it is the schedule's sigma, so that no sample depends on another. Algorithm 5 multiplies h by
+    1 - beta_i, which is nearly 1.) It takes 1 + `corrections` evaluations per step. Use
+    `uniform_times`.
 
     Args:
       denoise: a `Denoiser`.
       schedule: its `Schedule`.
-      predictor: a function (denoise, schedule) -> Sampler, of one step.
-      corrections: steps of Langevin dynamics after each of the predictor.
-      snr: their signal-to-noise ratio.
+      predictor: a function (denoise, schedule) -> one-step `Sampler`.
+      corrections: steps of Langevin dynamics after each step of the predictor.
+      snr: signal-to-noise ratio of the Langevin steps.
 
     Raises:
       ValueError: if `corrections` is below 1, or `snr` is not positive.

@@ -1,4 +1,4 @@
-"""What a sampler is, and the loop that walks with one."""
+"""The type of samplers, and the sampling loop."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,12 +13,12 @@ from ..types import Array, Data, Key, Real, Time, known
 
 
 class State(NamedTuple):
-    """Where a walk is.
+    """The state of a sampler.
 
     Attributes:
       x: the sample, `[batch, ...]`.
-      x_0: the estimate of the clean data that the last step was made with; zero before the first.
-      memory: what a multistep sampler remembers of the steps before; a pytree.
+      x_0: the estimate of the clean data that the last step used; zero before the first step.
+      memory: values that a multistep sampler keeps from earlier steps; a pytree.
     """
 
     x: Data
@@ -27,10 +27,10 @@ class State(NamedTuple):
 
 
 class Sampler(NamedTuple):
-    """A walk: `init(x_1) -> state` and `step(key, state, t, s) -> state`; `state.x` is the sample.
+    """Two functions, `init(x_1) -> state` and `step(key, state, t, s) -> state`.
 
-    `key` is one key, or one per example `[batch]`; deterministic samplers ignore it. A stochastic
-    one says so, because it cannot encode: it only walks towards the data.
+    `state.x` is the sample. `key` is one key, or one per example `[batch]`; deterministic samplers
+    ignore it. A `stochastic` sampler cannot encode: it only steps towards the data.
     """
 
     init: Callable[[Data], State]
@@ -45,16 +45,16 @@ def sample(
     ts: Float[Real, " times"],
     observe: Callable[[State, Array], Any] | None = None,
 ) -> tuple[Data, Any]:
-    """Walk from `x_1` along the times `ts`, in one `lax.scan`.
+    """Run a sampler from `x_1` along the times `ts`, in one `lax.scan`.
 
     Args:
       key: one key, or one per example `[batch]`. Step k of example i draws from its own key folded
         with k, so a sample does not depend on what else is in the batch.
       sampler: a `Sampler`.
-      x_1: where to start, `[batch, ...]`; usually `prior_sample`.
+      x_1: the start, `[batch, ...]`; usually `prior_sample`.
       ts: strictly monotone times in [0, 1], `[n + 1]` for n steps; usually from 1 to 0. Rising
         times encode: a deterministic sampler then takes data to its noise (DDIM inversion).
-      observe: (state, t) -> anything to be recorded after each step; t is the time arrived at.
+      observe: (state, t) -> a pytree to record after each step, where t is the new time.
 
     Returns:
       The sample at `ts[-1]`, of the shape of `x_1`, and what `observe` returned, stacked `[n, ...]`
@@ -90,7 +90,7 @@ def sample(
 
 
 def check_times(ts: np.ndarray, stochastic: bool) -> None:
-    """Raise a ValueError unless `sample` can walk along these times."""
+    """Raise a ValueError unless `sample` can step along these times."""
     if ts.ndim != 1 or len(ts) < 2:
         raise ValueError(f"times of shape {ts.shape}: need one axis of at least two times")
     steps = np.diff(ts)
@@ -98,8 +98,8 @@ def check_times(ts: np.ndarray, stochastic: bool) -> None:
         raise ValueError(f"times must be strictly decreasing or strictly increasing, got {ts}")
     if stochastic and ts[-1] > ts[0]:
         raise ValueError(
-            f"times rise from {ts[0]} to {ts[-1]}, which encodes: a stochastic sampler cannot, "
-            "use a deterministic one such as ddim"
+            f"times rise from {ts[0]} to {ts[-1]}: a stochastic sampler cannot encode, use a "
+            "deterministic one such as ddim"
         )
     if not (ts.min() >= 0 and ts.max() <= 1):
         raise ValueError(f"times must lie in [0, 1], got {ts.min()} to {ts.max()}")
@@ -111,5 +111,5 @@ def init(x_1: Data) -> State:
 
 
 def in_use(option: Any) -> bool:
-    """Whether an option is on: not zero, or traced and so of no value to look at."""
+    """Whether an option is on: not zero, or traced, so that its value is unknown."""
     return not known(option) or option != 0
