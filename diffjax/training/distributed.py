@@ -127,12 +127,14 @@ def failing_fast() -> Iterator[None]:
         try:
             yield
         except SystemExit as stop:
-            code = 1 if isinstance(stop.code, str) else stop.code or 0
-            if code == 1:
-                print(stop.code, file=sys.stderr, flush=True)
-            if jax.distributed.is_initialized() and code == 1:
+            code = stop.code or 0
+            if isinstance(code, str):
+                print(code, file=sys.stderr, flush=True)
+                code = 1
+            if not jax.distributed.is_initialized():
+                _end_in(GRACE, int(code))
+            elif code == 1:
                 os._exit(1)
-            _end_in(GRACE, int(code))
             sys.exit(code)
         except BaseException as error:
             traceback.print_exc()
