@@ -78,4 +78,4 @@ __all__ = [
     *samplers.__all__,
     *schedules.__all__,
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"

@@ -197,7 +197,7 @@ def repaint(
     def step(key, state, t, s):
         _check(lambda x: jnp.broadcast_to(mask, x.shape), state.x, y)
         if jax.tree.leaves(state.memory):
-            raise ValueError("repaint needs a one-step sampler, not a multistep sampler")
+            raise ValueError("repaint: needs a sampler of one step, not a multistep sampler")
         known = jnp.broadcast_to(mask, y.shape).astype(y.dtype)
         example_keys = keys.per_example(key, len(y))
         draw = lambda k: keys.normal(k, y.shape, y.dtype)

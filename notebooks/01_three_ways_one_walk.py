@@ -13,9 +13,9 @@
 # %% [markdown]
 # # Three ways, one walk
 #
-# A diffusion model can learn to predict the clean data, the noise, or the score. This notebook shows
-# why these are one problem. It works in the plane, where every distribution is known exactly, and
-# has each equation beside the line of code that computes it.
+# A diffusion model can learn to predict the clean data, the noise, or the score. This notebook
+# shows why these are one problem. It works in the plane, where every distribution is known exactly,
+# and has each equation beside the line of code that computes it.
 #
 # The notation is the same throughout. Time is $t \in [0, 1]$, where 0 is data and 1 is noise;
 # $s < t$ is the earlier, cleaner time; and $x_t = \alpha_t x_0 + \sigma_t \epsilon$. The
@@ -107,8 +107,8 @@ figure
 # %% [markdown]
 # ## 2. What is there to learn? The bound
 #
-# The encoder leads from clean to noisy. A decoder $p(x_s \mid x_t)$ leads back. Three terms bound the
-# likelihood of the data from below:
+# The encoder leads from clean to noisy. A decoder $p(x_s \mid x_t)$ leads back. Three terms bound
+# the likelihood of the data from below:
 #
 # $$ \log p(x_0) \ge
 #    \underbrace{\mathbb E \log p(x_0 \mid x_{1/T})}_{\text{reconstruction}}
@@ -117,7 +117,8 @@ figure
 #      p(x_s \mid x_t)\big)}_{\text{denoising matching}} $$
 #
 # The first two are those of any variational autoencoder. The third is new. There $q$ is given the
-# answer $x_0$ and $p$ is given $x_t$ only, so that $q$ is the ground truth that $p$ learns to imitate.
+# answer $x_0$ and $p$ is given $x_t$ only, so that $q$ is the ground truth that $p$ learns to
+# imitate.
 
 # %%
 denoise = data  # an oracle is a denoiser: x_t, t -> the best prediction of x_0 and eps
@@ -129,7 +130,7 @@ for steps in (1000, None):
 print(f"-log p(x_0), which the oracle knows: {-data.log_density(x, 0.0).mean():.3f} nats")
 
 # %% [markdown]
-From left to right these are reconstruction, prior, denoising, and their sum, which bounds
+# From left to right these are reconstruction, prior, denoising, and their sum, which bounds
 # $-\log p(x_0)$ from above. With 1,000 steps a gap remains, because the decoder has the variance of
 # $q$, which is right if the data is a point and too small for a blurred curve. With infinitely many
 # steps (`None`) the gap vanishes, and the bound of a perfect denoiser is exact up to the sampling
@@ -264,9 +265,9 @@ write(axes[2], r"$\sigma_t^2 \nabla \log p_t(x_t)$", noiseless, (-78, -4), SCORE
 figure
 
 # %% [markdown]
-# The three arrows differ, and the cross is in one place: whichever of the three the network predicts,
-# the mean of the next step is the same. On the whole plane each of the three is a vector field, which
-# training fits by least squares.
+# The three arrows differ, and the cross is in one place: whichever of the three the network
+# predicts, the mean of the next step is the same. On the whole plane each of the three is a vector
+# field, which training fits by least squares.
 
 # %%
 figure, axes = planes(t, t, t)
@@ -284,9 +285,9 @@ figure
 # %% [markdown]
 # ## 6. The three are one
 #
-# Given $x_t$ and $t$, each of the three is an affine function of any other. A target is one row of a
-# table, $\text{target} = a\,x_0 + b\,\epsilon$. A prediction of any target, together with $x_t$, gives
-# two equations for $x_0$ and $\epsilon$:
+# Given $x_t$ and $t$, each of the three is an affine function of any other. A target is one row of
+# a table, $\text{target} = a\,x_0 + b\,\epsilon$. A prediction of any target, together with $x_t$,
+# gives two equations for $x_0$ and $\epsilon$:
 #
 # $$ \begin{pmatrix} x_t \\ \text{target} \end{pmatrix} =
 #    \begin{pmatrix} \alpha_t & \sigma_t \\ a & b \end{pmatrix}
@@ -433,8 +434,8 @@ compare(single)
 
 # %% [markdown]
 # They are equal up to rounding. The differences of single examples grow towards both ends of
-# log-SNR, where the contribution of $x_0$ or of $\epsilon$ to $x_t$ is as small as the rounding error
-# of the other.
+# log-SNR, where the contribution of $x_0$ or of $\epsilon$ to $x_t$ is as small as the rounding
+# error of the other.
 
 # %%
 log_snr = schedule.log_snr(jnp.linspace(0, 1, 1600))
@@ -467,7 +468,7 @@ ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
 figure
 
 # %% [markdown]
-# The three solid lines coincide: the objective is one. (So do the lines of $\epsilon$ and of the score
-# at unit variance, for which the weight of the score is the $\sigma_t^2$ of Song et al.) So choose the
-# target for its numerical behaviour, or because your network learns it easily; the model that it
-# defines is the same. The next notebook trains one.
+# The three solid lines coincide: the objective is one. (So do the lines of $\epsilon$ and of the
+# score at unit variance, for which the weight of the score is the $\sigma_t^2$ of Song et al.) So
+# choose the target for its numerical behaviour, or because your network learns it easily; the model
+# that it defines is the same. The next notebook trains one.

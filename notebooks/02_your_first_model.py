@@ -13,9 +13,9 @@
 # %% [markdown]
 # # Your first model
 #
-# Two data sets, points in the plane and handwritten digits, each trained and sampled here in a few
-# lines of pure functions: a schedule, a network, a loss, an optimiser, a step, a sampler. Nothing
-# is hidden in a trainer. At the end the same step runs on two devices.
+# This notebook trains a model of points in the plane and one of handwritten digits, and samples
+# from both, in a few lines of pure functions: a schedule, a network, a loss, an optimiser, a step,
+# a sampler. No trainer hides anything. At the end the same step runs on two devices.
 
 # %%
 # !python -c "import diffjax" || pip install -q "diffjax[plots]"
@@ -32,9 +32,9 @@ import diffjax
 from diffjax import data, keys, models, plots
 from diffjax.training import ema_warmup, init_state, train_step
 
-jax.config.update("jax_num_cpu_devices", 2)  # on a CPU, two of its cores; before JAX starts
+jax.config.update("jax_num_cpu_devices", 2)  # uses two cores of a CPU; must come before JAX starts
 matplotlib.rcParams.update({"axes.titlesize": 9.5, "legend.fontsize": 8, "legend.frameon": False})
-X_0, EPS, SCORE, POSTERIOR = plots.COLOURS[:4]  # one colour each, in all of these notebooks
+X_0, EPS, SCORE, POSTERIOR = plots.COLOURS[:4]  # each has the same colour in all notebooks
 
 # %% [markdown]
 # ## Two moons
@@ -56,8 +56,8 @@ for ax, t in zip(axes, (0.0, 0.1, 0.25, 0.5, 1.0), strict=True):
 figure
 
 # %% [markdown]
-# **The network** is any function of $(x_t, \text{log-SNR}, \text{cond})$. Here it is one that comes
-# with diffjax; it sees two numbers and the noise level, and returns two numbers.
+# **The network** is any function of $(x_t, \text{log-SNR}, \text{cond})$. This one comes with
+# diffjax. It takes two numbers and the noise level, and returns two numbers.
 
 # %%
 mlp = models.MLP(models.MLPConfig(width=128, blocks=3))
@@ -66,8 +66,8 @@ params = mlp.init(jax.random.key(1), jnp.zeros((1, 2)), jnp.zeros(1), None)["par
 print(f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters")
 
 # %% [markdown]
-# **The loss** draws a time and a noise for each example and takes a squared error; what the network
-# predicts is one word.
+# **The loss** draws a time and a noise for each example, and takes a squared error. One word,
+# `target`, chooses what the network predicts.
 #
 # $$ L = \mathbb E_{t, \epsilon}\ \|\epsilon - \hat\epsilon(x_t, t)\|^2 $$
 
@@ -76,13 +76,14 @@ print(f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters")
 def loss_fn(key, params, batch, target="eps"):
     key_times, key_noise = jax.random.split(key)
     net = functools.partial(network, params)
-    own = keys.fold_in(key_noise, batch["index"])  # each example draws from a key of its own
+    own = keys.fold_in(key_noise, batch["index"])  # each example has a key of its own
     t = diffjax.sample_times(key_times, 256, index=batch["index"])
     return diffjax.diffusion_loss(own, net, schedule, target, batch["x"], t=t)
 
 
 # %% [markdown]
-# **The step** is pure: state and batch in, state and metrics out. `optax` has the optimiser.
+# **The step** is a pure function from a state and a batch to the next state and metrics. The
+# optimiser is from `optax`.
 
 # %%
 tx = optax.adam(optax.cosine_decay_schedule(3e-3, 2000))
@@ -97,8 +98,8 @@ for i in range(2000):
 print(f"loss {np.mean(moons_losses[-200:]):.3f}")
 
 # %% [markdown]
-# **The sampler** walks from noise, $t = 1$, to data, $t = 0$. It asks a denoiser, and never learns
-# what the network behind it predicts.
+# **The sampler** walks from noise, $t = 1$, to data, $t = 0$. It calls a denoiser, and does not
+# depend on what the network predicts.
 
 # %%
 denoise = diffjax.denoiser(functools.partial(network, state.ema_params), schedule, "eps")
@@ -123,8 +124,9 @@ figure
 # %% [markdown]
 # ## Handwritten digits
 #
-# The same five things for images `[batch, 8, 8, 1]`, with a U-Net and labels. One label in ten is
-# replaced by "none" (class 10), so that the network learns both and can be guided.
+# These are the same parts for images `[batch, 8, 8, 1]`, with a U-Net and labels. One label in ten
+# is replaced by "none" (class 10), so that the network learns to predict with and without a label,
+# which guidance needs.
 
 # %%
 train_set = data.load("digits").train  # x [1497, 8, 8, 1], label [1497]
@@ -152,8 +154,9 @@ def digits_loss(key, params, batch, target="v"):
 # %% [markdown]
 # ## On two devices
 #
-# `pmap` runs the step on every device, on its share of the batch; `axis_name` is all that the step
-# has to know. A CPU's cores can be devices, and for a U-Net that is the faster way to use them.
+# `pmap` runs the step on every device, each with its share of the batch. The step needs only the
+# name of the axis, `axis_name`. The cores of a CPU can be devices, which for a U-Net is faster than
+# one device with several threads.
 
 # %%
 rate = optax.warmup_cosine_decay_schedule(0, 4e-3, 30, 300)
@@ -170,7 +173,7 @@ devices = jax.local_device_count()
 split = lambda batch: jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
 
 # %% [markdown]
-# First, that it is the same step: one on one device, one on two, from the same state.
+# First we check that the step is the same on one device and on two, from the same state.
 
 # %%
 batch = data.train_batch(train_set, seed=0, step=0, batch_size=128)  # x, label and index
@@ -181,28 +184,29 @@ print(f"loss     {alone_metrics['loss']:.7f} on one, {metrics['loss']:.7f} on al
 print(f"gradient {alone_metrics['grad_norm']:.7f} on one, {metrics['grad_norm']:.7f} on all")
 
 # %% [markdown]
-# Every example draws its noise from its own key, by its position in the whole batch: so it does not
-# matter which device it is on. What differs is the order of a sum. Now train:
+# Every example draws its noise from a key of its own, which depends on its position in the whole
+# batch, so that it does not matter which device it is on. Only the order of a sum differs. Now
+# train:
 
 # %%
 digits_losses = []
 for i in range(300):
     batch = data.train_batch(train_set, seed=0, step=i, batch_size=128)
     state, metrics = step(state, split(batch))
-    # float waits for the step to end: the devices of one CPU share its threads.
+    # float() waits for the step to end, because the devices of one CPU share its threads.
     digits_losses.append(float(metrics["loss"]))
 print(f"loss {np.mean(digits_losses[-50:]):.3f}")
 
 # %% [markdown]
-# And draw ten of each digit. Guidance and clipping take a denoiser and return a denoiser.
+# Then draw ten samples of each digit. Guidance and clipping take a denoiser and return a denoiser.
 
 # %%
 denoise = diffjax.denoiser(functools.partial(network, state.ema_params), schedule, "v")
 guided = diffjax.classifier_free(denoise, 1.5, null={"label": 10})
 guided = diffjax.clip_x_0(guided, schedule)
 
-asked = jnp.arange(100) % 10
-walk = diffjax.ddim(functools.partial(guided, cond={"label": asked}), schedule)
+label = jnp.arange(100) % 10
+walk = diffjax.ddim(functools.partial(guided, cond={"label": label}), schedule)
 x_1 = diffjax.prior_sample(jax.random.key(8), schedule, (100, 8, 8, 1))
 ts = diffjax.uniform_times(25)
 observe = lambda state, t: (state.x, state.x_0)
@@ -214,7 +218,7 @@ shown = jnp.array([3, 8])
 plots.denoising_strip(x_t[:, shown], estimates[:, shown], ts[1:], columns=10)
 
 # %% [markdown]
-# Above, where the walk is; below, where the network thinks that it ends. That was about a minute
-# of training. `train.py` does the same with checkpoints, metrics and resumption, and gets further
-# in two: `python train.py`. To predict something else, change one word: `target="x_0"`, `"eps"`,
-# `"score"`, `"v"`, in the loss and in `denoiser`.
+# The upper rows show $x_t$, and the lower ones the estimate of $x_0$ at that time. Training took
+# about a minute. `python train.py` does the same with checkpoints, metrics and resumption, and
+# trains a better model in two minutes. To predict something else, change `target` to `"x_0"`,
+# `"eps"`, `"score"` or `"v"`, in the loss and in `denoiser`.

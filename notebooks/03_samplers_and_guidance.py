@@ -13,8 +13,9 @@
 # %% [markdown]
 # # Samplers, guidance, inverse problems
 #
-# First on a mixture of Gaussians, whose denoiser is exact: all of the error is the sampler's, and
-# every answer is known. Then on a network that was trained on handwritten digits.
+# This notebook begins with a mixture of Gaussians, whose denoiser is exact, so that all of the
+# error is the sampler's, and every answer is known. It ends with a network that was trained on
+# handwritten digits.
 
 # %%
 # !python -c "import diffjax" || pip install -q "diffjax[plots]"
@@ -28,12 +29,12 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 
 import diffjax
-from diffjax import data, inverse, plots
+from diffjax import data as datasets, inverse, plots
 from diffjax.checkpoint import load
-from diffjax.experiment.resolve import make_schedule
+from diffjax.experiment import resolve
 
 matplotlib.rcParams.update({"axes.titlesize": 9.5, "legend.fontsize": 8, "legend.frameon": False})
-X_0, EPS, SCORE, POSTERIOR = plots.COLOURS[:4]  # one colour each, in all of these notebooks
+X_0, EPS, SCORE, POSTERIOR = plots.COLOURS[:4]  # each has the same colour in all notebooks
 SHADES = LinearSegmentedColormap.from_list("shades", ["#FFFFFF", "#A0A0A0"])
 
 schedule = diffjax.cosine(-7, 7)
@@ -54,29 +55,24 @@ def ground(ax, oracle=data, t=0.0, title=""):
 # %% [markdown]
 # ## Error against evaluations
 #
-# A deterministic sampler solves the probability-flow ODE. The oracle knows where that leads
-# (`flow_map`). What a step costs is evaluations of the network, so that is the axis: `heun` takes
-# two a step, the others one. On a log-log plot the slope is the order of convergence.
+# A deterministic sampler solves the probability-flow ODE. The oracle has the exact solution
+# (`flow_map`). The cost of a step is its evaluations of the network, so the axis counts those:
+# `heun` has two per step, the others one. On a log-log plot the slope is the order of convergence.
 #
 # $$ \frac{dx}{dt} = f(t)\, x - \tfrac12 g(t)^2\, \nabla \log p_t(x) $$
 
 # %%
-SAMPLERS = {
-    "ddim": (diffjax.ddim, 1),
-    "heun": (diffjax.heun, 2),
-    "dpm_solver_pp_2m": (diffjax.dpm_solver_pp_2m, 1),
-    "dpm_solver_pp_3m": (diffjax.dpm_solver_pp_3m, 1),
-    "unipc": (diffjax.unipc, 1),
-}
+per_step = {"ddim": 1, "heun": 2, "dpm_solver_pp_2m": 1, "dpm_solver_pp_3m": 1, "unipc": 1}
 evaluations = (16, 32, 64, 128)
 
-with jax.enable_x64(True):  # or rounding would hide the last of the orders
+with jax.enable_x64(True):  # in float32, rounding would hide the highest orders
     x_1 = diffjax.prior_sample(jax.random.key(0), schedule, (64, 2))
     exact = jax.jit(data.flow_map)(x_1, 1.0, 0.0)
     errors = {}
-    for name, (make, cost) in SAMPLERS.items():
+    for name, cost in per_step.items():
+        walk = diffjax.SAMPLERS[name].make(data, schedule)
         grids = [diffjax.log_snr_times(schedule, n // cost) for n in evaluations]
-        ends = [sample(jax.random.key(1), make(data, schedule), x_1, ts)[0] for ts in grids]
+        ends = [sample(jax.random.key(1), walk, x_1, ts)[0] for ts in grids]
         distances = [jnp.linalg.norm(end - exact, axis=-1) for end in ends]
         errors[name] = evaluations, [float(jnp.median(d)) for d in distances]
 
@@ -86,8 +82,8 @@ ax.set(title="median distance from the exact flow; steps of equal log-SNR")
 figure
 
 # %% [markdown]
-# With many steps it is the order that counts. With few, all is about constants, and where the steps
-# are long:
+# With many steps the order matters most. With few, the constants matter, and where the long steps
+# are:
 
 # %%
 grids = {
@@ -106,8 +102,9 @@ for make in (diffjax.ddim, diffjax.dpm_solver_pp_2m, diffjax.unipc):
 # %% [markdown]
 # ## Trajectories
 #
-# The same eight noises (rings), walked with few steps. Grey: the exact flow. The last walks with
-# fresh noise at every step, and ends elsewhere, with the same distribution.
+# Each picture shows walks from the same eight noises (rings), the first three with few steps. The
+# exact flow is grey. The last sampler adds fresh noise at every step, so that its walks end
+# elsewhere, with the same distribution.
 
 # %%
 x_1 = diffjax.prior_sample(jax.random.key(5), schedule, (8, 2))
@@ -139,14 +136,14 @@ figure
 # %% [markdown]
 # ## Guidance
 #
-# Let the mixture have labels: its components are three classes. Guidance extrapolates from what
-# the denoiser says without a label to what it says with one:
+# Let the mixture have labels: its components form three classes. Guidance extrapolates from the
+# denoiser's output without a label to its output with one:
 #
 # $$ \hat x = (1 - w)\, \hat x(x_t) + w\, \hat x(x_t \mid y) $$
 #
-# $w = 0$ ignores the label, 1 is the conditional distribution, and more is more than the truth: it
-# samples neither $p(x \mid y)$ nor a sharper version of it. Both denoisers are exact here, so what
-# one sees is what guidance does.
+# $w = 0$ ignores the label, and $w = 1$ samples the conditional distribution $p(x \mid y)$. A
+# larger $w$ samples neither $p(x \mid y)$ nor a sharper version of it. Both denoisers are exact
+# here, so that the pictures show the effect of guidance alone.
 
 # %%
 classes = [
@@ -170,8 +167,8 @@ for ax, w in zip(axes, (0.0, 1.0, 2.0, 5.0), strict=True):
 figure
 
 # %% [markdown]
-# With large weights the samples crowd on the side away from the other classes. `within` guides in
-# an interval of noise levels only. Which one, matters:
+# With large weights the samples gather on the side away from the other classes. `within` guides in
+# an interval of noise levels only, and the choice of the interval matters:
 
 # %%
 guided = diffjax.classifier_free(denoise, 5.0, null=None)
@@ -186,22 +183,22 @@ for ax, (name, (low, high)) in zip(axes, intervals.items(), strict=True):
 figure
 
 # %% [markdown]
-# At high noise it is decided which component a sample belongs to: guidance there suppresses the
-# small one, near the other classes, and nearly leaves the large one alone. Guidance later
-# does the opposite: it pushes what is there already out of shape.
+# At high noise it is decided which component a sample belongs to. Guidance there suppresses the
+# small component, which is near the other classes, and hardly changes the large one. Guidance at
+# lower noise does the opposite: it keeps the components and distorts their shapes.
 
 # %% [markdown]
 # ## Guidance of a trained network
 #
-# `load` takes a run's directory, or the name of a model that comes with diffjax. The network was
-# trained with labels, one in ten left out, so that it knows both sides of the formula.
+# `load` takes a run's directory, or the name of a network that comes with diffjax. This one was
+# trained with labels, one in ten of them left out, so that it can predict both terms of the
+# formula.
 
 # %%
 network, params, config = load("digits")
-digits_schedule = make_schedule(config)
-denoise_digits = diffjax.denoiser(
-    functools.partial(network, params), digits_schedule, config.target
-)
+e = resolve(config)  # the functions that the config means
+digits_schedule = e.schedule
+denoise_digits = e.denoiser(functools.partial(network, params))
 noise = diffjax.prior_sample(jax.random.key(9), digits_schedule, (40, 8, 8, 1))
 ts = diffjax.uniform_times(20)
 label = {"label": jnp.arange(40) % 10}
@@ -223,14 +220,14 @@ rows = np.concatenate(columns[:-1]).swapaxes(0, 1)  # a row of each label
 plots.image_grid(rows.reshape(-1, 8, 8, 1), columns=19, height=40)
 
 # %% [markdown]
-# Rows are labels; columns are four samples each with $w = 0, 1, 2, 6$, from the same noises.
-# Without the label ($w = 0$) any digit comes; with 1 the right one, mostly; with more they are the
-# clearer and the more alike.
+# Each row is a label. There are four columns for each of $w = 0, 1, 2, 6$, from the same noises.
+# Without the label ($w = 0$) samples are of any digit; with $w = 1$ they are mostly of the right
+# one; with larger weights they are clearer and more alike.
 #
 # ## Inverse problems
 #
-# A measurement $A x_0$ is known, and what made it is asked for. First where the answer is exact:
-# the first coordinate of a point of the mixture is measured; its second, $y$, is open.
+# A measurement $A x_0$ is known, and $x_0$ is to be found. The first example has an exact answer:
+# the first coordinate of a point of the mixture is measured, and the second, $y$, is unknown.
 
 # %%
 seen = 1.1
@@ -249,7 +246,7 @@ methods = {
     "repaint": inverse.repaint(step, schedule, mask, jnp.tile(y, (1, 2)), repeats=5),
 }
 figure, axes = plots.panels(1, 4, 2.8, 2.8)
-ground(axes[0], title=f"$x$ is seen to be {seen}, $y$ is not")
+ground(axes[0], title=f"$x$ is measured to be {seen}, $y$ is unknown")
 axes[0].axvline(seen, color=POSTERIOR)
 for ax, (name, walk) in zip(axes[1:], methods.items(), strict=True):
     x_0, _ = sample(jax.random.key(12), walk, x_1, diffjax.uniform_times(200))
@@ -261,15 +258,15 @@ for ax, (name, walk) in zip(axes[1:], methods.items(), strict=True):
 figure
 
 # %% [markdown]
-# All three are approximations. Here they are good. Where the measurement is improbable they are
-# not: at `seen = 0.6` the exact answer is nearly always below zero, and all three miss that by far.
+# All three are approximations. They are good here, and bad where the measurement is improbable: at
+# `seen = 0.6` the exact answer is nearly always below zero, and all three are far from it.
 #
-# Now half of a digit is hidden, and the network is not told which digit it is:
+# In the next example half of a digit is hidden, and the network is not given the label:
 
 # %%
-truth = jnp.asarray(data.first(data.load("digits").test, 5)["x"])
+truth = jnp.asarray(datasets.first(datasets.load("digits").test, 5)["x"])
 mask = jnp.ones((8, 8, 1)).at[4:].set(0.0)  # the lower half is hidden
-every = lambda x: jnp.repeat(x, 8, axis=0)  # eight answers to each question
+every = lambda x: jnp.repeat(x, 8, axis=0)  # eight samples for each digit
 hide = inverse.inpainting(mask)
 
 nothing = {"label": jnp.full(40, 10)}
@@ -283,5 +280,5 @@ rows = jnp.concatenate(
 plots.image_grid(np.asarray(rows).reshape(50, 8, 8, 1), columns=10)
 
 # %% [markdown]
-# Each row: a held-out digit, what is shown of it, and eight answers. Where the half that is seen
-# leaves it open, they differ.
+# Each row has a held-out digit, its visible half, and eight samples. Where the visible half does
+# not determine the digit, the samples differ.

@@ -13,8 +13,8 @@
 # %% [markdown]
 # # Schedules, weightings, likelihood
 #
-# How fast is noise added, what does a loss care about, and how many bits is an image worth? Three
-# questions about one axis: log-SNR.
+# How fast is noise added, which noise levels does a loss emphasise, and how many bits does an image
+# need? These are three questions about one quantity, log-SNR.
 
 # %%
 # !python -c "import diffjax" || pip install -q "diffjax[plots]"
@@ -29,15 +29,15 @@ import numpy as np
 import diffjax
 from diffjax import data, plots, weightings
 from diffjax.checkpoint import load
-from diffjax.experiment.resolve import make_schedule
+from diffjax.experiment import resolve
 
 matplotlib.rcParams.update({"axes.titlesize": 9.5, "legend.fontsize": 8, "legend.frameon": False})
-X_0, EPS, SCORE, POSTERIOR = plots.COLOURS[:4]  # one colour each, in all of these notebooks
+X_0, EPS, SCORE, POSTERIOR = plots.COLOURS[:4]  # each has the same colour in all notebooks
 
 # %% [markdown]
 # ## Schedules
 #
-# A schedule is two functions: how fast, and how normalised.
+# A schedule is two functions: one says how fast noise is added, the other how $x_t$ is normalised.
 #
 # $$ \text{log-SNR}(t) = \log \frac{\alpha_t^2}{\sigma_t^2}, \qquad
 #    (\alpha, \sigma) = \text{scales}(\text{log-SNR}) $$
@@ -53,10 +53,10 @@ SCHEDULES = {
 plots.schedule_curves(SCHEDULES)
 
 # %% [markdown]
-# All are finite on the whole of $[0, 1]$, so nothing divides by zero at the ends. (DDPM's betas are
-# the linear schedule at 1,000 times: the two lines are one.) The scales are a convention: at equal
-# log-SNR, one schedule's $x_t$ is a multiple of another's, and a perfect denoiser says the same of
-# both.
+# All are finite on the whole of $[0, 1]$, so that nothing divides by zero at the ends. (DDPM's
+# betas are the linear schedule at 1,000 times, so that the two lines coincide.) The scales are a
+# convention: at equal log-SNR, one schedule's $x_t$ is a multiple of another's, and a perfect
+# denoiser has the same output for both.
 
 # %%
 weights, means, widths = jnp.ones(3), jnp.array([[-1.0], [0.2], [1.2]]), jnp.array([0.1, 0.02, 0.2])
@@ -71,9 +71,9 @@ for name, schedule in SCHEDULES.items():
 # %% [markdown]
 # ## Weightings
 #
-# Schedule, target, weighting, density of times: a loss has many names, and is one function. The
-# expected loss is an integral over log-SNR of the error of $\hat x_0$ times a weight, and two
-# objectives are the same if and only if these weights are.
+# A loss is described by a schedule, a target, a weighting and a density of times, and yet depends
+# on one function only: the expected loss is an integral over log-SNR of the error of $\hat x_0$
+# times a weight. Two objectives are the same if and only if these weights are.
 #
 # $$ L = \int w(\lambda)\ \mathbb E \|x_0 - \hat x_0\|^2\, d\lambda, \qquad
 #    \lambda = \text{log-SNR} $$
@@ -104,19 +104,19 @@ plots.weight_curves(
     },
     low=-9.9, high=9.9, ax=right,
 )  # fmt: skip
-left.set_title("the bound knows no schedule; L_simple does")
+left.set_title("the bound ignores the schedule; L_simple does not")
 right.set_title("weightings, on the cosine schedule")
 figure
 
 # %% [markdown]
-# The bound is the same line whatever the schedule and the target. The "simple" loss is another
-# objective on each schedule: the schedule is then a part of the weighting.
+# The bound is the same line for every schedule and target. The "simple" loss is another objective
+# with each schedule, because there the schedule is a part of the weighting.
 #
 # ## The bound of an oracle is its likelihood
 #
 # In continuous time the bound is an integral over log-SNR, and it is tight if the denoiser is
-# perfect. The probability flow gives a density by another way: the change of variables along an
-# ODE. The oracle knows the true one.
+# perfect. The probability flow gives a density in another way, by the change of variables along an
+# ODE. The oracle knows the true density.
 #
 # $$ -\log p(x_0) \le \text{prior} + \text{reconstruction} + \tfrac12 \int \mathrm{snr}\
 #    \mathbb E \|x_0 - \hat x_0\|^2\, d\lambda $$
@@ -149,13 +149,13 @@ ax.legend()
 figure
 
 # %% [markdown]
-# The flow is exact for each point, and costs an integration. The bound is an average over noise: of
-# one point it is rough, of a data set it is what one wants.
+# The flow is exact for each point, and needs an integration. The bound is an average over noise: it
+# is rough for one point, and suits a data set.
 #
 # ## Where the bits go
 #
-# The integrand says at which noise level the nats are spent. First the oracle: the mean of
-# `denoising_term` per unit of log-SNR.
+# The integrand says at which noise levels the nats are needed. For the oracle, the next picture
+# shows the mean of `denoising_term` per unit of log-SNR.
 
 
 # %%
@@ -186,29 +186,29 @@ ax.set(xlabel="log-SNR (noise on the left, data on the right)", ylabel="nats per
 figure
 
 # %% [markdown]
-# From the left: nothing is known and nothing is paid. Then it is decided which of the three
-# components it is. Then, at the level of $d / 2$, every further unit of log-SNR costs the same, as
-# it must for a density: the width of what is known shrinks by $e^{1/2}$ in each dimension. (That is
-# why `reconstruction` is negative: it gives these nats back.)
+# On the left $x_t$ says nothing about $x_0$, and no nats are needed. Then it is decided which of
+# the three components $x_0$ is from. Then the curve is at $d / 2$: every further unit of log-SNR
+# costs the same, as it must for a density, because the uncertainty of $x_0$ shrinks by $e^{1/2}$ in
+# each dimension. (For this reason `reconstruction` is negative: it returns these nats.)
 #
-# Now images, by the network that comes with diffjax. They have 17 grey levels, so there is an end
-# to what is to be known.
+# The next picture is for images, with a network that comes with diffjax. The images have 17 grey
+# levels, so that there is a finite number of bits to learn.
 
 # %%
 network, params, config = load("digits")
-schedule = make_schedule(config)
-denoise = diffjax.denoiser(functools.partial(network, params), schedule, config.target)
-denoise = diffjax.clip_x_0(denoise, schedule)
+e = resolve(config)  # the functions that the config means
+schedule = e.schedule
+denoise = e.clip(e.denoiser(functools.partial(network, params)))
 
 batch = data.first(data.load("digits").test, 200)
 images, label = jnp.asarray(batch["x"]), jnp.asarray(batch["label"])
-knowing = lambda x_t, t: denoise(x_t, t, {"label": label})
-blind = lambda x_t, t: denoise(x_t, t, {"label": jnp.full_like(label, 10)})  # 10: no label
+labelled = lambda x_t, t: denoise(x_t, t, {"label": label})
+unlabelled = lambda x_t, t: denoise(x_t, t, {"label": jnp.full_like(label, 10)})  # 10: no label
 
 ends = schedule.log_snr(1.0), schedule.log_snr(0.0)
 levels = jnp.linspace(*ends, 32)[1:-1]
-bits = diffjax.bits_per_dim(spent(knowing, schedule, images, levels, jax.random.key(5)), (8, 8, 1))
-without = diffjax.bits_per_dim(spent(blind, schedule, images, levels, jax.random.key(5)), (8, 8, 1))
+nats = [spent(d, schedule, images, levels, jax.random.key(5)) for d in (labelled, unlabelled)]
+bits, without = (diffjax.bits_per_dim(x, (8, 8, 1)) for x in nats)
 
 figure, (top, bottom) = plots.panels(2, 1, 7, 2.4)
 for values, colour, name in ((bits, POSTERIOR, "given the label"), (without, X_0, "without")):
@@ -230,9 +230,9 @@ bottom.grid(visible=False)
 figure
 
 # %% [markdown]
-# Most bits are spent on the right, where one has long seen the digit: on the exact greys of its
-# pixels. *What* it is costs little, and is decided on the left, where the two curves part. The area
-# between them is what the label is worth to this network:
+# Most bits are needed on the right, where the digit is already recognisable, for the exact greys of
+# its pixels. *Which* digit it is needs few bits, and is decided on the left, where the two curves
+# differ. The area between them is the number of bits that the label saves this network:
 
 # %%
 saved = 64 * jnp.trapezoid(without - bits, levels, axis=0)  # bits, of each image
@@ -240,15 +240,15 @@ print(f"saved {saved.mean():.1f} +- {saved.std() / 200**0.5:.1f} bits an image")
 print(f"a label of ten holds {np.log2(10):.2f}")
 
 # %% [markdown]
-# A perfect model could not save more than the label holds. This one was trained without labels on
-# one image in ten only, and does not know all that it could without them.
+# A perfect model could not save more bits than the label holds. This one was trained without labels
+# on only one image in ten, so that it predicts worse without a label than it could.
 
 # %%
-bound = diffjax.elbo(jax.random.key(7), knowing, schedule, images, levels=17)
+bound = diffjax.elbo(jax.random.key(7), labelled, schedule, images, levels=17)
 for term in ("prior", "reconstruction", "denoising", "nats"):
     nats = getattr(bound, term).mean()
     print(f"{term:>15} {diffjax.bits_per_dim(nats, (8, 8, 1)):7.3f} bits/dim")
 
 # %% [markdown]
-# So a loss that wants good pictures rather than few bits should weigh the left more. That is what
-# the weightings above do, and the bound does not.
+# A loss for good pictures rather than few bits should therefore give the left more weight, as the
+# weightings above do, and the bound does not.

@@ -13,9 +13,9 @@
 # %% [markdown]
 # # Bring your own network
 #
-# diffjax asks one thing of a network: to be a function `network(x_t, log_snr, cond)`, of noisy data
-# `[batch, ...]`, log-SNR `[batch]` and any conditioning, with an output of the shape of `x_t`. It
-# does not ask what it was written with. Here are four, trained by the same five lines.
+# For diffjax a network is a function `network(x_t, log_snr, cond)` of noisy data `[batch, ...]`,
+# log-SNR `[batch]` and any conditioning, with an output of the shape of `x_t`. It may be written
+# with any library. Here are four networks, all trained by the same function.
 
 # %%
 # !python -c "import diffjax, equinox" || pip install -q "diffjax[plots]" equinox
@@ -36,15 +36,15 @@ moons = jnp.asarray(data.load("two_moons").train.x)
 schedule = diffjax.cosine(-10, 10)
 
 # %% [markdown]
-# ## The five lines
+# ## Training and sampling
 #
-# Schedule, loss, optimiser, step, sampler. `network` is a function `(params, x_t, log_snr, cond)`,
-# and `params` any pytree.
+# The function below has a loss, an optimiser, a step and a sampler. Its `network` is a function
+# `(params, x_t, log_snr, cond)`, and `params` any pytree.
 
 
 # %%
 def fit(network, params, target="v", steps=2000):
-    """Train on two moons, and draw 1,500 samples: these, and the losses."""
+    """Train on two moons, and return 1,500 samples and the losses."""
     tx = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
 
     def loss(params, key):
@@ -75,9 +75,9 @@ results = {}
 
 
 def features(x_t, log_snr):
-    """A point and a noise level as waves of a few lengths, `[batch, 22]`: what all four begin with.
+    """Sines and cosines of a point and a noise level, `[batch, 22]`: the input of all networks.
 
-    A network of numbers near one learns fine detail much sooner from these.
+    From these a network learns fine detail much sooner than from the numbers themselves.
     """
     angles = [x_t, 2 * x_t, 4 * x_t, *(log_snr[:, None] / 20 * 2.0**k for k in range(4))]
     angles = jnp.concatenate([2 * x for x in angles], axis=-1)
@@ -87,7 +87,7 @@ def features(x_t, log_snr):
 # %% [markdown]
 # ## A bare function
 #
-# A few matrices are a network, and a dictionary is its parameters.
+# This network is a few products of matrices, and its parameters are a dictionary.
 
 
 # %%
@@ -114,8 +114,8 @@ results["a bare function"] = fit(bare, params)
 # %% [markdown]
 # ## A Linen module
 #
-# `module.apply` is a function of parameters and inputs already. (`functools.partial(models.apply,
-# module)` is the same, with dropout keys if you train with them.)
+# `module.apply` already is a function of parameters and inputs. (`functools.partial(models.apply,
+# module)` is the same, and accepts keys for dropout.)
 
 
 # %%
@@ -136,7 +136,8 @@ results["Flax Linen"] = fit(module.apply, params)
 # %% [markdown]
 # ## An NNX module
 #
-# Its parameters live in the module. `nnx.split` takes them out, and `nnx.merge` puts them back.
+# An NNX module holds its own parameters. `nnx.split` takes them out, and `nnx.merge` puts them
+# back.
 
 
 # %%
@@ -160,8 +161,9 @@ results["Flax NNX"] = fit(lambda params, *inputs: nnx.merge(graph, params)(*inpu
 # %% [markdown]
 # ## An Equinox module
 #
-# It is a pytree: the module is its parameters. `eqx.partition` keeps what is no array out of the
-# optimiser's way. It is written for one example, so `vmap` it.
+# An Equinox module is a pytree that contains its parameters. `eqx.partition` separates the arrays
+# from everything else, which the optimiser must not see. The module takes one example, so `vmap`
+# maps it over the batch.
 
 # %%
 mlp = eqx.nn.MLP(22, 2, 128, 3, activation=jax.nn.silu, key=jax.random.key(0))
@@ -175,7 +177,7 @@ def equinox(params, x_t, log_snr, cond):
 results["Equinox"] = fit(equinox, params)
 
 # %% [markdown]
-# ## Four times two moons
+# ## The samples
 
 # %%
 figure, axes = plots.panels(1, 4, 2.7, 2.7)
@@ -188,9 +190,9 @@ figure
 # %% [markdown]
 # ## Bring your own target
 #
-# A target is one row of a table, $\text{target} = a\,x_0 + b\,\epsilon$. One that has no name here,
-# the residual $x_0 - x_t$, what to add to be clean, has $a = 1 - \alpha_t$ and $b = -\sigma_t$.
-# That is all that the loss and the sampler need.
+# A target is one row of a table, $\text{target} = a\,x_0 + b\,\epsilon$. The residual $x_0 - x_t$,
+# which must be added to $x_t$ to obtain clean data, has no name in diffjax; it has
+# $a = 1 - \alpha_t$ and $b = -\sigma_t$. The loss and the sampler need nothing else.
 
 # %%
 residual = lambda alpha, sigma: (1 - alpha, -sigma)

@@ -1,11 +1,11 @@
-"""Execute the notebooks: each NAME.py is run, and written with its outputs as NAME.ipynb.
+"""Execute the notebooks: run each NAME.py, and write it with its outputs as NAME.ipynb.
 
     make notebooks                                # all of them
     python notebooks/execute.py 01 04             # some
 
-The `.py` files are the sources (Jupytext's percent format): edit those. The `.ipynb` beside each is
-for reading on GitHub, so its pictures are reduced to 256 colours and nothing that changes from run
-to run is kept, as far as it can be.
+Edit the `.py` files, which are the sources, in Jupytext's percent format. The `.ipynb` beside each is
+for reading on GitHub: its pictures are reduced to 256 colours, and what changes from run to run is
+left out as far as possible.
 """
 
 import base64
@@ -39,11 +39,19 @@ def read(source: Path) -> nbformat.NotebookNode:
 
 
 def execute(source: Path) -> nbformat.NotebookNode:
-    """The same, executed; raises `nbclient.exceptions.CellExecutionError` if a cell fails."""
+    """The notebook of a source with its outputs.
+
+    Raises:
+      nbclient.exceptions.CellExecutionError: if a cell fails.
+    """
     client = NotebookClient(
-        read(source), resources={"metadata": {"path": HERE}}, record_timing=False, timeout=1200
+        read(source),
+        resources={"metadata": {"path": HERE}},
+        record_timing=False,
+        coalesce_streams=True,  # how a cell's text is split depends on timing
+        timeout=1200,
     )
-    # The first cell asks `python` for diffjax: that should be this one.
+    # The first cell runs `python`, which should be the one that runs this.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     notebook = client.execute(env={**os.environ, "PATH": path})
     notebook.metadata.language_info = {"name": "python", "pygments_lexer": "ipython3"}
@@ -56,7 +64,7 @@ def execute(source: Path) -> nbformat.NotebookNode:
 
 
 def fewer_colours(png: str) -> str:
-    """The same picture in base64, a third as large."""
+    """The same picture with 256 colours, in base64; it is a third as large."""
     picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
     file = io.BytesIO()
     few = picture.quantize(256, kmeans=1, dither=Image.Dither.NONE)

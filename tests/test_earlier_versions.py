@@ -93,7 +93,7 @@ def test_its_samples_are_known_as_finished(earlier, capsys, monkeypatch):
     workdir = f"--workdir={earlier / 'run'}"
     sample.main([workdir, "--n=20", "--steps=3", "--guidance=2"])
     assert "20 samples" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"guidance: it has \['classifier_free:weight=2.0'\], ask"):
+    with pytest.raises(SystemExit, match=r"guidance: it has \['classifier_free:weight=2'\], ask"):
         sample.main([workdir, "--n=20", "--steps=3", "--guidance=3"])
 
 

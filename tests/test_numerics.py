@@ -1,6 +1,6 @@
 """The arithmetic stays as exact as docs/numerics.md says it is, on all of [0, 1]."""
 
-import importlib.util
+import importlib
 from pathlib import Path
 
 import pytest
@@ -32,10 +32,9 @@ BOUNDS = {
 
 @pytest.fixture(scope="module")
 def numerics():
-    spec = importlib.util.spec_from_file_location("numerics", ROOT / "studies" / "numerics.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "studies")
+        return importlib.import_module("numerics")
 
 
 HALF = ["cosine", "log_uniform", "rectified_flow", "linear_betas"]  # the scales, and a table

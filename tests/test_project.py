@@ -29,6 +29,7 @@ from diffjax.training.writers import WRITERS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "diffjax"
+STUDIES = ROOT / "studies"
 
 MAY_IMPORT = {
     "mathematics": {"mathematics"},
@@ -240,26 +241,47 @@ def test_every_link_of_the_readme_leads_somewhere():
         assert (ROOT / path).exists(), path
 
 
-def test_train_py_stays_a_story():
-    assert len((ROOT / "train.py").read_text().splitlines()) < 200
-
-
 def test_the_page_on_performance_says_what_was_measured(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    page = importlib.import_module("page")
-    assert page.text() == page.PAGE.read_text()
+    monkeypatch.syspath_prepend(STUDIES)
+    speed_page = importlib.import_module("speed_page")
+    assert speed_page.text() == speed_page.PAGE.read_text()
+
+
+@pytest.mark.parametrize("name", ["numerics", "samplers", "scaling"])
+def test_a_page_that_is_measured_has_the_words_of_its_study(name):
+    """All that its template has between the numbers, which only the study itself could check."""
+    (template,) = (
+        ast.literal_eval(node.value)
+        for node in ast.parse((STUDIES / f"{name}.py").read_text()).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PAGE"
+    )
+    words = map(re.escape, re.split(r"\{\w+(?::[^}]*)?\}", template))
+    page = (ROOT / "docs" / f"{name}.md").read_text()
+    assert re.fullmatch(".*".join(words), page, re.DOTALL)
+
+
+def test_every_study_is_listed_and_every_study_that_is_named_exists():
+    listed = (STUDIES / "README.md").read_text()
+    for path in STUDIES.glob("*.py"):
+        assert f"`{path.name}`" in listed, path
+    for link in re.findall(r"\]\(([^)#]+)\)", listed):
+        assert (STUDIES / link).exists(), link
+    named = [ROOT / "Makefile", ROOT / "README.md", *STUDIES.glob("*.*")]
+    for path in [*named, *(ROOT / "docs").rglob("*.md")]:
+        for name in re.findall(r"\bstudies/[\w/]+\.(?:py|json)", path.read_text()):
+            assert (ROOT / name).exists() or name == "studies/results/gpu.json", (path, name)
 
 
 def test_the_page_of_results_says_what_is_on_record(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "docs")
+    monkeypatch.syspath_prepend(STUDIES)
     results = importlib.import_module("results")
     record = json.loads(results.RECORD.read_text())
     assert results.page(record) == (results.DOCS / "results.md").read_text()
 
 
 def test_one_more_run_lies_in_the_band_of_those_on_record(monkeypatch):
-    """But once in a thousand, if the numbers are normal."""
-    monkeypatch.syspath_prepend(ROOT / "docs")
+    """Except once in a thousand, if the numbers are normal."""
+    monkeypatch.syspath_prepend(STUDIES)
     results = importlib.import_module("results")
     rng, outside = np.random.default_rng(0), 0
     for draw in rng.normal(3.0, 0.2, (5000, 4, 4)):

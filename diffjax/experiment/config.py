@@ -78,7 +78,7 @@ def as_chain(words: Iterable[str | float]) -> tuple[str, ...]:
         if isinstance(value, str):
             chain.append(value)
         elif value != 1:
-            chain.append(f"classifier_free:weight={value}")
+            chain.append(f"classifier_free:weight={value:g}")
     return tuple(chain)
 
 

@@ -4,6 +4,7 @@ The core takes any function `network(x_t, log_snr, cond)`; these networks come w
 is one file, with a frozen dataclass of its options and a Linen module, and one row of `MODELS`.
 """
 
+import contextlib
 import dataclasses
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -95,23 +96,29 @@ def make_module(config: ModelConfig) -> nn.Module:
 
 
 def switched(config: ModelConfig, name: str) -> ModelConfig:
-    """Change the network of a config; options that both networks have keep their values.
+    """Change the network of a config.
 
-    The exception is `log_snr_scale`, whose right value depends on how a network embeds log-SNR.
+    An option that both networks have keeps the value that the config has set, if the new network
+    accepts it. The exception is `log_snr_scale`, whose right value depends on how a network embeds
+    log-SNR.
 
     Raises:
-      ValueError: if there is no such network, or it does not accept these values.
+      ValueError: if there is no such network.
 
-    >>> switched(UNetConfig(width=64, labels=10), "song_unet").width
-    64
+    >>> new = switched(UNetConfig(width=64, labels=10), "song_unet")
+    >>> new.width, new.labels, new.mults == SongUNetConfig().mults
+    (64, 10, True)
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}: one of {', '.join(MODELS)}")
     if type(config) is MODELS[name].config:
         return config
-    both = {f.name for f in dataclasses.fields(MODELS[name].config)} - {"log_snr_scale"}
-    kept = {k: v for k, v in vars(config).items() if k in both}
-    return MODELS[name].config(**kept)
+    new, defaults = MODELS[name].config(), vars(type(config)())
+    for option, value in vars(config).items():
+        if option in vars(new) and value != defaults[option] and option != "log_snr_scale":
+            with contextlib.suppress(ValueError):
+                new = dataclasses.replace(new, **{option: value})
+    return new
 
 
 def apply(

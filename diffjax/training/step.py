@@ -170,7 +170,8 @@ def train_step(
 
 def _with_extra(loss_fn):
     """`loss_fn` as a `LossFn`; a function (key, params, batch) -> losses `[batch]` is converted."""
-    if len(inspect.signature(loss_fn).parameters) > 3:
+    parameters = inspect.signature(loss_fn).parameters.values()
+    if sum(p.default is p.empty for p in parameters) > 3:  # one with a default is an option
         return loss_fn
     return lambda key, params, batch, extra: Losses(loss_fn(key, params, batch))
 
