@@ -31,7 +31,7 @@ from diffjax.experiment.command_line import error_exit
 from diffjax.experiment.dataset import example_shape
 from diffjax.training import runners
 from diffjax.training.distributed import Distributed, failing_fast, setup
-from diffjax.training.files import flatten, replacing, unequal, write_text
+from diffjax.training.files import digest, flatten, replacing, unequal, write_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +81,9 @@ def sample(args: Arguments) -> None:
     with error_exit(OSError):
         drawn = sampling.draw(runner, generate, params, label, range(done, n), size)
         for x in sampling.with_progress(drawn, f"{n:,} samples", n, done):
-            done += len(x)
             if first:
-                with replacing(parts / f"{done:09}.npy") as new, new.open("wb") as file:
-                    np.save(file, x)
+                sampling.save_part(parts, done, x)
+            done += len(x)
     if not first:
         return
 
@@ -100,22 +99,21 @@ def open_parts(parts: Path, out: Path, settings: dict[str, Any]) -> int:
     """The number of samples that are already in `out`, or in a directory of parts of it.
 
     Raises:
-      ValueError: if those have other settings; names what differs.
+      ValueError: if those have other settings, and names what differs; or if `out` is damaged.
     """
     known = parts / "settings.json"
     if out.exists():
         found, done = sampling.read(out)[1], settings["n"]
     elif known.exists():
         found = sampling.upgraded(json.loads(known.read_text()))
-        # The parts are written in order, each completely, and named by the samples so far.
-        done = max((int(path.stem) for path in parts.glob("*.npy")), default=0)
+        done = sampling.count_parts(parts)
     else:
         found, done = settings, 0
         if jax.process_index() == 0:
             parts.mkdir(parents=True, exist_ok=True)
             write_text(known, json.dumps(settings))
-    found.pop("program", None)
-    lines = unequal(flatten(found), flatten(settings), "it has {!r}, asked for {!r}")
+    asked = {name: found[name] for name in found if name not in ("program", "sha256")}
+    lines = unequal(flatten(asked), flatten(settings), "it has {!r}, asked for {!r}")
     if lines:
         raise ValueError(
             f"{out} holds samples of other settings; choose another --out, or undo:\n  "
@@ -126,8 +124,10 @@ def open_parts(parts: Path, out: Path, settings: dict[str, Any]) -> int:
 
 def join(parts: Path, out: Path, label: np.ndarray | None, settings: dict[str, Any]) -> None:
     """Join the parts to one file, and delete them."""
-    x = np.concatenate([np.load(path) for path in sorted(parts.glob("*.npy"))])
-    text = json.dumps(settings | {"program": provenance.program()})
+    x = np.concatenate(list(sampling.read_parts(parts)))
+    if len(x) != settings["n"]:
+        raise OSError(f"{parts} holds {len(x)} samples, not {settings['n']}")
+    text = json.dumps(settings | {"program": provenance.program(), "sha256": digest(x)})
     arrays: dict[str, Any] = {"x": x, "index": np.arange(len(x)), "settings": text}
     arrays |= {} if label is None else {"label": label}
     with replacing(out) as new, new.open("wb") as file:

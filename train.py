@@ -106,7 +106,7 @@ def train(
         train_set, test_set = dataset.load_data(config)
         dataset.check_data(config, train_set, test_set)
         e.grid()
-        checkpoints = open_run(workdir, config)
+        checkpoints = open_run(workdir, config, dataset.fingerprint(train_set, test_set))
 
     # Pure functions: the loss, the step, and a sample.
     levels, shape = data.levels(config.data.name, train_set), train_set.x.shape[1:]
@@ -198,13 +198,15 @@ def train(
                 draw(done)
                 recorder.start(done)
 
-        draw(config.steps)
-        if config.sampling.eval_samples:
-            batch = sampling.request(config, test_set, config.sampling.eval_samples)
-            x = mapped(generate_fn, batch)
-            scores = sampling.evaluate(config, data.Dataset(train_set, test_set), batch, x)
-            recorder.attempt((workdir / "scores.json").write_text, json.dumps(scores) + "\n")
-            recorder.say("  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+        checkpoints.wait()
+        with preemption.ending_at_once():
+            draw(config.steps)
+            if config.sampling.eval_samples:
+                batch = sampling.request(config, test_set, config.sampling.eval_samples)
+                x = mapped(generate_fn, batch)
+                scores = sampling.evaluate(config, data.Dataset(train_set, test_set), batch, x)
+                recorder.attempt((workdir / "scores.json").write_text, json.dumps(scores) + "\n")
+                recorder.say("  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
         recorder.say(f"{time.perf_counter() - began:.0f} s in all; see {workdir}/samples.png")
 
 

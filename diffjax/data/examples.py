@@ -1,7 +1,8 @@
 """Examples of a data set, in memory or on the disk, and their conversion to float32 batches."""
 
+import hashlib
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -15,6 +16,13 @@ class Rows(Protocol):
     def dtype(self) -> np.dtype: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: Any, /) -> np.ndarray: ...
+
+
+@runtime_checkable
+class OnDisk(Protocol):
+    """`Rows` that are not in memory, and that know a fingerprint of their files."""
+
+    def fingerprint(self) -> dict[str, Any]: ...
 
 
 class Examples(NamedTuple):
@@ -48,6 +56,22 @@ class Source(NamedTuple):
 
     read: Callable[..., tuple]
     levels: int | None = None
+
+
+def fingerprint(examples: Examples) -> dict[str, Any]:
+    """What tells these examples from others, for JSON: counts, shapes, and hashes.
+
+    Arrays are hashed whole; of files, the names, sizes and times of change.
+    """
+    x = examples.x
+    found: dict[str, Any] = {"n": len(x), "shape": list(x.shape[1:])}
+    found |= x.fingerprint() if isinstance(x, OnDisk) else {"x": _sha256(np.asarray(x))}
+    label = examples.label
+    return found | {"label": None if label is None else _sha256(label)}
+
+
+def _sha256(x):
+    return hashlib.sha256(f"{x.dtype}".encode() + np.ascontiguousarray(x).tobytes()).hexdigest()
 
 
 def checked(x: Rows, label: np.ndarray | None = None, *, where: str = "data") -> Examples:

@@ -54,6 +54,16 @@ class Images:
         files = [self.root / name for name in self.names[index]]
         return np.stack([read(file, self.side, self.shape[-1]) for file in files])
 
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes of the files' names, sizes and times of change."""
+        found = [(self.root / name).stat() for name in self.names]
+        parts = {
+            "names": list(self.names),
+            "sizes": [file.st_size for file in found],
+            "times": [file.st_mtime_ns for file in found],
+        }
+        return {k: hashlib.sha256(repr(v).encode()).hexdigest() for k, v in parts.items()}
+
     def __array__(self, *_: Any, **__: Any) -> np.ndarray:
         return self[:]  # reads all images into memory
 
@@ -203,6 +213,8 @@ def read(file: Path, side: int | None = None, channels: int | None = None) -> np
     try:
         if file.suffix.lower() in NOT_READ:
             raise ValueError(f"{file.suffix} is not read: convert it to PNG, JPEG, WebP or BMP")
+        if not file.is_file():  # opening a pipe would wait for ever
+            raise ValueError("not a regular file")
         with Image.open(file, formats=("PNG", "JPEG", "WEBP", "BMP")) as image:
             if image.width * image.height > LARGEST:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than {LARGEST}")

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from ..experiment import Config, Experiment, Walk, config as config_lib, resolve
 from ..experiment.functions import conditioned
 from ..process import prior_sample
 from ..super_resolution import enlarge, psnr, shrink
-from ..training.files import digest
+from ..training.files import digest, file_digest, replacing, write_text
 from ..training.runners import Runner, in_batches
 from ..types import Data, LearnedPrediction
 from . import distances
@@ -34,6 +35,7 @@ TILE = 64
 """Samples that a device draws at once."""
 TILES = {"cpu": 16}
 """The same number on the platforms where it differs."""
+MANIFEST = "manifest.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +184,7 @@ def settings(e: Experiment, drawing: Drawing, params: Any) -> dict[str, Any]:
             **chosen,
             "function_evaluations": function_evaluations(e),
             "parameters": parameters(e.config, params),
-            "config": _tree(e.config),
+            "config": config_lib.to_tree(e.config),
         }
     )
 
@@ -264,25 +266,68 @@ def with_progress(
             yield part
 
 
+def save_part(parts: Path, start: int, x: np.ndarray) -> None:
+    """Write the samples from number `start` on as one file, and record its hash in the manifest."""
+    file = parts / f"{start + len(x):09}.npy"
+    with replacing(file) as new, new.open("wb") as opened:
+        np.save(opened, x)
+    part = {"start": start, "stop": start + len(x), "sha256": file_digest(file)}
+    write_text(parts / MANIFEST, json.dumps(_manifest(parts) | {file.name: part}))
+
+
+def count_parts(parts: Path) -> int:
+    """How many samples the parts hold, from number 0 on, up to the first that is missing or bad."""
+    return sum(len(x) for x in read_parts(parts))
+
+
+def read_parts(parts: Path) -> Iterator[np.ndarray]:
+    """The parts in order, up to the first that is missing, or is not as the manifest says."""
+    done = 0
+    for name, part in sorted(_manifest(parts).items(), key=lambda item: item[1]["start"]):
+        file = parts / name
+        if part["start"] != done or not file.is_file() or file_digest(file) != part["sha256"]:
+            return
+        done = part["stop"]
+        yield np.load(file)
+
+
+def _manifest(parts):
+    try:
+        found = json.loads((parts / MANIFEST).read_text())
+        return {k: v for k, v in found.items() if {"start", "stop", "sha256"} <= v.keys()}
+    except (FileNotFoundError, ValueError, AttributeError):
+        return {}  # there is none, or it was damaged: its samples are drawn again
+
+
 def read(path: Path) -> tuple[data.Examples, dict[str, Any]]:
     """Read the samples of a file of sample.py, and their `settings`.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if sample.py did not write it.
+      ValueError: if sample.py did not write it, or it is damaged.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a file of sample.py: it is not a regular file")
     try:
         with np.load(path) as file:
-            label = file.get("label")
-            return data.Examples(file["x"], label), upgraded(json.loads(str(file["settings"])))
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+            x, index, label = file["x"], file["index"], file.get("label")
+            settings = upgraded(json.loads(str(file["settings"])))
+    except (
+        *(ValueError, KeyError, TypeError, AttributeError, EOFError),
+        *(zipfile.BadZipFile, zlib.error),
+    ) as error:
         raise ValueError(f"{path} is not a file of sample.py: {error}") from error
+    whole = len(x) == settings["n"] and np.array_equal(index, np.arange(len(x)))
+    # Version 0.1 stored no hash.
+    if not whole or digest(x) != settings.get("sha256", digest(x)):
+        raise ValueError(f"{path} is damaged: its samples are not those that were drawn; delete it")
+    return data.Examples(x, label), settings
 
 
 def upgraded(settings: dict[str, Any]) -> dict[str, Any]:
     """Convert `settings` of this or an earlier version to the form that this version writes."""
     config = config_lib.from_tree(settings["config"])
-    return settings | _as_json(_walk_settings(config) | {"config": _tree(config)})
+    return settings | _as_json(_walk_settings(config) | {"config": config_lib.to_tree(config)})
 
 
 def _in_tiles(generate, tile, size):
@@ -303,10 +348,6 @@ def _walk_settings(config):
     """The fields of the walk, with the grid of times in use."""
     walk = {field.name: getattr(config.sampling, field.name) for field in dataclasses.fields(Walk)}
     return walk | {"times": config.sampling.grid}
-
-
-def _tree(config):
-    return json.loads(config_lib.to_json(config))
 
 
 def _as_json(tree):

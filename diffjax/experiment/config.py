@@ -403,6 +403,11 @@ def to_json(config: Config) -> str:
     return json.dumps(tree, indent=2, default=str) + "\n"
 
 
+def to_tree(config: Config) -> dict[str, Any]:
+    """The config as a tree of JSON values; `from_tree` is its inverse."""
+    return json.loads(to_json(config))
+
+
 def from_json(text: str) -> Config:
     """The config that `to_json` wrote, in this version or an earlier one.
 
@@ -431,7 +436,7 @@ def differences(old: Config, new: Config) -> list[str]:
 
 def fields(config: Config) -> dict[str, Any]:
     """Every field by its full name, as in `model.width`, with its value in JSON."""
-    return flatten(json.loads(to_json(config)))
+    return flatten(to_tree(config))
 
 
 def _upgraded(tree):

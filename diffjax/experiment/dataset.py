@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import data
 from ..data import Dataset, Examples, batch_indices, load, train_batch, train_batches
 from .config import Config
 from .functions import Experiment
@@ -20,6 +21,11 @@ def load_data(config: Config) -> Dataset:
     """
     d = config.data
     return load(d.name, d.path, d.size, d.channels, d.unreadable, d.workers)
+
+
+def fingerprint(train: Examples, test: Examples) -> dict[str, Any]:
+    """What tells the two parts of a data set from others, for JSON."""
+    return {"train": data.fingerprint(train), "test": data.fingerprint(test)}
 
 
 def example_shape(config: Config) -> tuple[int, ...]:

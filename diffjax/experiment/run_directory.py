@@ -1,5 +1,6 @@
 """The directory of a run: `config.json`, `checkpoints/<step>/`, metrics and pictures."""
 
+import contextlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from ..training import checkpoints
 from ..training.checkpoints import Checkpoints
-from ..training.files import write_text
+from ..training.files import Lock, flatten, unequal, write_text
 from . import config as config_lib
 from .config import Config
 
@@ -18,48 +19,83 @@ CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 
 
-def open_run(workdir: Path, config: Config) -> Checkpoints:
+def open_run(workdir: Path, config: Config, data: dict[str, Any] | None = None) -> Checkpoints:
     """Open a run's directory, new or to be resumed, and write its `config.json`.
 
-    Checkpoints newer than the newest sound one are renamed to `damaged-<step>`, and what is wrong
-    with them is printed.
+    The directory is locked until the run ends. Checkpoints newer than the newest sound one are
+    renamed to `damaged-<step>`, and what is wrong with them is printed.
+
+    Args:
+      workdir: the directory.
+      config: of the run.
+      data: the fingerprint of its data; None: do not compare it.
 
     Raises:
-      ValueError: if it holds a run whose config this one may not resume, and lists what differs; or
-        if it holds checkpoints, and none is sound.
+      ValueError: if another process uses the directory; if it holds a run whose config or data
+        these may not resume, and lists what differs; or if it holds checkpoints, and none is sound.
       OSError: if it cannot be read or written.
     """
-    path, folder = workdir / CONFIG, workdir / CHECKPOINTS
-    if path.exists():
-        differences = config_lib.differences(read_config(workdir), config)
-        if differences:
-            raise ValueError(
-                f"{workdir} holds a run of another config; choose another --workdir, or undo:\n  "
-                + "\n  ".join(differences)
-            )
-    elif list(folder.glob("*")):
-        raise ValueError(f"{workdir} holds checkpoints but no {CONFIG}: choose another --workdir")
+    folder = workdir / CHECKPOINTS
+    if (workdir / CONFIG).exists() or list(folder.glob("*")):
+        _refuse_others(workdir, config_lib.differences(read_config(workdir), config), "config")
+    lock = None
     if jax.process_index() == 0:
+        checkpoints.check_path(folder)
         workdir.mkdir(parents=True, exist_ok=True)
-        write_text(path, config_lib.to_json(config))
+        lock = Lock(workdir)
         checkpoints.set_damaged_aside(folder)
-    return Checkpoints(folder, config.keep, config.keep_every, config.keep_best)
+    saved = [checkpoints.read_seal(path).about for path in list_checkpoints(workdir)[-1:]]
+    known = saved[0].get("data") if saved else None
+    if known is not None and data is not None:
+        differs = unequal(
+            flatten(known), flatten(data), "the run was trained on {!r}, now it is {!r}"
+        )
+        _refuse_others(workdir, list(differs.values()), "data")
+    if jax.process_index() == 0:
+        write_text(workdir / CONFIG, config_lib.to_json(config))
+    about = {"config": config_lib.to_tree(config), "data": data}
+    return Checkpoints(folder, config.keep, config.keep_every, config.keep_best, about, lock)
 
 
 def read_config(workdir: Path) -> Config:
-    """The config of a run's directory.
+    """The config of a run's directory, or, if its file is missing or damaged, of a checkpoint.
 
     Raises:
       FileNotFoundError: if the directory is not that of a run.
       ValueError: if the config is damaged, or of another version; names the file.
     """
     path = workdir / CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(f"{workdir} holds no {CONFIG}: it is not the directory of a run")
+    why: Exception = FileNotFoundError(
+        f"{workdir} holds no {CONFIG}: it is not the directory of a run"
+    )
+    if path.is_file():
+        try:
+            return config_lib.from_json(path.read_text())
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            why = ValueError(f"{path} is not a config of this diffjax: {error!r}")
+            why.__cause__ = error
+    for checkpoint in reversed(list_checkpoints(workdir)):
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+            config = config_lib.from_tree(checkpoints.read_seal(checkpoint).about["config"])
+            print(f"{why}; read from {checkpoint} instead", flush=True)
+            return config
+    raise why
+
+
+def _is_whole(path):
+    """Whether every file of a checkpoint is there; deleting one takes a while."""
     try:
-        return config_lib.from_json(path.read_text())
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is not a config of this diffjax: {error!r}") from error
+        return all((path / name).is_file() for name in checkpoints.read_seal(path).files)
+    except (OSError, ValueError):
+        return path.exists()
+
+
+def _refuse_others(workdir, differences, what):
+    if differences:
+        raise ValueError(
+            f"{workdir} holds a run of another {what}; choose another --workdir, or undo:\n  "
+            + "\n  ".join(differences)
+        )
 
 
 def list_checkpoints(workdir: Path) -> list[Path]:
@@ -79,12 +115,16 @@ def read_params(workdir: Path) -> Any:
     if not (workdir / CHECKPOINTS).is_dir():
         raise FileNotFoundError(f"{workdir} holds no {CHECKPOINTS}")
     for path in reversed(list_checkpoints(workdir)):
-        damage = checkpoints.damage_of(path)
-        if not path.exists():
-            return read_params(workdir)  # the run has deleted it, because there are newer ones
-        if damage is None:
-            saved = checkpoints.read(path, "ema_params")["ema_params"]
-            # By way of the host, so that they are not committed to one device.
-            return jax.tree.map(jnp.asarray, jax.tree.map(np.asarray, saved))
+        try:
+            damage = checkpoints.damage_of(path)
+            if damage is None:
+                saved = checkpoints.read(path, "ema_params")["ema_params"]
+                # By way of the host, so that they are not committed to one device.
+                return jax.tree.map(jnp.asarray, jax.tree.map(np.asarray, saved))
+        except Exception:  # Orbax may raise anything if files vanish while it reads
+            if _is_whole(path):
+                raise
+        if not _is_whole(path):
+            return read_params(workdir)  # the run is deleting it, because there are newer ones
         warnings.warn(f"{path} is damaged: {damage}; trying an older one", stacklevel=2)
     raise FileNotFoundError(f"{workdir / CHECKPOINTS} holds no sound checkpoint")

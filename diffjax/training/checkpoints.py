@@ -1,9 +1,11 @@
 """Checkpoints of a training state, by Orbax, sealed.
 
 A folder of checkpoints holds `<step>/`, written asynchronously. Before Orbax commits a checkpoint,
-it gets a seal, the size and SHA-256 of each of its files, and a list of its arrays. A checkpoint
-that does not match its seal is never read: Orbax itself would return wrong numbers for a flipped
-bit. A state may be read back onto any number of devices and processes.
+it gets a list of its arrays and a seal: its step, what the caller says `about` the run, and the
+size and SHA-256 of each of its files. The files are on the disk before the seal is, and the seal
+before the commit. A checkpoint that does not match its seal is never read: Orbax itself would
+return wrong numbers for a flipped bit. A state may be read back onto any number of devices and
+processes.
 """
 
 import contextlib
@@ -11,7 +13,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
 from . import orbax
-from .files import file_digest, unequal, write_text
+from .files import Lock, file_digest, sync, unequal, write_text
 
 SEAL = "seal.json"
 ARRAYS = "arrays.json"
@@ -33,6 +35,20 @@ METADATA = "_CHECKPOINT_METADATA"
 ATOMICITY = AtomicityOptions(mode=AtomicityMode.COMMIT_FILE)
 
 orbax.silence_logs()
+
+
+class Seal(NamedTuple):
+    """What a checkpoint is sealed with.
+
+    Attributes:
+      step: its step; None in a seal of version 0.1.
+      about: what the caller said about the run.
+      files: the size and SHA-256 of each file, by its path in the checkpoint.
+    """
+
+    step: int | None
+    about: dict[str, Any]
+    files: dict[str, tuple[int, str]]
 
 
 class UnwrittenError(OSError):
@@ -50,26 +66,41 @@ class Checkpoints:
       keep: the number of newest checkpoints to keep.
       keep_every: also keep every checkpoint whose step is a multiple of this; None: no others.
       keep_best: also keep this many checkpoints with the lowest held-out loss.
+      about: JSON that is sealed into each checkpoint, such as the run's config.
+      lock: of the run's directory, which is released at the end of the context.
 
     Attributes:
       failed: why the last save failed, or None.
     """
 
     def __init__(
-        self, directory: Path, keep: int = 2, keep_every: int | None = None, keep_best: int = 0
+        self,
+        directory: Path,
+        keep: int = 2,
+        keep_every: int | None = None,
+        keep_best: int = 0,
+        about: dict[str, Any] | None = None,
+        lock: Lock | None = None,
     ) -> None:
+        check_path(directory)
         self.directory = directory.absolute()
+        self._about = about or {}
+        self._known: int | None = None  # the step that this run has restored or written last
         self.failed: str | None = None
         self._saving: int | None = None
         self._arrays: dict[str, str] = {}
+        self._names: set[str] = set()
         self._failed_saves: set[Path] = set()
         self._context = contextlib.ExitStack()
+        if lock is not None:
+            self._context.callback(lock.release)
         self._policies: list[policy.PreservationPolicy] = [policy.LatestN(keep)]
         if keep_every is not None:
             self._policies.append(policy.EveryNSteps(keep_every))
         if keep_best:
             self._policies.append(policy.BestN(get_metric_fn=_loss, reverse=True, n=keep_best))
         self._manager = self._open()
+        self._identity = _identity(self.directory)
 
     def _open(self) -> ocp.CheckpointManager:
         if jax.process_count() > 1:
@@ -89,7 +120,10 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._context.close()
+        with self._context:
+            self._finish(kind)
+
+    def _finish(self, kind: type[BaseException] | None) -> None:
         together = kind is None or issubclass(kind, (SystemExit, FloatingPointError))
         if jax.process_count() > 1 and not together:
             return  # only this process failed: waiting for the others here would never end
@@ -122,7 +156,12 @@ class Checkpoints:
         if lines:
             raise ValueError(f"{path} is of another state:\n  " + "\n  ".join(lines.values()))
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        # A checkpoint that version 0.1 sealed could have been copied to another name.
+        if int(getattr(state, "step", step)) != step:
+            raise ValueError(f"{path} is the checkpoint of step {int(state.step)}")
+        self._known = step
+        return state
 
     def save(self, step: int, state: Any, eval_loss: float = float("inf")) -> None:
         """Start to write a checkpoint, after the one before is written.
@@ -134,12 +173,27 @@ class Checkpoints:
         """
         self.wait()
         self._remove_failed_saves()
-        if step in self._manager.all_steps():
+        if step == self._known:
             return
-        self._saving, self._arrays, self.failed = step, _describe(state), None
+        self.failed = None
+        if _any_process(_identity(self.directory) != self._identity):
+            # Orbax would create the folder again, where nobody looks for it.
+            self._fail(step, f"{self.directory} has been renamed, removed or replaced")
+            return
+        if step in self._manager.all_steps():
+            self._fail(step, f"{self.directory / str(step)} exists, and is not of this run")
+            return
+        self._saving, self._arrays = step, _describe(state)
+        leaves = jax.tree_util.tree_leaves_with_path(state)
+        self._names = {jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves}
         args = ocp.args.StandardSave(jax.tree.map(_savable, state))
         metrics = {"eval_loss": eval_loss if np.isfinite(eval_loss) else float("inf")}
-        self._reporting(lambda: self._manager.save(step, args=args, metrics=metrics))
+
+        def write():
+            if not self._manager.save(step, args=args, metrics=metrics):
+                raise OSError("Orbax has refused it")
+
+        self._reporting(write)
 
     def wait(self) -> None:
         """Wait until the checkpoint that is being written is complete, or has failed."""
@@ -147,10 +201,9 @@ class Checkpoints:
             return
         self._reporting(self._manager.wait_until_finished)
         step, self._saving = self._saving, None
-        failed = self.failed is not None
-        if jax.process_count() > 1:
-            failed = bool(multihost_utils.process_allgather(np.array(failed)).any())
-        if failed:
+        if not _any_process(self.failed is not None):
+            self._known = step
+        else:
             self.failed = self.failed or f"checkpoint {step} failed in another process"
             # This manager would fail again, and no longer knows which checkpoints to delete.
             orbax.close_failed(self._manager)
@@ -174,19 +227,42 @@ class Checkpoints:
     def _reporting(self, write: Callable[[], Any]) -> None:
         try:
             write()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, NotImplementedError) as error:
             if self.failed is None:
-                self.failed = f"checkpoint {self._saving} could not be written: {error}"
-                print(self.failed, flush=True)
+                self._fail(self._saving, str(error))
+
+    def _fail(self, step: int | None, why: str) -> None:
+        self.failed = f"checkpoint {step} could not be written: {why}"
+        print(self.failed, flush=True)
 
     def _seal(self) -> None:
-        """Called by Orbax when all files are there, before it commits them."""
+        """Called by Orbax when all files are there, before it commits them.
+
+        Raises:
+          OSError: if an array cannot be read back.
+        """
         path = self.directory / str(self._saving)
+        lost = self._names - orbax.stored_arrays(path)
+        if lost:
+            raise OSError(f"Orbax has not stored {len(lost)} arrays, among them {min(lost)}")
         (path / ARRAYS).write_text(json.dumps(self._arrays, indent=1) + "\n")
         # Orbax still adds the time of the commit to its metadata, which restoring does not need.
         files = [f for f in sorted(path.rglob("*")) if f.is_file() and f.name != METADATA]
-        seal = {str(f.relative_to(path)): _fingerprint(f) for f in files}
-        write_text(path / SEAL, json.dumps(seal, indent=1))
+        for entry in (*files, *{file.parent for file in files}):
+            sync(entry)
+        seal = Seal(
+            self._saving, self._about, {str(f.relative_to(path)): _fingerprint(f) for f in files}
+        )
+        write_text(path / SEAL, json.dumps(seal._asdict(), indent=1))
+
+
+def check_path(directory: Path) -> None:
+    """Raise a ValueError if checkpoints in this folder could not be read back."""
+    if set(str(directory.absolute())) & set(orbax.UNREADABLE):
+        raise ValueError(
+            f"{directory.absolute()}: Orbax cannot read a path with any of {orbax.UNREADABLE}; "
+            "choose another --workdir"
+        )
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
@@ -217,25 +293,42 @@ def read(path: Path, *fields: str) -> dict[str, Any]:
     return reader.restore(path / "default", args=args)
 
 
+def read_seal(path: Path) -> Seal:
+    """The seal of a checkpoint.
+
+    Raises:
+      ValueError: if there is none, or it cannot be parsed.
+    """
+    if not (path / SEAL).is_file():
+        raise ValueError(f"{SEAL} is missing")
+    try:
+        tree = _json(path / SEAL)
+        if "files" not in tree:  # version 0.1 sealed the files alone
+            tree = {"step": None, "about": {}, "files": tree}
+        files = {name: (int(size), str(sha256)) for name, (size, sha256) in tree["files"].items()}
+        return Seal(tree["step"], dict(tree["about"]), files)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{SEAL} cannot be parsed ({error})") from error
+
+
 def damage_of(path: Path) -> str | None:
     """What is wrong with a finished checkpoint, or None if every file is as its seal says.
 
     Raises:
       OSError: if a file exists and cannot be read, which does not show that it is damaged.
     """
-    if not (path / SEAL).is_file():
-        return f"{SEAL} is missing"
     try:
-        seal = {path / name: tuple(print_) for name, print_ in _json(path / SEAL).items()}
-    except (ValueError, AttributeError, TypeError) as error:
-        return f"{SEAL} cannot be parsed ({error})"
-    for file, fingerprint in seal.items():
-        name = file.relative_to(path)
-        if not file.is_file():
+        seal = read_seal(path)
+    except ValueError as error:
+        return str(error)
+    if seal.step is not None and path.name != str(seal.step):
+        return f"it is the checkpoint of step {seal.step}"
+    for name, fingerprint in seal.files.items():
+        if not (path / name).is_file():
             return f"{name} is missing"
-        if _fingerprint(file) != fingerprint:
+        if _fingerprint(path / name) != fingerprint:
             return f"{name} has changed"
-    return None if path / ARRAYS in seal else f"{SEAL} does not list {ARRAYS}"
+    return None if ARRAYS in seal.files else f"{SEAL} does not list {ARRAYS}"
 
 
 def set_damaged_aside(directory: Path) -> None:
@@ -274,6 +367,19 @@ def _json(path):
 
 def _fingerprint(file):
     return file.stat().st_size, file_digest(file)
+
+
+def _identity(folder):
+    """What stays the same while nobody renames or replaces a folder or the one around it."""
+    with contextlib.suppress(OSError):
+        return [(found.st_dev, found.st_ino) for found in (folder.stat(), folder.parent.stat())]
+    return None
+
+
+def _any_process(condition):
+    if jax.process_count() == 1:
+        return condition
+    return bool(multihost_utils.process_allgather(np.array(condition)).any())
 
 
 def _describe(tree):

@@ -5,14 +5,19 @@ import dataclasses
 import functools
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
+from .output import tolerated
+
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffjax"
 """The folder of compiled programs; it may be deleted at any time."""
+GRACE = 8.0
+"""Seconds that threads have to end after the program has."""
 CRASHED = 70
 """Exit status after an error that the input did not cause: EX_SOFTWARE."""
 TIMEOUT = "--xla_cpu_collective_call_terminate_timeout_seconds"
@@ -113,23 +118,41 @@ def cores() -> int:
 
 @contextlib.contextmanager
 def failing_fast() -> Iterator[None]:
-    """End a process of several as soon as an error reaches this context.
+    """End the process as soon as an error reaches this context; output may fail meanwhile.
 
     Otherwise this process and the others would wait for each other until JAX gives up. The exit
     status is that of a SystemExit (1 if it carries a message), else `CRASHED`.
     """
-    try:
-        yield
-    except SystemExit as stop:
-        if not jax.distributed.is_initialized() or isinstance(stop.code, int | None):
-            raise
-        print(stop.code, file=sys.stderr, flush=True)
-        os._exit(1)
-    except BaseException as error:
-        traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(130 if isinstance(error, KeyboardInterrupt) else CRASHED)
+    with tolerated():
+        try:
+            yield
+        except SystemExit as stop:
+            code = stop.code or 0
+            if isinstance(code, str):
+                print(code, file=sys.stderr, flush=True)
+                code = 1
+            if not jax.distributed.is_initialized():
+                _end_in(GRACE, int(code))
+            elif code == 1:
+                os._exit(1)
+            sys.exit(code)
+        except BaseException as error:
+            traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(130 if isinstance(error, KeyboardInterrupt) else CRASHED)
+
+
+def _end_in(seconds, code):
+    """End the process then at the latest: the threads of a failed save can wait for minutes."""
+
+    def end():
+        print(f"ended with status {code}: threads were still waiting", file=sys.stderr, flush=True)
+        os._exit(code)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
 
 
 def check_batch(batch_size: int, accumulate: int = 1) -> None:

@@ -1,7 +1,11 @@
-"""Files that are complete or absent, whenever a process is killed or a disk is full; and hashes."""
+"""Files that are complete or absent, whenever a process or the machine stops; locks; and hashes."""
 
 import contextlib
+import datetime
 import hashlib
+import os
+import socket
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +32,9 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         yield temporary
+        sync(temporary)
         temporary.replace(path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -37,6 +43,42 @@ def write_text(path: Path, text: str) -> None:
     """`Path.write_text`, but the file is complete or unchanged."""
     with replacing(path) as new:
         new.write_text(text)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of files, would survive a power cut."""
+    with contextlib.suppress(PermissionError):  # Windows opens no folders
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class Lock:
+    """An exclusive lock on a folder, which the kernel releases when the process ends.
+
+    It also ends with this object, or at `release`.
+
+    Raises:
+      ValueError: if another process holds it; says which.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        self.release = weakref.finalize(self, os.close, file)
+        try:
+            import fcntl  # not on Windows
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(file, 1000).decode(errors="replace").strip() or "another process"
+            raise ValueError(f"{folder} is in use by {holder}") from error
+        except (ImportError, OSError) as error:
+            print(f"{folder} cannot be locked against a second process: {error}", flush=True)
+        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        os.ftruncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {socket.gethostname()} since {now}\n".encode())
 
 
 def digest(tree: Any) -> str:

@@ -10,6 +10,7 @@ SIGTERM and Ctrl-C on: the run saves and ends with status 75. On a pod the sched
 one machine with GPUs a single process drives all of them, and needs no launcher.
 """
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -24,10 +25,14 @@ from pathlib import Path
 import tyro
 
 from .distributed import CRASHED, cores
-from .preemption import PROGRESS, RESUME
+from .output import tolerated
+from .preemption import LAUNCHER, PROGRESS, RESUME
 from .telemetry import ALLOCATOR, TUNABLES
 
 DEVICES = "JAX_NUM_CPU_DEVICES"
+
+BACK_OFF = 5.0
+"""Seconds before the second restart in a row; before each further one about twice as many."""
 
 REFUSED = (1, 2)
 """Exit statuses of a script that refused its input: it would refuse it again."""
@@ -42,7 +47,9 @@ class Options:
     devices: int | None = None
     """CPU devices of each process; None: JAX_NUM_CPU_DEVICES, or an equal share of the cores."""
     restarts: int = 3
-    """Number of restarts before the launcher gives up."""
+    """Number of restarts within `per` seconds before the launcher gives up."""
+    per: float = 3600.0
+    """Seconds after which a restart no longer counts: a long run may fail now and then."""
     patience: float = 900.0
     """Seconds without a step, compiling and drawing included, after which a process counts as
     hung."""
@@ -58,13 +65,13 @@ def launch(options: Options, command: Sequence[str]) -> int:
     """
     if min(options.processes, options.devices or 1) < 1 or options.restarts < 0:
         raise ValueError(f"{options}: processes and devices at least 1, restarts at least 0")
-    if min(options.patience, options.grace) <= 0:
-        raise ValueError(f"{options}: patience and grace must be positive")
+    if min(options.patience, options.grace, options.per) <= 0:
+        raise ValueError(f"{options}: patience, grace and per must be positive")
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: signals.append(number))
-    status = 0
-    for restart in range(options.restarts + 1):
+    restarts: list[float] = []
+    while True:
         status, why = _run_once(options, command, signals)
         if status == 0:
             return 0
@@ -75,10 +82,13 @@ def launch(options: Options, command: Sequence[str]) -> int:
         print(f"launch: {why}", flush=True)
         if signals or status in REFUSED:
             return status
-        if restart < options.restarts:
-            print(f"launch: restart {restart + 1} of {options.restarts}", flush=True)
-    print("launch: giving up", flush=True)
-    return status
+        restarts = [at for at in restarts if time.monotonic() - at < options.per]
+        if len(restarts) == options.restarts:
+            print("launch: giving up", flush=True)
+            return status
+        time.sleep(BACK_OFF * (2 ** len(restarts) - 1))  # at once, then ever later
+        restarts.append(time.monotonic())
+        print(f"launch: restart {len(restarts)} of {options.restarts}", flush=True)
 
 
 def _run_once(options, command, signals):
@@ -91,7 +101,8 @@ def _run_once(options, command, signals):
             return _watch(options, processes, signs, signals)
         finally:
             for process in processes:
-                if process.poll() is None:
+                # The group, also of a process that has ended: it may have left children behind.
+                with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
@@ -107,7 +118,8 @@ def _start(processes, options, command, signs):
         sign.touch()
         which = dict(coordinator=f"127.0.0.1:{port}", processes=options.processes, process=i)
         words = [f"--distributed.{name}={value}" for name, value in which.items()]
-        environment = {TUNABLES: ALLOCATOR} | os.environ | {PROGRESS: str(sign)}
+        environment = {TUNABLES: ALLOCATOR} | os.environ
+        environment |= {PROGRESS: str(sign), LAUNCHER: str(os.getpid())}
         environment |= {DEVICES: str(devices)} | chosen
         # A session of its own, so that Ctrl-C reaches the launcher alone, which passes it on.
         processes.append(
@@ -119,6 +131,8 @@ def _start(processes, options, command, signs):
 
 def _watch(options, processes, signs, signals):
     n, deadline, stopping = len(processes), float("inf"), False
+    # Not compared with the wall clock, which may be set while the run goes on.
+    progress = [(0.0, time.monotonic())] * n
     while True:
         time.sleep(0.1)
         statuses = [process.poll() for process in processes]
@@ -139,7 +153,10 @@ def _watch(options, processes, signs, signals):
         if time.monotonic() > deadline:
             return CRASHED, f"not all of {n} processes ended within {options.grace:g} s of grace"
         for i, sign in enumerate(signs):
-            if statuses[i] is None and time.time() - sign.stat().st_mtime > options.patience:
+            changed = sign.stat().st_mtime if sign.exists() else 0.0
+            if changed != progress[i][0]:
+                progress[i] = changed, time.monotonic()
+            if statuses[i] is None and time.monotonic() - progress[i][1] > options.patience:
                 return CRASHED, f"process {i} of {n} made no step for {options.patience:g} s"
 
 
@@ -157,8 +174,9 @@ def main(argv: Sequence[str]) -> int:
     if not command:
         print("error: give the script after --, as in: --processes 2 -- train.py")
         return REFUSED[-1]
-    try:
-        return launch(options, command)
-    except ValueError as error:
-        print(f"error: {error}")
-        return REFUSED[-1]
+    with tolerated():
+        try:
+            return launch(options, command)
+        except ValueError as error:
+            print(f"error: {error}")
+            return REFUSED[-1]

@@ -83,7 +83,7 @@ def numbers(row: Row) -> dict[str, float]:
 def read(workdir: Path) -> list[Row]:
     """The rows of a run's metrics, oldest first, without lines that were cut off or damaged."""
     path = workdir / ROWS
-    if not path.exists():
+    if not path.is_file():
         return []
     rows = []
     for line in path.read_text(errors="replace").splitlines():
@@ -103,11 +103,13 @@ def load_window(workdir: Path, step: int) -> Window:
 
     With it, a run that was stopped logs the same rows as one that was not.
     """
+    if not (workdir / WINDOW).is_file():
+        return []
     try:
         saved = json.loads((workdir / WINDOW).read_text())
         return saved["window"] if saved["step"] == step else []
     except (OSError, ValueError, TypeError, KeyError):
-        return []  # there is no such file, or it was cut off
+        return []  # it was cut off
 
 
 def _fetched(window):

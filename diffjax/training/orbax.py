@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import orbax.checkpoint as ocp
+import tensorstore
 
 ATTEMPTS, PAUSE = 20, 0.1  # of `remove_failed_save`; seconds
 
@@ -38,6 +39,22 @@ def without_event_loop_complaints() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = hook
+
+
+UNREADABLE = "[*?"
+"""Characters that a path may not contain: Orbax takes the path for a pattern, loses the arrays when
+it merges the files of its processes, and reports success."""
+
+
+def stored_arrays(folder: Path) -> set[str]:
+    """The names of the arrays that can be read from a checkpoint, such as `params.conv.kernel`.
+
+    Orbax's own metadata lists the arrays that it was given, whether or not it has stored them.
+    """
+    store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder / 'default'}/"}}
+    keys = tensorstore.KvStore.open(store).result().list().result()
+    names = (key.decode().rpartition("/") for key in keys)
+    return {name for name, _, file in names if file == ".zarray"}
 
 
 def close_failed(manager: ocp.CheckpointManager) -> None:
