@@ -1,4 +1,4 @@
-"""Every schedule, target, weighting, sampler and guidance: each row of a table, and variants of some.
+"""Every schedule, target, weighting and sampler: each row of a table, and variants of some.
 
 The tests are parametrised over these, so that a new row is tested because it is there.
 """

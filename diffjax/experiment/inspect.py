@@ -5,6 +5,7 @@
 It only reads, so the run may be in progress; it verifies every checkpoint against its seal.
 """
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -47,16 +48,15 @@ def report(workdir: Path, console: Console) -> int:
     rows = metrics.read(workdir)
     losses = {row["step"]: f"{row['eval_loss']:.4g}" for row in rows if "eval_loss" in row}
     for path in run_directory.list_checkpoints(workdir):
-        damage = damage_of(path)
-        damaged += damage is not None
-        files = [file for file in path.rglob("*") if file.is_file()]
-        size = sum(file.stat().st_size for file in files)
-        arrays = path / ARRAYS
-        count = len(json.loads(arrays.read_text())) if damage is None else "?"
-        loss = losses.get(int(path.name), "")
-        table.add_row(
-            *map(str, (path.name, f"{size:,}", len(files), count, loss, damage or "sound"))
-        )
+        with contextlib.suppress(FileNotFoundError):  # the run may delete it meanwhile
+            damage = damage_of(path)
+            sizes = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
+            count = len(json.loads((path / ARRAYS).read_text())) if damage is None else "?"
+            path.stat()
+            loss = losses.get(int(path.name), "")
+            row = path.name, f"{sum(sizes):,}", len(sizes), count, loss, damage or "sound"
+            table.add_row(*map(str, row))
+            damaged += damage is not None
     console.print(table)
     for path in sorted((workdir / run_directory.CHECKPOINTS).glob("damaged-*")):
         console.print(f"renamed: {path.name}")

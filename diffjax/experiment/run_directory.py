@@ -114,7 +114,9 @@ def read_params(workdir: Path) -> Any:
     """
     if not (workdir / CHECKPOINTS).is_dir():
         raise FileNotFoundError(f"{workdir} holds no {CHECKPOINTS}")
-    for path in reversed(list_checkpoints(workdir)):
+    paths = list_checkpoints(workdir)
+    for path in reversed(paths):
+        damage = None
         try:
             damage = checkpoints.damage_of(path)
             if damage is None:
@@ -124,7 +126,7 @@ def read_params(workdir: Path) -> Any:
         except Exception:  # Orbax may raise anything if files vanish while it reads
             if _is_whole(path):
                 raise
-        if not _is_whole(path):
-            return read_params(workdir)  # the run is deleting it, because there are newer ones
+        if not path.exists() or list_checkpoints(workdir)[-1] not in paths:
+            return read_params(workdir)  # the run is deleting it, because it has written another
         warnings.warn(f"{path} is damaged: {damage}; trying an older one", stacklevel=2)
     raise FileNotFoundError(f"{workdir / CHECKPOINTS} holds no sound checkpoint")

@@ -156,7 +156,7 @@ class Checkpoints:
         if lines:
             raise ValueError(f"{path} is of another state:\n  " + "\n  ".join(lines.values()))
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        state: Any = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         # A checkpoint that version 0.1 sealed could have been copied to another name.
         if int(getattr(state, "step", step)) != step:
             raise ValueError(f"{path} is the checkpoint of step {int(state.step)}")
