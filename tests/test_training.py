@@ -97,6 +97,19 @@ def test_what_a_method_remembers_is_the_same_on_every_layout(layout):
     np.testing.assert_allclose(got.extra, expected.extra, rtol=1e-6)
 
 
+def test_an_option_of_a_plain_loss_keeps_its_default():
+    """Only arguments without a default are the step's to give."""
+
+    def loss(key, params, batch, scale=1.0):
+        return scale * quadratic(key, params, batch)
+
+    tx = optax.sgd(0.1)
+    state = init_state(jax.random.key(0), jnp.zeros(2), tx, extra=7.0)
+    step = functools.partial(train_step, state, batch_of(8), tx=tx, ema_decay=0.9)
+    plain, with_option = (step(loss_fn=f)[1] for f in (quadratic, loss))
+    assert plain["loss"] == with_option["loss"]
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_plain_loss_and_the_same_one_as_losses_give_the_same_step(parts):
     tx = optax.adam(0.1)
