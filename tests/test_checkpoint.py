@@ -186,7 +186,7 @@ def test_the_extra_state_of_a_method_is_restored(tmp_path):
     history = diffjax.remember_losses(diffjax.loss_history(5), jnp.full(2, 0.4), jnp.ones(2))
     state = init_state(jax.random.key(0), params, tx, history)
     _, opt_state = tx.update(params, state.opt_state)
-    state = state.replace(opt_state=opt_state)
+    state = state.replace(opt_state=opt_state, step=jnp.int32(20))
     with run_directory.open_run(tmp_path, CONFIG) as opened:
         opened.save(20, state)
     got = restored(tmp_path, init_state(jax.random.key(1), params, tx, diffjax.loss_history(5)))

@@ -221,7 +221,7 @@ def test_guidance_on_the_command_line_is_a_chain_or_a_number(finished, tmp_path,
         ),
         (
             ["classifier_free"],
-            "guidance classifier_free needs weight, as in classifier_free:weight=3",
+            "guidance classifier_free needs weight=NUMBER",
         ),
         (["classifier_free:weight=3", "within:low=2"], "guidance within needs high, as in within"),
         (

@@ -34,7 +34,7 @@ def parse_with_run(
     sampler, rest = take(argv, "--sampler")
     walk = walk_defaults(run_walk(Path(workdir or default.workdir)), sampler)
     drawing = dataclasses.replace(default.drawing, walk=walk)
-    return tyro.cli(
+    args: Any = tyro.cli(
         kind,
         args=rest,
         default=dataclasses.replace(default, drawing=drawing),
@@ -42,6 +42,10 @@ def parse_with_run(
         config=SETTINGS,
         use_underscores=True,
     )
+    # An option on the command line is added to those of the run.
+    options = walk.options | args.drawing.walk.options
+    walk = dataclasses.replace(args.drawing.walk, options=options)
+    return dataclasses.replace(args, drawing=dataclasses.replace(args.drawing, walk=walk))
 
 
 def run_walk(source: Path) -> Walk:

@@ -232,7 +232,7 @@ def bind(
         n for n, p in parameters.items() if p is inspect.Parameter.empty and n not in options
     ]
     if missing:
-        raise ValueError(f"{kind} {name} needs {', '.join(missing)}, as in {name}:{missing[0]}=3")
+        raise ValueError(f"{kind} {name} needs {', '.join(f'{n}=NUMBER' for n in missing)}")
     return functools.partial(table[name], **options)
 
 

@@ -96,6 +96,13 @@ class UNetConfig:
         return channels // self.head_width if self.head_width else self.heads
 
     def check_input(self, shape: tuple[int, ...]) -> None:
+        """Raise a ValueError unless such examples fit, and have each height of attention."""
+        self.check_size(shape)
+        heights = [shape[0] // self.patch // 2**level for level in range(len(self.mults))]
+        if not set(self.attention) <= set(heights):
+            raise ValueError(f"attention={self.attention}: the heights are {heights}")
+
+    def check_size(self, shape: tuple[int, ...]) -> None:
         """Raise a ValueError unless the network takes examples of this shape: images that halve."""
         halvings = self.patch * 2 ** (len(self.mults) - 1)
         if len(shape) != 3 or shape[0] % halvings or shape[1] % halvings:
@@ -104,9 +111,6 @@ class UNetConfig:
                 f"{self.patch} needs [height, width, channels] with height and width divisible by "
                 f"{halvings}; give `mults` fewer levels, or crop or pad the images"
             )
-        heights = [shape[0] // self.patch // 2**level for level in range(len(self.mults))]
-        if not set(self.attention) <= set(heights):
-            raise ValueError(f"attention={self.attention}: the heights are {heights}")
 
 
 class UNet(nn.Module):
@@ -129,7 +133,7 @@ class UNet(nn.Module):
     @nn.compact
     def __call__(self, x_t: Array, log_snr: Array, cond: Cond) -> Array:
         c = self.config
-        c.check_input(x_t.shape[1:])
+        c.check_size(x_t.shape[1:])
         dtype = jnp.dtype(jnp.bfloat16 if c.bfloat16 else x_t.dtype)
         conv = functools.partial(nn.Conv, kernel_size=(3, 3), kernel_init=Init, dtype=dtype)
         block = functools.partial(nn.remat(Block) if c.remat else Block, c, dtype)

@@ -9,6 +9,7 @@ processes.
 """
 
 import contextlib
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -253,7 +254,7 @@ class Checkpoints:
         seal = Seal(
             self._saving, self._about, {str(f.relative_to(path)): _fingerprint(f) for f in files}
         )
-        write_text(path / SEAL, json.dumps(seal._asdict(), indent=1))
+        write_seal(path, seal)
 
 
 def check_path(directory: Path) -> None:
@@ -293,6 +294,12 @@ def read(path: Path, *fields: str) -> dict[str, Any]:
     return reader.restore(path / "default", args=args)
 
 
+def write_seal(path: Path, seal: Seal) -> None:
+    """Write the seal of a checkpoint, with a hash of its own."""
+    tree = json.loads(json.dumps(seal._asdict()))
+    write_text(path / SEAL, json.dumps(tree | {"sha256": _text_digest(tree)}, indent=1))
+
+
 def read_seal(path: Path) -> Seal:
     """The seal of a checkpoint.
 
@@ -305,6 +312,8 @@ def read_seal(path: Path) -> Seal:
         tree = _json(path / SEAL)
         if "files" not in tree:  # version 0.1 sealed the files alone
             tree = {"step": None, "about": {}, "files": tree}
+        elif tree.pop("sha256") != _text_digest(tree):
+            raise ValueError("it has changed")
         files = {name: (int(size), str(sha256)) for name, (size, sha256) in tree["files"].items()}
         return Seal(tree["step"], dict(tree["about"]), files)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
@@ -363,6 +372,10 @@ def _loss(metrics):
 
 def _json(path):
     return json.loads(path.read_text())
+
+
+def _text_digest(tree):
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def _fingerprint(file):
