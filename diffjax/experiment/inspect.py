@@ -6,7 +6,6 @@ It only reads, so the run may be in progress; it verifies every checkpoint again
 """
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from ..training import metrics
+from ..training import metrics, parsing
 from ..training.checkpoints import ARRAYS, damage_of
 from . import run_directory
 from .command_line import error_exit
@@ -52,7 +51,7 @@ def report(workdir: Path, console: Console) -> int:
         files = [file for file in path.rglob("*") if file.is_file()]
         size = sum(file.stat().st_size for file in files)
         arrays = path / ARRAYS
-        count = len(json.loads(arrays.read_text())) if damage is None else "?"
+        count = len(parsing.read(arrays)) if damage is None else "?"
         loss = losses.get(int(path.name), "")
         table.add_row(
             *map(str, (path.name, f"{size:,}", len(files), count, loss, damage or "sound"))
