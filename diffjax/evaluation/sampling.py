@@ -322,7 +322,7 @@ def read(path: Path) -> tuple[data.Examples, dict[str, Any]]:
         settings = upgraded(parsing.parse(str(arrays["settings"])))
         if x.ndim < 2 or x.dtype not in (np.uint8, np.float32):
             raise ValueError(f"its samples are {x.dtype}{x.shape}")
-        if label is not None and (label.shape != x.shape[:1] or label.dtype.kind not in "iu"):
+        if label is not None and (label.ndim != 1 or label.dtype.kind not in "iu"):
             raise ValueError(f"its labels are {label.dtype}{label.shape}")
     except FileNotFoundError:
         raise
@@ -330,6 +330,7 @@ def read(path: Path) -> tuple[data.Examples, dict[str, Any]]:
         why = parsing.short(error)
         raise ValueError(f"{path} is not a file of sample.py: {why}") from error
     whole = len(x) == settings["n"] and np.array_equal(index, np.arange(len(x)))
+    whole = whole and (label is None or len(label) == len(x))
     # Version 0.1 stored no hash.
     if not whole or digest(x) != settings.get("sha256", digest(x)):
         raise ValueError(f"{path} is damaged: its samples are not those that were drawn; delete it")

@@ -400,6 +400,8 @@ def variant_of(config: Config, variant: str, **variants: Callable[[], Config]) -
 
 LONGEST = 64
 """The largest number of entries of a list in a file."""
+LONGEST_NAME = 500
+"""The largest number of letters of a name in a file."""
 RENAMED = {
     "low": "low_resolution",
     "augment": "max_cond_noise",
@@ -508,7 +510,11 @@ def _from_value(hint, value, name):
         scalar = (str, int, float, bool, type(None))
         if not isinstance(value, dict) or not all(isinstance(v, scalar) for v in value.values()):
             raise parsing.unlike(name, value, "an object of numbers and names")
+        if any(isinstance(v, str) and len(v) > LONGEST_NAME for v in (*value, *value.values())):
+            raise parsing.unlike(name, value, "shorter names")
         return value
+    if isinstance(value, str) and len(value) > LONGEST_NAME:
+        raise parsing.unlike(name, value, "a shorter name")
     if not parsing.of(value, *((int, float) if kind is float else (kind,))):
         raise parsing.unlike(name, value, kind.__name__)
     return value
