@@ -29,7 +29,7 @@ from diffjax.evaluation.command_line import parse_with_run
 from diffjax.evaluation.sampling import Drawing
 from diffjax.experiment.command_line import error_exit
 from diffjax.experiment.dataset import example_shape
-from diffjax.training import runners
+from diffjax.training import parsing, runners
 from diffjax.training.distributed import Distributed, failing_fast, setup
 from diffjax.training.files import digest, flatten, replacing, unequal, write_text
 
@@ -105,7 +105,7 @@ def open_parts(parts: Path, out: Path, settings: dict[str, Any]) -> int:
     if out.exists():
         found, done = sampling.read(out)[1], settings["n"]
     elif known.exists():
-        found = sampling.upgraded(json.loads(known.read_text()))
+        found = sampling.upgraded(parsing.read(known))
         done = sampling.count_parts(parts)
     else:
         found, done = settings, 0

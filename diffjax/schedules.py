@@ -35,6 +35,9 @@ from .types import Array, Real, Scalar, Time, known
 
 Scales = Callable[[Array], tuple[Array, Array]]
 
+LONGEST = 2**20
+"""The largest number of steps of discrete time; float32 hardly tells more times apart."""
+
 
 class Schedule(NamedTuple):
     """A noise schedule: two functions, and a pytree of their parameters.
@@ -459,8 +462,8 @@ def zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
 
 
 def _require_steps(steps):
-    if steps < 1:
-        raise ValueError(f"{steps=}: must be at least 1")
+    if not isinstance(steps, int | np.integer) or not 1 <= steps <= LONGEST:
+        raise ValueError(f"{steps=}: must be at least 1 and at most {LONGEST}, a whole number")
 
 
 def _require_decreasing(log_snr_min, log_snr_max):

@@ -1,11 +1,14 @@
 """Files of strangers: read without running them, or refused. Parity itself is in test_peers.py."""
 
+import contextlib
 import io
 import json
 import os
 import pickle
 import random
+import resource
 import sys
+import time
 import types
 import zipfile
 
@@ -189,6 +192,74 @@ def test_damage_is_a_plain_refusal(torch, tmp_path, write):
             refused.append(str(error))
     assert len(refused) > 100
     assert all("net.pt: not a readable file of PyTorch" in error for error in refused)
+
+
+LIST = b"\x80\x02(" + 100_000 * b"N" + b"lq\x00"
+BOMBS = {
+    "a large index of the memo": b"\x80\x02Nr\xff\xff\xff\x0f.",
+    "copies of a list": LIST + 4000 * b"ctorch\nSize\nh\x00\x85R" + b".",
+    "copies of arguments": LIST + b"ca\nb\nq\x01(" + 99_999 * b"N" + b"tq\x02"
+    b"" + 4000 * b"h\x01h\x02R" + b".",
+    "many classes": b"\x80\x02" + b"".join(b"ca\nc%d\n0" % i for i in range(10**5)) + b"N.",
+    "many sets": b"\x80\x04" + 10**6 * b"\x8f" + b".",
+    "a key that contains one tuple 2^60 times": b"\x80\x02}q\x00)" + 60 * b"2\x86" + b"Ns.",
+    "an array of bytes that is not there": b"\x80\x05\x96" + (2**33).to_bytes(8, "little") + b".",
+    "a frame that is not there": b"\x80\x04\x95" + (2**50).to_bytes(8, "little") + b".",
+    "bytes that are not there": b"\x80\x04\x8e" + (2**50).to_bytes(8, "little") + b".",
+}
+
+
+def files_in_files(depth):
+    """A pickle that reads itself, as bytes, a hundred times at each of some levels."""
+    inner = pickle.dumps(0, 2)
+    for _ in range(depth):
+        data = b"\x80\x03B" + len(inner).to_bytes(4, "little") + inner + b"q\x00"
+        calls = 100 * b"ctorch.storage\n_load_from_bytes\nh\x00\x85R0"
+        inner = data + calls + b"."
+    return inner
+
+
+BOMBS["files in files"] = files_in_files(6)
+
+
+@pytest.mark.parametrize("data", BOMBS.values(), ids=BOMBS)
+def test_a_small_file_costs_neither_memory_nor_time(tmp_path, data):
+    (tmp_path / "net.pt").write_bytes(data)
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    with contextlib.suppress(ValueError):
+        torchfile.read(tmp_path / "net.pt")
+    assert time.monotonic() < began + 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 300 * 2**10
+
+
+def test_objects_that_contain_one_another_twice_are_visited_once(tmp_path):
+    """2^100 modules, and as many tuples in an attribute that a message repeats."""
+    pairs: tuple = ()
+    for _ in range(100):
+        pairs = pairs, pairs
+    for net in (chain(100), chain(1, sigma_data=pairs), chain(1, name=pairs)):
+        (tmp_path / "edm.pkl").write_bytes(pickle.dumps({"ema": net}, 4))
+        with pytest.raises(ValueError, match=r"edm\.pkl"):
+            published.load(tmp_path / "edm.pkl")
+
+
+class Pickled:
+    """An object that is pickled as EDM's are: as a call with the metadata of its class."""
+
+    def __init__(self, **meta):
+        self.meta = meta
+
+    def __reduce__(self):
+        return types.SimpleNamespace, (self.meta,)
+
+
+def chain(depth, name="SongUNet", **state):
+    """A network in which each module has the next one as both of its parts."""
+    module = Pickled(class_name=name, state={})
+    for _ in range(depth):
+        parts = {"model": module, "b": module}
+        module = Pickled(class_name="SongUNet", state={"_modules": parts})
+    return Pickled(class_name="EDMPrecond", state={"_modules": {"model": module}} | state)
 
 
 def test_what_is_no_published_network_is_refused(torch, tmp_path):

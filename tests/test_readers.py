@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, example, given, settings, strategies as st
 from PIL import Image
 
 from diffjax import data
-from diffjax.data import images, readers
+from diffjax.data import images, limits, readers
+from diffjax.evaluation import sampling
 from test_data import idx_bytes, write_cifar, write_mnist
 
 HELD_OUT = next(f"{i}.png" for i in range(99) if images.held_out(f"{i}.png"))
@@ -77,6 +78,22 @@ READERS = {
     "folder": (read_folder, png_bytes()),
 }
 each = pytest.mark.parametrize(("read", "valid"), READERS.values(), ids=READERS)
+
+
+def npy_bytes(x):
+    file = io.BytesIO()
+    np.save(file, x)
+    return file.getvalue()
+
+
+def read_samples(path, raw):
+    (path / "generated.npz").write_bytes(raw)
+    return sampling.read(path / "generated.npz")[0].x
+
+
+def read_npy(path, raw):
+    (path / "part.npy").write_bytes(raw)
+    return limits.read_npy(path / "part.npy")
 
 
 def tried(read, path, raw):
@@ -147,6 +164,24 @@ def wide_png(side):
     return bytes(raw)
 
 
+def black_png(side):
+    """A PNG of side x side transparent pixels, of which each row shrinks to almost nothing."""
+    chunk = lambda kind, data: (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    )
+    head, packer = struct.pack(">IIBBBBB", side, side, 8, 6, 0, 0, 0), zlib.compressobj(9)
+    rows = b"".join([*(packer.compress(bytes(4 * side + 1)) for _ in range(side)), packer.flush()])
+    parts = chunk(b"IHDR", head), chunk(b"IDAT", rows), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def black_samples(count, x=None):
+    """A file of samples that shrink to almost nothing."""
+    x = x or claiming((count // 64, 8, 8), content=bytes(count // 64 * 64))
+    index, settings = npy_bytes(np.arange(4)), npy_bytes(np.array("{}"))
+    return zipped(**{"x.npy": x, "index.npy": index, "settings.npy": settings})
+
+
 BOMBS = {
     "idx": (
         read_idx,
@@ -170,6 +205,10 @@ BOMBS = {
     ),
     "npz that lies": (read_npz, lying_npz),
     "png": (read_folder, lambda: wide_png(60_000)),
+    "png of large transparent pixels": (read_folder, lambda: black_png(8000)),
+    "samples": (read_samples, lambda: black_samples(3 * 10**8)),
+    "samples header": (read_samples, lambda: black_samples(0, claiming((2**50,)))),
+    "npy header": (read_npy, lambda: claiming((2**50,))),
 }
 
 

@@ -6,6 +6,7 @@ import json
 import resource
 import shutil
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -193,3 +194,44 @@ def test_a_path_that_is_there_comes_before_a_name(monkeypatch, tmp_path, file):
     assert checkpoint.load("digits")[2] == weights.read(PRETRAINED["digits"])[1]
     shutil.copy(file, "digits")
     assert checkpoint.load("digits")[2] == weights.read(file)[1] != CONFIG
+
+
+ABSURD = {
+    "blocks": (lambda c: c["model"].update(blocks=10**6), "model.blocks=1000000: there are only"),
+    "blocks of 10^30": (lambda c: c["model"].update(blocks=10**30), "more than 64 bits"),
+    "levels": (lambda c: c["model"].update(mults=[1] * 10**5), "model.mults is .*at most 64"),
+    "width": (lambda c: c["model"].update(width=2**40), "net.safetensors"),
+    "table": (
+        lambda c: c.update(schedule="linear_betas", schedule_options={"steps": 2 * 10**8}),
+        "must be at least 1 and at most 1048576",
+    ),
+    "time steps": (lambda c: c.update(time_steps=2 * 10**8), "time_steps=200000000: must be at"),
+    "grid": (lambda c: c["sampling"].update(steps=10**12), "sampling.steps=.*must be at most"),
+    "shape": (lambda c: c["data"].update(shape=[2**20, 2**20, 1]), "data.shape=.*at most"),
+    "no shape": (lambda c: c["data"].update(shape=None), "data.shape is missing"),
+    "type": (lambda c: c["optimizer"].update(clip="x"), "optimizer.clip is 'x', need float"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), ABSURD.values(), ids=ABSURD)
+def test_absurd_numbers_are_refused_at_once(file, change, message):
+    rewrite(file, metadata=with_config(change))
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    with pytest.raises(ValueError, match=message):
+        weights.read(file)
+    assert time.monotonic() < began + 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 300 * 2**10
+
+
+def test_what_a_file_says_about_a_machine_is_not_used(file, tmp_path):
+    """Its path of data may be anything, and processes are started by the user alone."""
+
+    def of_another_machine(config):
+        config["data"].update(path=str(tmp_path / "pipe"), workers=64, name="folder")
+        config.update(parallel="sharded", fsdp=8, steps_per_call=2, writers=["wandb"])
+
+    rewrite(file, metadata=with_config(of_another_machine))
+    config, default = weights.read(file)[1], config_lib.Config()
+    assert (config.data.path, config.data.workers) == (None, 0)
+    for name in weights.MACHINE:
+        assert getattr(config, name) == getattr(default, name)

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from . import limits
 from .examples import Source
 from .workers import in_order
 
 READ = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 NOT_READ = (".avif", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".psd", ".svg", ".tif", ".tiff")
-LARGEST = 2**26  # the largest number of pixels of an image
 UNREADABLE = ("refuse", "skip")
 CHUNK = 64  # files that one task decodes
 
@@ -208,7 +208,8 @@ def read(file: Path, side: int | None = None, channels: int | None = None) -> np
       channels: 1 (grey) or 3 (RGB); None is grey if the image is grey.
 
     Raises:
-      UnreadableError: if the file is not an image, or has more than `LARGEST` pixels.
+      UnreadableError: if the file is not an image, or decoding it takes more bytes than
+        `limits.IMAGE`.
     """
     try:
         if file.suffix.lower() in NOT_READ:
@@ -216,8 +217,10 @@ def read(file: Path, side: int | None = None, channels: int | None = None) -> np
         if not file.is_file():  # opening a pipe would wait for ever
             raise ValueError("not a regular file")
         with Image.open(file, formats=("PNG", "JPEG", "WEBP", "BMP")) as image:
-            if image.width * image.height > LARGEST:
-                raise ValueError(f"{image.width} x {image.height} pixels, more than {LARGEST}")
+            # Four copies of an image with transparency, of 4 bytes per pixel, and two of others.
+            most = limits.IMAGE // (16 if image.has_transparency_data else 8)
+            if image.width * image.height > most:
+                raise ValueError(f"{image.width} x {image.height} pixels, more than {most}")
             return _pixels(image, side, channels)
     except Exception as error:  # untrusted input may raise anything
         raise UnreadableError(f"{file}: not a readable image ({error})") from error

@@ -1,18 +1,18 @@
 """Readers of files of arrays: each returns ((x, label), (x, label)), for training and held out.
 
 Files are untrusted input: no code in them is run (no pickles), the sizes in their headers are
-checked against the file's size before memory is allocated, and every defect raises a ValueError
-that names the file.
+checked against the file's size before memory is allocated (`limits`), and every defect raises a
+ValueError that names the file.
 """
 
 import gzip
 import math
-import zipfile
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
+from . import limits
 from .examples import Source
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -73,43 +73,10 @@ def npz(path: Path | None) -> tuple:
     if path is None or not path.is_file():
         raise FileNotFoundError(f"npz: --config.data.path={path} must be the archive's path")
     try:
-        with zipfile.ZipFile(path) as archive:
-            found = {f.filename.removesuffix(".npy"): f for f in archive.infolist()}
-            missing = {"x_train", "x_test"} - set(found)
-            if missing:
-                raise ValueError(f"has arrays {sorted(found)}, lacks {sorted(missing)}")
-            wanted = {"x_train", "x_test", "y_train", "y_test"} & set(found)
-            claimed = sum(found[name].file_size for name in wanted)
-            _refuse_bomb("its arrays", claimed, path.stat().st_size)
-            arrays = {name: _member(archive, found[name]) for name in wanted}
+        arrays = limits.read_npz(path, ("x_train", "x_test"), ("y_train", "y_test"))
     except Exception as error:  # untrusted input may raise anything
         raise ValueError(f"{path}: not a readable npz archive ({error})") from error
     return tuple((_channels(arrays[f"x_{p}"]), arrays.get(f"y_{p}")) for p in ("train", "test"))
-
-
-def _member(archive, info):
-    """An array of a zip file, whose header is checked first."""
-    with archive.open(info) as file:
-        version = np.lib.format.read_magic(file)
-        read_header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, fortran, dtype = read_header(file)
-        start = file.tell()
-        if dtype.hasobject:
-            raise ValueError(f"{info.filename} holds Python objects, which are never read")
-        if start + math.prod(shape) * dtype.itemsize != info.file_size:
-            raise ValueError(f"{info.filename}: {info.file_size} bytes are not a {dtype}{shape}")
-        flat = np.frombuffer(file.read(), dtype)
-    return flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
-
-
-def _refuse_bomb(name, size, packed):
-    # Compression shrinks pixels to about a tenth, but black ones to a thousandth, so allow a
-    # megabyte of those.
-    if size > 100 * packed + 2**20:
-        raise ValueError(f"{name}: {packed} compressed bytes claim to hold {size}: refused")
 
 
 _IDX_FILES = [
@@ -151,7 +118,7 @@ def read_idx(path: Path) -> np.ndarray:
                 raise ValueError(f"not an IDX file of unsigned bytes (starts with {magic!r})")
             shape = np.frombuffer(file.read(4 * magic[3]), ">u4").tolist()
             size = math.prod(shape)
-            _refuse_bomb("its header", size, path.stat().st_size)
+            limits.refuse_bomb("its header", size, path.stat().st_size)
             data = file.read(size + 1)
             if len(shape) != magic[3] or len(data) != size:
                 raise ValueError(f"{len(data)} bytes or more, not the {shape} it declares")

@@ -1,6 +1,5 @@
 """The results of evaluate.py, as lines for one run, or as a table and a figure for several runs."""
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.table import Table
 
 from .. import plots
+from ..training import parsing
 from ..training.files import flatten
 from .distances import METRICS
 
@@ -88,7 +88,7 @@ def read(runs: Iterable[Path]) -> dict[str, Result]:
                 f"no {path}: python evaluate.py --workdir={path.parent} writes it"
             )
         try:
-            results[str(run)] = flatten(json.loads(path.read_text()))
+            results[str(run)] = _checked(flatten(parsing.read(path)))
         except ValueError as error:
             raise ValueError(f"{path} is not a file of evaluate.py: {error}") from error
 
@@ -103,6 +103,16 @@ def read(runs: Iterable[Path]) -> dict[str, Result]:
     if differences:
         raise ValueError("these runs cannot be compared:\n  " + "\n  ".join(differences))
     return results
+
+
+def _checked(result):
+    """An evaluation, if its numbers are numbers, and its settings can be compared."""
+    for name, measure in MEASURES.items():
+        for part in {name, measure.error} & result.keys():
+            parsing.field(result, part, int, float)
+        for condition in {*measure.conditions} & result.keys():
+            parsing.field(result, condition, str, int, float, bool, type(None))
+    return result
 
 
 def best(results: dict[str, Result], name: str) -> float | None:

@@ -8,8 +8,6 @@ product depends on the size of the matrix, and would otherwise depend on the num
 import dataclasses
 import functools
 import json
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,10 +20,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from .. import data, keys, samplers
+from ..data import limits
 from ..experiment import Config, Experiment, Walk, config as config_lib, resolve
+from ..experiment.config import known_name
 from ..experiment.functions import conditioned
 from ..process import prior_sample
 from ..super_resolution import enlarge, psnr, shrink
+from ..training import parsing
 from ..training.files import digest, file_digest, replacing, write_text
 from ..training.runners import Runner, in_batches
 from ..types import Data, LearnedPrediction
@@ -288,14 +289,21 @@ def read_parts(parts: Path) -> Iterator[np.ndarray]:
         if part["start"] != done or not file.is_file() or file_digest(file) != part["sha256"]:
             return
         done = part["stop"]
-        yield np.load(file)
+        yield limits.read_npy(file)
 
 
 def _manifest(parts):
     try:
-        found = json.loads((parts / MANIFEST).read_text())
-        return {k: v for k, v in found.items() if {"start", "stop", "sha256"} <= v.keys()}
-    except (FileNotFoundError, ValueError, AttributeError):
+        found = parsing.read(parts / MANIFEST)
+        types = {"start": int, "stop": int, "sha256": str}
+        return {
+            name: part
+            for name, part in found.items()
+            if isinstance(part, dict)
+            and all(parsing.of(part.get(key), kind) for key, kind in types.items())
+            and Path(name).name == name
+        }
+    except (FileNotFoundError, ValueError):
         return {}  # there is none, or it was damaged: its samples are drawn again
 
 
@@ -309,15 +317,20 @@ def read(path: Path) -> tuple[data.Examples, dict[str, Any]]:
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a file of sample.py: it is not a regular file")
     try:
-        with np.load(path) as file:
-            x, index, label = file["x"], file["index"], file.get("label")
-            settings = upgraded(json.loads(str(file["settings"])))
-    except (
-        *(ValueError, KeyError, TypeError, AttributeError, EOFError),
-        *(zipfile.BadZipFile, zlib.error),
-    ) as error:
-        raise ValueError(f"{path} is not a file of sample.py: {error}") from error
+        arrays = limits.read_npz(path, ("x", "index", "settings"), ("label",))
+        x, index, label = arrays["x"], arrays["index"], arrays.get("label")
+        settings = upgraded(parsing.parse(str(arrays["settings"])))
+        if x.ndim < 2 or x.dtype not in (np.uint8, np.float32):
+            raise ValueError(f"its samples are {x.dtype}{x.shape}")
+        if label is not None and (label.ndim != 1 or label.dtype.kind not in "iu"):
+            raise ValueError(f"its labels are {label.dtype}{label.shape}")
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # untrusted input may raise anything
+        why = parsing.short(error)
+        raise ValueError(f"{path} is not a file of sample.py: {why}") from error
     whole = len(x) == settings["n"] and np.array_equal(index, np.arange(len(x)))
+    whole = whole and (label is None or len(label) == len(x))
     # Version 0.1 stored no hash.
     if not whole or digest(x) != settings.get("sha256", digest(x)):
         raise ValueError(f"{path} is damaged: its samples are not those that were drawn; delete it")
@@ -326,7 +339,10 @@ def read(path: Path) -> tuple[data.Examples, dict[str, Any]]:
 
 def upgraded(settings: dict[str, Any]) -> dict[str, Any]:
     """Convert `settings` of this or an earlier version to the form that this version writes."""
-    config = config_lib.from_tree(settings["config"])
+    parsing.field(settings, "n", int)
+    parsing.field(settings, "parameters", dict)
+    config = config_lib.from_tree(parsing.field(settings, "config", dict))
+    known_name("sampler", samplers.SAMPLERS, config.sampling.sampler)
     return settings | _as_json(_walk_settings(config) | {"config": config_lib.to_tree(config)})
 
 

@@ -8,6 +8,8 @@ across sections are in `rules`, and `functions.resolve` turns names into functio
 import contextlib
 import dataclasses
 import json
+import math
+import types
 import typing
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,8 +22,9 @@ from ..data.images import UNREADABLE
 from ..guidance import GUIDANCES
 from ..models import MODELS, ModelConfig, UNetConfig, name_of
 from ..samplers import SAMPLERS, TIMES
-from ..schedules import SCHEDULES
+from ..schedules import LONGEST as LONGEST_GRID, SCHEDULES
 from ..targets import TARGETS
+from ..training import parsing
 from ..training.files import flatten, unequal
 from ..training.runners import RUNNERS
 from ..training.writers import WRITERS
@@ -31,6 +34,10 @@ if TYPE_CHECKING:
     Model = ModelConfig
 else:  # tyro and `from_json` choose among the configs in the table
     Model = Union[tuple(row.config for row in MODELS.values())]  # noqa: UP007
+
+
+LARGEST = 2**28
+"""The largest number of elements of an example."""
 
 
 def one_of(table: Iterable[str]) -> Any:
@@ -165,6 +172,12 @@ class Data:
         """Raise a ValueError if the section is impossible whatever the other sections are."""
         known_name("data set", DATASETS, self.name)
         check_workers(self.workers)
+        if self.shape is not None and not (
+            min(self.shape, default=0) >= 1 and math.prod(self.shape) <= LARGEST
+        ):
+            raise ValueError(
+                f"data.shape={self.shape}: need axes of at least 1, and {LARGEST} numbers at most"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +250,8 @@ class Walk:
         if self.times is not None:
             known_name("times", TIMES, self.times)
         at_least(self, "sampling.", steps=1)
+        if self.steps > LONGEST_GRID:
+            raise ValueError(f"sampling.steps={self.steps}: must be at most {LONGEST_GRID}")
 
     @property
     def grid(self) -> str:
@@ -383,6 +398,10 @@ def variant_of(config: Config, variant: str, **variants: Callable[[], Config]) -
     return variants[variant]()
 
 
+LONGEST = 64
+"""The largest number of entries of a list in a file."""
+LONGEST_NAME = 500
+"""The largest number of letters of a name in a file."""
 RENAMED = {
     "low": "low_resolution",
     "augment": "max_cond_noise",
@@ -412,19 +431,22 @@ def from_json(text: str) -> Config:
     """The config that `to_json` wrote, in this version or an earlier one.
 
     Raises:
-      ValueError: if a field is unknown.
+      ValueError: if it is not JSON, or a field is unknown or of another type; names the field.
     """
-    return from_tree(json.loads(text))
+    return from_tree(parsing.parse(text))
 
 
-def from_tree(tree: dict[str, Any]) -> Config:
+def from_tree(tree: Any) -> Config:
     """The config of a tree of JSON values; see `from_json`."""
+    if not isinstance(tree, dict):
+        raise parsing.unlike("the config", tree, "an object")
     tree = _upgraded(tree)
-    model = dict(tree.pop("model"))
-    kind = model.pop("kind")
+    model = parsing.field(tree, "model", dict)
+    kind = parsing.field(model, "kind", str)
     known_name("model", MODELS, kind)
-    config = _from_dict(Config, tree)
-    return dataclasses.replace(config, model=_from_dict(MODELS[kind].config, model))
+    config = _from_dict(Config, {k: v for k, v in tree.items() if k != "model"})
+    model = {k: v for k, v in model.items() if k != "kind"}
+    return dataclasses.replace(config, model=_from_dict(MODELS[kind].config, model, "model."))
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -445,31 +467,54 @@ def _upgraded(tree):
     for old, new in RENAMED.items():
         section, _, name = old.rpartition(".")
         place = tree.get(section, {}) if section else tree
-        if name in place:
+        if isinstance(place, dict) and name in place:
             place[new.rpartition(".")[2]] = place.pop(name)
     kinds = {row.config.__name__: name for name, row in MODELS.items()}
-    tree["model"]["kind"] = kinds.get(tree["model"]["kind"], tree["model"]["kind"])
-    guidance = tree.get("sampling", {}).get("guidance", ())
-    if isinstance(guidance, int | float):  # version 0.1 knew only a weight
-        tree["sampling"]["guidance"] = as_chain([guidance])
+    model, sampling = tree.get("model"), tree.get("sampling")
+    if isinstance(model, dict) and isinstance(model.get("kind"), str):
+        model["kind"] = kinds.get(model["kind"], model["kind"])
+    if isinstance(sampling, dict) and parsing.of(sampling.get("guidance"), int, float):
+        # Version 0.1 knew only a weight.
+        sampling["guidance"] = as_chain([sampling["guidance"]])
     return tree
 
 
-def _from_dict(cls, tree):
+def _from_dict(cls, tree, prefix=""):
+    """A dataclass with the fields of an object of JSON; `prefix` is that of their full names."""
     hints = typing.get_type_hints(cls)
-    known = {field.name for field in dataclasses.fields(cls)}
-    unknown = set(tree) - known
-    if unknown:
-        raise ValueError(f"{cls.__name__} has no field {', '.join(sorted(unknown))}")
-    return cls(**{name: _from_value(hints[name], value) for name, value in tree.items()})
+    parsing.only(tree, (field.name for field in dataclasses.fields(cls)), cls.__name__)
+    return cls(**{k: _from_value(hints[k], v, prefix + k) for k, v in tree.items()})
 
 
-def _from_value(hint, value):
+def _from_value(hint, value, name):
+    """A value of JSON as a field of this type has it."""
     if dataclasses.is_dataclass(hint):
-        return _from_dict(hint, value)
-    kinds = (hint, *typing.get_args(hint))
-    if any(typing.get_origin(kind) is tuple for kind in kinds) and value is not None:
-        return tuple(value)
-    if Path in kinds and value is not None:
-        return Path(value)
+        if not isinstance(value, dict):
+            raise parsing.unlike(name, value, "an object")
+        return _from_dict(hint, value, f"{name}.")
+    # Either one type, or one and None.
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    kind = kinds[0]
+    if kind is Path:
+        if isinstance(value, str) and "\0" not in value:
+            return Path(value)
+        raise parsing.unlike(name, value, "a path")
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple) or len(value) > LONGEST:
+            raise parsing.unlike(name, value, f"a list of at most {LONGEST} entries")
+        item = typing.get_args(kind)[0]
+        return tuple(_from_value(item, part, f"{name}[{i}]") for i, part in enumerate(value))
+    if typing.get_origin(kind) is dict:
+        scalar = (str, int, float, bool, type(None))
+        if not isinstance(value, dict) or not all(isinstance(v, scalar) for v in value.values()):
+            raise parsing.unlike(name, value, "an object of numbers and names")
+        if any(isinstance(v, str) and len(v) > LONGEST_NAME for v in (*value, *value.values())):
+            raise parsing.unlike(name, value, "shorter names")
+        return value
+    if isinstance(value, str) and len(value) > LONGEST_NAME:
+        raise parsing.unlike(name, value, "a shorter name")
+    if not parsing.of(value, *((int, float) if kind is float else (kind,))):
+        raise parsing.unlike(name, value, kind.__name__)
     return value

@@ -7,7 +7,6 @@ It only reads, so the run may be in progress; it verifies every checkpoint again
 
 import contextlib
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from ..training import metrics
+from ..training import metrics, parsing
 from ..training.checkpoints import ARRAYS, damage_of
 from . import run_directory
 from .command_line import error_exit
@@ -51,7 +50,7 @@ def report(workdir: Path, console: Console) -> int:
         with contextlib.suppress(FileNotFoundError):  # the run may delete it meanwhile
             damage = damage_of(path)
             sizes = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
-            count = len(json.loads((path / ARRAYS).read_text())) if damage is None else "?"
+            count = len(parsing.read(path / ARRAYS)) if damage is None else "?"
             path.stat()
             loss = losses.get(int(path.name), "")
             row = path.name, f"{sum(sizes):,}", len(sizes), count, loss, damage or "sound"

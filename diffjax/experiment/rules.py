@@ -8,7 +8,7 @@ import inspect
 import math
 
 from ..data import Examples
-from ..schedules import SCHEDULES
+from ..schedules import LONGEST, SCHEDULES
 from ..targets import row
 from ..training import writers
 from ..training.runners import RUNNERS
@@ -36,6 +36,10 @@ def check(config: Config) -> None:
     at_least(c, steps=1, steps_per_call=1, log_every=1, eval_every=1, sample_every=1, save_every=1)
     at_least(c, keep=1, keep_every=1, keep_best=0, skip_nonfinite=0, time_steps=1)
     require(
+        (
+            c.time_steps is None or c.time_steps <= LONGEST,
+            f"time_steps={c.time_steps}: must be at most {LONGEST}",
+        ),
         (0 <= c.ema < 1, f"ema={c.ema}: must be in [0, 1)"),
         (0 <= c.seed < 2**32, f"seed={c.seed}: must be in [0, 2**32)"),
         (0 <= c.label_drop < 1, f"label_drop={c.label_drop}: must be in [0, 1)"),

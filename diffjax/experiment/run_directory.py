@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..training import checkpoints
+from ..training import checkpoints, parsing
 from ..training.checkpoints import Checkpoints
 from ..training.files import Lock, flatten, unequal, write_text
 from . import config as config_lib
@@ -70,13 +70,13 @@ def read_config(workdir: Path) -> Config:
     )
     if path.is_file():
         try:
-            return config_lib.from_json(path.read_text())
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            why = ValueError(f"{path} is not a config of this diffjax: {error!r}")
+            return config_lib.from_tree(parsing.read(path))
+        except ValueError as error:
+            why = ValueError(f"{path} is not a config of this diffjax: {parsing.short(error)}")
             why.__cause__ = error
     for checkpoint in reversed(list_checkpoints(workdir)):
-        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
-            config = config_lib.from_tree(checkpoints.read_seal(checkpoint).about["config"])
+        with contextlib.suppress(ValueError):
+            config = config_lib.from_tree(checkpoints.read_seal(checkpoint).about.get("config"))
             print(f"{why}; read from {checkpoint} instead", flush=True)
             return config
     raise why

@@ -24,6 +24,11 @@ class ModelConfig(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
+    def blocks(self) -> int:
+        """Residual blocks, of each level if there are several."""
+        ...
+
+    @property
     def dropout(self) -> float:
         """Probability of dropping an activation."""
         ...

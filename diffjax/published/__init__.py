@@ -46,5 +46,10 @@ def load(path: Path | str) -> tuple[Any, Config]:
         raise ValueError(f"{path}: can read a folder of diffusers, a .pt of OpenAI, a .pkl of EDM")
     try:
         return READERS[kind](path)
-    except (AttributeError, IndexError, KeyError, RecursionError, TypeError) as error:
-        raise ValueError(f"{path} is not the network it is taken for: {error!r}") from error
+    except OSError:
+        raise
+    except Exception as error:  # untrusted input may raise anything
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        why = f"{error!r}"[:600]
+        raise ValueError(f"{path} is not the network it is taken for: {why}") from error

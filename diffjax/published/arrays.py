@@ -45,6 +45,7 @@ def convert(where: Path, state: dict[str, Any], config: Config, names: Names) ->
       ValueError: if an array is missing, left over or of another shape; the message lists the first
         few.
     """
+    weights.refuse_larger(config, len(state))
     left, flat, wrong = dict(state), {}, []
     for path, like in weights.expected(config).items():
         module, _, leaf = path.rpartition("/")

@@ -5,7 +5,6 @@ a pipeline they are in the sub-folders unet/ and scheduler/.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import safetensors.numpy
 
 from ..experiment import Config, Data, Sampling
 from ..models import UNetConfig
+from ..training import parsing
 from . import torchfile
 from .arrays import Names, convert, unet
 
@@ -207,10 +207,4 @@ def _state(folder):
 
 
 def _json(path):
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds {type(found).__name__}, need an object")
-    return found
+    return parsing.read(path)

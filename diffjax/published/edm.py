@@ -7,6 +7,7 @@ extracted, and their names and shapes determine the architecture.
 
 import math
 import re
+import reprlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,7 +92,7 @@ def load(path: Path) -> tuple[Any, Config]:
     for name, value in PRECONDITIONINGS[outer].numbers.items():
         has = _state(net).get(name, value)
         if has != value:
-            raise ValueError(f"{path}: {outer} with {name}={has}, need {value}")
+            raise ValueError(f"{path}: {outer} with {name}={reprlib.repr(has)}, need {value}")
     state = {name.removeprefix("model."): value for name, value in _arrays(net).items()}
     config = make_config(path, state, outer, inner)
     names = Names(modules(config), LAYERS, "hck", cos_first=inner == "DhariwalUNet")
@@ -196,10 +197,11 @@ def _state(net):
     return state if isinstance(state, dict) else {}
 
 
-def _class(net) -> Any:
+def _class(net) -> str:
     """The name of a module's class, or of the type of any other object."""
     meta = net.args[0] if isinstance(net, torchfile.Record) and net.args else {}
-    return meta.get("class_name") if isinstance(meta, dict) else type(net).__name__
+    name = meta.get("class_name") if isinstance(meta, dict) else None
+    return name if isinstance(name, str) else type(net).__name__
 
 
 def _modules(net):
@@ -207,11 +209,19 @@ def _modules(net):
     return found if isinstance(found, dict) else {}
 
 
-def _arrays(net, prefix=""):
-    """The parameters and buffers of a module, by their names in its state dict."""
+def _arrays(net, prefix="", seen=None):
+    """The parameters and buffers of a module, by their names in its state dict.
+
+    A module that is found a second time is left out: no network of EDM shares one, and a file in
+    which each of many modules contains the next one twice would never end.
+    """
+    seen = set() if seen is None else seen
+    if id(net) in seen:
+        return {}
+    seen.add(id(net))
     state = _state(net)
     own = {**state.get("_parameters", {}), **state.get("_buffers", {})}
     found = {prefix + name: value for name, value in own.items() if isinstance(value, np.ndarray)}
     for name, module in _modules(net).items():
-        found |= _arrays(module, f"{prefix}{name}.")
+        found |= _arrays(module, f"{prefix}{name}.", seen)
     return found

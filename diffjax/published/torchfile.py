@@ -4,11 +4,15 @@ A pickle is a program: it names functions and calls them. This reader replaces e
 `Record`, which stores the arguments of the call, except for the few in `KNOWN`, which rebuild
 tensors. Three formats are read: the zip files of `torch.save`, its older streams (before PyTorch
 1.6), and plain pickles that contain such streams, as EDM's do.
+
+A short pickle can also describe objects that take much memory or time. Each operation of a file,
+and each copy that it causes, is therefore charged to a `Budget`, which grows with the file's size.
 """
 
 import io
 import math
 import pickle
+import reprlib
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +36,29 @@ DTYPES = {
     "BoolStorage": "?",
 }
 """NumPy dtypes of PyTorch's storages."""
+OBJECT = 200
+"""What an operation or an object is charged, in bytes."""
+
+
+class Budget:
+    """The memory that reading a file may take, in bytes, as an estimate.
+
+    Args:
+      size: the size of the file.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.left = 2**27 + 4 * size
+
+    def spend(self, count: int) -> None:
+        """Charge a number of bytes.
+
+        Raises:
+          ValueError: if more are charged than there are.
+        """
+        self.left -= count
+        if self.left < 0:
+            raise ValueError("it describes far more objects than a file of its size should")
 
 
 class Record:
@@ -44,12 +71,14 @@ class Record:
     """
 
     path = ""
+    budget: Budget
     args: tuple
     state: Any
 
     def __new__(cls, *args: Any) -> Any:
+        cls.budget.spend(OBJECT + 8 * len(args))
         if cls.path in KNOWN:
-            return KNOWN[cls.path](*args)
+            return KNOWN[cls.path](cls.budget, *args)
         self = super().__new__(cls)
         self.args, self.state = args, None
         return self
@@ -58,8 +87,17 @@ class Record:
         self.state = state
 
 
+PLAIN = (str, bytes, int, float, type(None), type, Record)
+"""The types of the keys of dicts, or of the parts of such a key."""
+
+
 class Dict(dict):
-    """A dictionary that can have attributes, as PyTorch's state dicts have."""
+    """A dictionary that can have a state, as PyTorch's state dicts have."""
+
+    state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state  # the default would copy it
 
 
 def read(path: Path | str) -> Any:
@@ -73,28 +111,99 @@ def read(path: Path | str) -> Any:
     with path.open("rb") as file:
         try:
             is_zip = zipfile.is_zipfile(file)
+            budget = Budget(file.seek(0, io.SEEK_END))
             file.seek(0)
-            return _zip(file) if is_zip else _stream(file)
+            return _zip(file, budget) if is_zip else _stream(file, budget)
         except Exception as error:  # untrusted input may raise anything
-            raise ValueError(f"{path}: not a readable file of PyTorch ({error!r})") from error
+            why = f"{error!r}"[:200]
+            raise ValueError(f"{path}: not a readable file of PyTorch ({why})") from error
 
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file, storage: Callable[[Any, str, int], np.ndarray] | None = None) -> None:
-        super().__init__(file)
-        self.storage = storage
+class _Operations(dict):
+    """The operations of a pickle, by their codes; each use of one is charged."""
+
+    def __init__(self, budget: Budget) -> None:
+        super().__init__(pickle._Unpickler.dispatch)
+        self.budget = budget
+        del self[pickle.BYTEARRAY8[0]]  # it allocates what it claims, and PyTorch does not write it
+        for codes in (pickle.SETITEM, pickle.SETITEMS, pickle.ADDITEMS, pickle.FROZENSET):
+            self[codes[0]] = _with_checked_keys(self[codes[0]], codes)
+
+    def __getitem__(self, code):
+        self.budget.spend(OBJECT)
+        return super().__getitem__(code)
+
+
+def _with_checked_keys(operation, codes):
+    """The operation, after a check of the keys that it hashes.
+
+    The hash of a tuple that contains one tuple twice, and so on, would take for ever.
+    """
+
+    def checked(unpickler):
+        stack = unpickler.stack
+        if codes == pickle.SETITEM:
+            keys = stack[-2:-1]
+        else:
+            keys = stack[::2] if codes == pickle.SETITEMS else stack
+        _check_keys(unpickler.budget, keys)
+        operation(unpickler)
+
+    return checked
+
+
+def _check_keys(budget, keys):
+    for key in keys:
+        parts = key if type(key) is tuple else (key,)
+        budget.spend(8 * len(parts))
+        if not all(isinstance(part, PLAIN) for part in parts):
+            raise ValueError(f"a key is of the type {type(key).__name__}")
+
+
+class _Whole:
+    """A file that is asked for no more bytes than it has; else they would be allocated first."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        here = file.tell()
+        size = file.seek(0, io.SEEK_END)
+        file.seek(here)
+        self._read, self.size, self.readline = file.read, size, file.readline
+
+    def read(self, count: int) -> bytes:
+        """Read as many bytes, or fewer at the end of the file."""
+        if count > self.size:
+            raise EOFError(f"{count} bytes are more than there are")
+        return self._read(count)
+
+
+# The unpickler that is written in Python can count its operations, and its memo is a dict; that of
+# the one in C is an array, as long as the largest index in the file.
+class _Unpickler(pickle._Unpickler):
+    def __init__(
+        self,
+        file: BinaryIO,
+        budget: Budget,
+        storage: Callable[[Any, str, int], np.ndarray] | None = None,
+    ) -> None:
+        super().__init__(_Whole(file))
+        self.storage, self.budget, self.dispatch = storage, budget, _Operations(budget)
+        self.classes: dict[str, type] = {}
 
     def find_class(self, module, name):
-        return type(name, (Record,), {"path": f"{module}.{name}"})
+        path = f"{module}.{name}"
+        if path not in self.classes:
+            self.budget.spend(2000 + len(path))
+            self.classes[path] = type(name, (Record,), {"path": path, "budget": self.budget})
+        return self.classes[path]
 
     def persistent_load(self, pid):
         what, kind, key, _, size, *_ = pid
-        if what != "storage" or self.storage is None:
-            raise pickle.UnpicklingError(f"{what!r} is not a storage of this file")
+        if what != "storage" or self.storage is None or not isinstance(key, str):
+            raise pickle.UnpicklingError(f"{reprlib.repr(what)} is not a storage of this file")
         return self.storage(np.dtype(DTYPES[kind.__name__]), key, size)
 
 
-def _zip(file: BinaryIO) -> Any:
+def _zip(file: BinaryIO, budget: Budget) -> Any:
     with zipfile.ZipFile(file) as archive:
         members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
@@ -105,21 +214,23 @@ def _zip(file: BinaryIO) -> Any:
 
         def storage(dtype, key, size):
             if key not in storages:
+                budget.spend(members[f"data/{key}"].file_size)
                 storages[key] = np.frombuffer(archive.read(members[f"data/{key}"]), dtype)
             if len(storages[key]) != size or storages[key].dtype != dtype:
                 raise ValueError(f"storage {key} is not {size} x {dtype}")
             return storages[key]
 
-        return _Unpickler(io.BytesIO(archive.read(members["data.pkl"])), storage).load()
+        pickled = io.BytesIO(archive.read(members["data.pkl"]))
+        return _Unpickler(pickled, budget, storage).load()
 
 
-def _stream(file: BinaryIO) -> Any:
-    first = _Unpickler(file).load()
+def _stream(file: BinaryIO, budget: Budget) -> Any:
+    first = _Unpickler(file, budget).load()
     if not isinstance(first, int) or first != MAGIC:
         return first  # a plain pickle
-    version, system = _Unpickler(file).load(), _Unpickler(file).load()
+    version, system = (_Unpickler(file, budget).load() for _ in range(2))
     if version != 1001 or not system["little_endian"]:
-        raise ValueError(f"version {version} of {system}")
+        raise ValueError(f"version {reprlib.repr(version)} of {reprlib.repr(system)}")
     storages: dict[str, np.ndarray] = {}
     here = file.tell()
     left = file.seek(0, io.SEEK_END) - here
@@ -131,11 +242,12 @@ def _stream(file: BinaryIO) -> Any:
             left -= size * dtype.itemsize
             if size < 0 or left < 0:
                 raise ValueError(f"storage {key} claims to be {size} x {dtype}")
+            budget.spend(size * dtype.itemsize)
             storages[key] = np.empty(size, dtype)  # its numbers come after the pickle
         return storages[key]
 
-    found = _Unpickler(file, storage).load()
-    for key in _Unpickler(file).load():
+    found = _Unpickler(file, budget, storage).load()
+    for key in _Unpickler(file, budget).load():
         array = storages[key]
         if int.from_bytes(file.read(8), "little") != len(array):
             raise ValueError(f"storage {key} is not of {len(array)} numbers")
@@ -143,10 +255,12 @@ def _stream(file: BinaryIO) -> Any:
     return found
 
 
-def _tensor(storage, offset, size, strides, *_):
+def _tensor(_, storage, offset, size, strides, *__):
     """A view of a storage, which must contain all of the view."""
     if not isinstance(storage, np.ndarray):
         raise ValueError(f"a tensor of {type(storage).__name__}")
+    if len(size) > 32 or not all(type(n) is int and n < 2**62 for n in (offset, *size, *strides)):
+        raise ValueError("a tensor of more than 32 axes, or whose axes are no lengths")
     if min((offset, *size, *strides), default=0) < 0 or len(size) != len(strides):
         raise ValueError(f"a tensor {size} with strides {strides} from {offset}")
     count = math.prod(size)
@@ -159,12 +273,26 @@ def _tensor(storage, offset, size, strides, *_):
     return np.lib.stride_tricks.as_strided(storage[offset:], size, steps)
 
 
+def _copied(kind):
+    """A maker of a dict or tuple, which charges for what it copies."""
+
+    def copied(budget, items=()):
+        if not isinstance(items, list | tuple | dict):
+            raise ValueError(f"a {kind.__name__} of {type(items).__name__}")
+        budget.spend(OBJECT * len(items))
+        if kind is Dict and not isinstance(items, dict):  # Python 2 wrote lists of pairs
+            _check_keys(budget, [key for key, _ in items])
+        return kind(items)
+
+    return copied
+
+
 KNOWN: dict[str, Callable] = {
-    "collections.OrderedDict": Dict,
-    "dnnlib.util.EasyDict": Dict,
-    "torch.Size": tuple,
+    "collections.OrderedDict": _copied(Dict),
+    "dnnlib.util.EasyDict": _copied(Dict),
+    "torch.Size": _copied(tuple),
     "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_parameter": lambda data, *_: data,
-    "torch.storage._load_from_bytes": lambda data: _stream(io.BytesIO(data)),
+    "torch._utils._rebuild_parameter": lambda _, data, *__: data,
+    "torch.storage._load_from_bytes": lambda budget, data: _stream(io.BytesIO(data), budget),
 }
 """All the functions that a file can call."""

@@ -20,9 +20,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ..experiment import Config, config as config_lib, resolve
 from ..experiment.dataset import example_shape
+from ..training import parsing
 from ..training.files import digest, replacing, unequal
 
 CONFIG, SEAL = "diffjax.config", "diffjax.sha256"
+MACHINE = ("parallel", "fsdp", "steps_per_call", "writers")
+"""Fields of the config that are about the machine of a run; a file's values are not used."""
 
 
 def save(path: Path | str, params: Any, config: Config) -> None:
@@ -62,7 +65,12 @@ def read(path: Path | str) -> tuple[Any, Config]:
     path = Path(path)
     with _opened(path) as (file, config, seal), _readable(path):
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    _refuse_others(path, arrays, config)
+    try:
+        _refuse_others(path, arrays, config)
+    except ValueError:
+        raise
+    except Exception as error:  # the shapes of the config may be too large for JAX
+        raise ValueError(f"{path} has a config that makes no network: {error!r:.200}") from error
     params = unflatten_dict(arrays, sep="/")
     if digest(params) != seal:
         raise ValueError(f"{path} is damaged: its arrays have changed")
@@ -91,9 +99,12 @@ def _opened(path: Path) -> Iterator[tuple[Any, Config, str | None]]:
         if CONFIG not in metadata:
             raise ValueError(f"{path} holds no config: diffjax has not written it")
         try:
-            config = resolve(config_lib.from_json(metadata[CONFIG])).config
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} has no config of this diffjax: {error!r}") from error
+            config = _of_network(config_lib.from_json(metadata[CONFIG]))
+            refuse_larger(config, len(file.keys()))
+            config = resolve(config).config
+        except ValueError as error:
+            why = parsing.short(error)
+            raise ValueError(f"{path} has no config of this diffjax: {why}") from error
         yield file, config, metadata.get(SEAL)
 
 
@@ -103,6 +114,31 @@ def _readable(path):
         yield
     except Exception as error:  # untrusted input may raise anything
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _of_network(config):
+    """The config without what it says about a machine, which may not be this one.
+
+    Raises:
+      ValueError: if it has no `data.shape`, which would have to be read from the data.
+    """
+    if config.data.shape is None:
+        raise ValueError("data.shape is missing")
+    default = Config()
+    data = dataclasses.replace(config.data, path=None, workers=0)
+    return dataclasses.replace(
+        config, data=data, **{name: getattr(default, name) for name in MACHINE}
+    )
+
+
+def refuse_larger(config: Config, count: int) -> None:
+    """Raise a ValueError if the config's network certainly has more arrays than `count`.
+
+    Building the network, to compare its arrays, takes as long as it has blocks.
+    """
+    blocks, levels = config.model.blocks, len(getattr(config.model, "mults", (1,)))
+    if blocks * levels > max(count, 100):
+        raise ValueError(f"model.blocks={blocks}: there are only {count} arrays")
 
 
 def expected(config: Config) -> dict[str, Any]:

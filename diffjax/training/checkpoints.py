@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
-from . import orbax
+from . import orbax, parsing
 from .files import Lock, file_digest, sync, unequal, write_text
 
 SEAL = "seal.json"
@@ -153,7 +153,8 @@ class Checkpoints:
         if step is None:
             return None
         path = self.directory / str(step)
-        lines = unequal(_json(path / ARRAYS), _describe(like), "it has {}, this config makes {}")
+        saved = parsing.read(path / ARRAYS)
+        lines = unequal(saved, _describe(like), "it has {}, this config makes {}")
         if lines:
             raise ValueError(f"{path} is of another state:\n  " + "\n  ".join(lines.values()))
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
@@ -309,15 +310,30 @@ def read_seal(path: Path) -> Seal:
     if not (path / SEAL).is_file():
         raise ValueError(f"{SEAL} is missing")
     try:
-        tree = _json(path / SEAL)
+        tree = parsing.read(path / SEAL)
         if "files" not in tree:  # version 0.1 sealed the files alone
             tree = {"step": None, "about": {}, "files": tree}
-        elif tree.pop("sha256") != _text_digest(tree):
+        elif tree.pop("sha256", None) != _text_digest(tree):
             raise ValueError("it has changed")
-        files = {name: (int(size), str(sha256)) for name, (size, sha256) in tree["files"].items()}
-        return Seal(tree["step"], dict(tree["about"]), files)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        about = parsing.field(tree, "about", dict)
+        files = {
+            name: _sealed(name, value) for name, value in parsing.field(tree, "files", dict).items()
+        }
+        return Seal(parsing.field(tree, "step", int, type(None)), about, files)
+    except ValueError as error:
         raise ValueError(f"{SEAL} cannot be parsed ({error})") from error
+
+
+def _sealed(name, value):
+    """The size and the SHA-256 of a file inside the checkpoint."""
+    parts = Path(name).parts
+    if not parts or name[0] == "/" or {"..", "\0"} & {*parts, *name} or max(map(len, parts)) > 200:
+        raise parsing.unlike("the name of a file", name, "a path inside the checkpoint")
+    if len(name) > 1000:
+        raise parsing.unlike("the name of a file", name, "a shorter one")
+    if not isinstance(value, list) or [type(x) for x in value] != [int, str]:
+        raise parsing.unlike(name, value, "its size and SHA-256")
+    return value[0], value[1]
 
 
 def damage_of(path: Path) -> str | None:
@@ -368,10 +384,6 @@ def set_damaged_aside(directory: Path) -> None:
 
 def _loss(metrics):
     return metrics["eval_loss"]
-
-
-def _json(path):
-    return json.loads(path.read_text())
 
 
 def _text_digest(tree):

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from . import parsing
 from .files import write_text
 
 ROWS = "metrics.jsonl"
@@ -86,10 +87,24 @@ def read(workdir: Path) -> list[Row]:
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and "step" in row]
+    with path.open(errors="replace") as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                rows.append(_checked(parsing.parse(line)))
+    return rows
+
+
+def _checked(row):
+    """A row, if its entries are of the types that rows have; else a ValueError."""
+    parsing.field(row, "step", int)
+    for name, value in row.items():
+        by_log_snr = name.endswith("_by_log_snr")
+        if isinstance(value, list) != by_log_snr:
+            raise parsing.unlike(name, value, "a list" if by_log_snr else "a number")
+        parts = [x for x in value if x is not None] if by_log_snr else [value]
+        if not all(parsing.of(part, int, float) for part in parts):
+            raise parsing.unlike(name, value, "made of numbers")
+    return row
 
 
 def save_window(workdir: Path, step: int, window: Window) -> None:
@@ -106,9 +121,11 @@ def load_window(workdir: Path, step: int) -> Window:
     if not (workdir / WINDOW).is_file():
         return []
     try:
-        saved = json.loads((workdir / WINDOW).read_text())
-        return saved["window"] if saved["step"] == step else []
-    except (OSError, ValueError, TypeError, KeyError):
+        saved = parsing.read(workdir / WINDOW)
+        rows = parsing.field(saved, "window", list)
+        whole = all(isinstance(row, dict) and "loss" in row for row in rows)
+        return rows if whole and saved["step"] == step else []
+    except (OSError, ValueError, KeyError):
         return []  # it was cut off
 
 
