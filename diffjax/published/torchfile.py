@@ -186,7 +186,8 @@ class _Unpickler(pickle._Unpickler):
         storage: Callable[[Any, str, int], np.ndarray] | None = None,
     ) -> None:
         super().__init__(_Whole(file))
-        self.storage, self.budget, self.dispatch = storage, budget, _Operations(budget)
+        self.storage, self.budget = storage, budget
+        self.dispatch = _Operations(budget)  # pyright: ignore[reportAttributeAccessIssue]
         self.classes: dict[str, type] = {}
 
     def find_class(self, module, name):
