@@ -108,7 +108,13 @@ def evaluate(args: Arguments) -> dict[str, Any]:
             f"{args.samples} holds samples of other parameters than {args.workdir}'s newest"
         )
     x = data.take(samples, np.arange(len(samples.x)))["x"]
-    elsewhere = ("parameters", "config", "program", "shape")  # a file has them, or `found` does
+    elsewhere = (
+        "parameters",
+        "config",
+        "program",
+        "shape",
+        "sha256",
+    )  # a file has them, or `found` does
     recorded = {k: v for k, v in settings.items() if k not in elsewhere}
     return (
         found

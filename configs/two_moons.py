@@ -2,7 +2,7 @@
 
     python train.py --config=configs/two_moons.py
 
-Any of diffjax's toy sets does: --config.data.name=checkerboard, swiss_roll or circles.
+Any of diffjax's toy sets will do: --config.data.name=checkerboard, for example.
 """
 
 import dataclasses

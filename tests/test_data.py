@@ -80,7 +80,7 @@ def test_npz_archives_are_read(tmp_path, dtype):
     assert train.label.tolist() == list(range(8))
 
 
-@pytest.mark.parametrize("name", ["two_moons", "checkerboard", "swiss_roll", "circles"])
+@pytest.mark.parametrize("name", toy.TOYS)
 def test_toy_sets_are_planar_bounded_and_always_the_same(name):
     train, test = data.load(name)
     again, _ = data.load(name)

@@ -14,6 +14,7 @@ import typing
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -21,9 +22,18 @@ import diffjax
 from catalogue import SAMPLERS, SCHEDULES, TARGETS, WEIGHTINGS
 from diffjax import data, weightings
 from diffjax.evaluation import distances
-from diffjax.experiment import Config, Data, Optimizer, Sampling, Walk, command_line
+from diffjax.experiment import (
+    Config,
+    Data,
+    Optimizer,
+    Sampling,
+    Walk,
+    command_line,
+    resolve,
+)
 from diffjax.models import MODELS, make_module, name_of
 from diffjax.samplers import multistep, onestep
+from diffjax.training import runners
 from diffjax.training.runners import RUNNERS
 from diffjax.training.writers import WRITERS
 
@@ -117,6 +127,27 @@ def returning(module, kind):
                 yield name
 
 
+@pytest.mark.parametrize("name", diffjax.GUIDANCES)
+def test_what_a_guidance_returns_is_a_prediction(name):
+    """Whatever it does to x_0 and eps, they add up to x_t; and it is chosen by its name."""
+    parameters = inspect.signature(diffjax.GUIDANCES[name]).parameters
+    _, *others = parameters.values()
+    needed = [
+        p.name
+        for p in others
+        if p.default is p.empty and p.name not in ("denoise", "schedule", "null")
+    ]
+    options = ",".join(f"{option}={2 * i + 1}" for i, option in enumerate(needed))
+    model = MODELS["unet"].config(labels=3, null_label=True)
+    sampling = Sampling(guidance=(f"{name}:{options}".rstrip(":"),))
+    e = resolve(Config(model=model, sampling=sampling))
+    network = lambda x_t, log_snr, cond: jnp.tanh(x_t + cond["label"][:, None])
+    x_t, t = jax.random.normal(jax.random.key(0), (4, 5)), 0.3
+    guided = e.guide(e.denoiser(network))(x_t, t, {"label": jnp.arange(4) % 3})
+    alpha, sigma = diffjax.scales_at(e.schedule, t, x_t)
+    np.testing.assert_allclose(alpha * guided.x_0 + sigma * guided.eps, x_t, rtol=1e-5, atol=1e-6)
+
+
 def test_every_row_is_there_and_every_row_is_tested():
     """A schedule, weighting, sampler or guidance that was left out of its table is found here."""
     made = " ".join(inspect.getsource(sys.modules["catalogue"]).split())
@@ -129,6 +160,9 @@ def test_every_row_is_there_and_every_row_is_tested():
     needs_a_function = {"autoguidance", "classifier_guidance"}
     guidances = set(returning(diffjax.guidance, diffjax.Denoiser))
     assert guidances == set(diffjax.GUIDANCES) | needs_a_function
+    assert set(returning(runners, runners.Runner)) == set(RUNNERS)
+    assert set(returning(data.readers, tuple)) == set(data.readers.READERS)
+    assert set(returning(data.toy, np.ndarray)) == set(data.toy.TOYS)
     measured = {row.measure.__name__ for row in distances.METRICS.values()}
     for kind in (float, distances.Estimate):
         assert set(returning(distances, kind)) <= measured
@@ -152,7 +186,7 @@ def test_every_name_of_a_table_can_be_asked_for_on_the_command_line(capsys):
     text = re.sub(r"[\s│]+", "", capsys.readouterr().out)
     for table in (
         *(diffjax.TARGETS, diffjax.SCHEDULES, diffjax.SAMPLERS, diffjax.samplers.TIMES),
-        *(weightings.WEIGHTINGS, data.DATASETS, RUNNERS, WRITERS),
+        *(weightings.WEIGHTINGS, data.DATASETS, RUNNERS, WRITERS, diffjax.GUIDANCES),
     ):
         assert "{" + ",".join(table) + "}" in text
     assert ",".join(MODELS) in text
@@ -182,7 +216,7 @@ def accepts(config, shape):
     return True
 
 
-def test_every_section_of_a_config_is_checked_and_explained():
+def test_every_field_of_a_config_is_explained():
     """A field without a docstring is one that `--help` does not explain."""
     for section in (
         Config,

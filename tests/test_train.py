@@ -18,10 +18,10 @@ from test_images import draw_folder
 
 import evaluate
 import train
-from diffjax import checkpoint, data
+from diffjax import TARGETS, checkpoint, data
 from diffjax.evaluation.sampling import Drawing
 from diffjax.experiment import command_line, config as config_lib, resolve, run_directory
-from diffjax.models import MLPConfig, SongUNetConfig
+from diffjax.models import MODELS, MLPConfig, SongUNetConfig
 from diffjax.training import checkpoints, metrics, runners
 from diffjax.training.distributed import Distributed
 from test_data import write_cifar, write_mnist
@@ -482,7 +482,7 @@ def test_help_lists_every_field_with_its_choices():
 
     collect(command_line.from_file("configs/digits.py"), "--config")
     assert not [name for name in names if name not in text]
-    assert "--workdir" in text and "{x_0,eps,score,v,flow,F}" in text
+    assert "--workdir" in text and "{" + ",".join(TARGETS) + "}" in text
 
 
 def test_the_command_line_switches_the_network_and_keeps_common_options():
@@ -509,7 +509,7 @@ def test_the_command_line_switches_the_network_and_keeps_common_options():
 def test_an_unknown_network_gets_the_choices():
     with pytest.raises(SystemExit) as stop:
         command_line.parse(["--config.model=nope"])
-    assert str(stop.value) == "error: unknown model 'nope': one of unet, song_unet, mlp"
+    assert str(stop.value) == f"error: unknown model 'nope': one of {', '.join(MODELS)}"
 
 
 def test_help_shows_the_options_of_the_chosen_network(capsys):

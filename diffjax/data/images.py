@@ -245,4 +245,5 @@ def _pixels(image, side, channels):
     return np.atleast_3d(np.asarray(image))
 
 
-FOLDERS = {"folder": Source(folder)}
+FOLDERS: dict[str, Source] = {"folder": Source(folder)}
+"""The data sets that are folders of images, by name."""

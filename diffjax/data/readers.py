@@ -142,10 +142,11 @@ def _channels(x):
     return x[..., None] if x.ndim == 3 else x
 
 
-READERS = {
+READERS: dict[str, Source] = {
     "digits": Source(digits, levels=17),
     "fashion_mnist": Source(fashion_mnist),
     "mnist": Source(mnist),
     "cifar10": Source(cifar10),
     "npz": Source(npz),
 }
+"""The data sets that are files of arrays, by name."""

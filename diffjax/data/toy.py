@@ -56,9 +56,10 @@ def _finish(rng, x, noise):
     return np.clip(x, -1, 1).astype(np.float32)
 
 
-TOYS = {
+TOYS: dict[str, Source] = {
     "two_moons": Source(split(two_moons)),
     "checkerboard": Source(split(checkerboard)),
     "swiss_roll": Source(split(swiss_roll)),
     "circles": Source(split(circles)),
 }
+"""The two-dimensional sets, by name."""

@@ -1,6 +1,5 @@
 """Provenance of a number: versions, device and git revision."""
 
-import importlib.metadata
 import platform
 import re
 import subprocess
@@ -8,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+from .. import __version__
 
 
 def program() -> dict[str, Any]:
@@ -20,7 +21,7 @@ def program() -> dict[str, Any]:
     status = _git("status", "--porcelain", "--untracked-files=no")
     kind = jax.devices()[0].device_kind
     return {
-        "diffjax": importlib.metadata.version("diffjax"),
+        "diffjax": __version__,
         "jax": jax.__version__,
         "device": processor() if kind == "cpu" else kind,
         "devices": jax.device_count(),

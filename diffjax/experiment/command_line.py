@@ -1,22 +1,25 @@
 """From words on the command line to a config, and errors as one line.
 
-A choice on which other defaults depend is read first: `--config=FILE` for every field,
-`--config.model=NAME` for the fields of the network, `--sampler=NAME` for those of a walk. The
-rest of the words override fields of what it gives.
+A choice on which other defaults depend is read first: `--config=FILE` for every field, the name of
+a network, schedule, weighting or sampler for its options. Options of the config that the new choice
+does not have are dropped. The rest of the words override fields of the result.
 """
 
 import contextlib
 import dataclasses
 import importlib.util
+import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tyro
 
 from ..models import MODELS, name_of, switched
+from ..schedules import SCHEDULES
 from ..training.distributed import Distributed
+from ..weightings import WEIGHTINGS
 from .config import Config, Walk
 
 SETTINGS = (tyro.conf.FlagConversionOff,)
@@ -47,11 +50,23 @@ def parse(argv: Sequence[str], default: str = "configs/digits.py") -> Command:
     """
     file, rest = take(argv, "--config")
     model, rest = take(rest, "--config.model")
+    schedule, rest = take(rest, "--config.schedule")
+    weighting, rest = take(rest, "--config.weighting")
+    sampler, rest = take(rest, "--config.sampling.sampler")
     file = file or default
     with error_exit():
         base = from_file(file)
         if model is not None:
             base = dataclasses.replace(base, model=switched(base.model, model))
+        if schedule is not None:
+            options = accepted(SCHEDULES, schedule, base.schedule_options)
+            base = dataclasses.replace(base, schedule=schedule, schedule_options=options)
+        if weighting is not None:
+            options = accepted(WEIGHTINGS, weighting, base.weighting_options)
+            base = dataclasses.replace(base, weighting=weighting, weighting_options=options)
+        if sampler not in (None, base.sampling.sampler):
+            sampling = dataclasses.replace(base.sampling, sampler=sampler, options={}, times=None)
+            base = dataclasses.replace(base, sampling=sampling)
     name = Path(file.partition(":")[0]).stem
 
     @dataclasses.dataclass(frozen=True)
@@ -75,6 +90,18 @@ def parse(argv: Sequence[str], default: str = "configs/digits.py") -> Command:
     if args.profile < 0:
         sys.exit(f"error: profile={args.profile}: must be at least 0, the number of steps to trace")
     return Command(args.config, args.workdir, args.distributed, args.profile)
+
+
+def accepted(table: Mapping[str, Callable], name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Those of the options that the function of this name has too.
+
+    >>> accepted(SCHEDULES, "linear", {"log_snr_min": -8.0, "log_snr_max": 7.0})
+    {'log_snr_max': 7.0}
+    """
+    if name not in table:
+        return {}  # the name is refused later
+    parameters = inspect.signature(table[name]).parameters
+    return {option: value for option, value in options.items() if option in parameters}
 
 
 def walk_defaults(walk: Walk, sampler: str | None) -> Walk:

@@ -8,6 +8,7 @@ import inspect
 import math
 
 from ..data import Examples
+from ..guidance import GUIDANCES
 from ..schedules import LONGEST, SCHEDULES
 from ..targets import row
 from ..training import writers
@@ -103,7 +104,7 @@ def _of_time(c):
 def _of_conditioning(c):
     """Super-resolution, labels and guidance."""
     s = c.sampling
-    free = [word for word in s.guidance if word.partition(":")[0] == "classifier_free"]
+    need_null = [word for word in s.guidance if _needs_null(word.partition(":")[0])]
     return (
         (
             c.low_resolution is not None or c.max_cond_noise == s.cond_noise == 0,
@@ -121,8 +122,8 @@ def _of_conditioning(c):
             f"(low_resolution={c.low_resolution}) has no guidance",
         ),
         (
-            c.model.null_label or not free,
-            f"sampling.guidance={' '.join(free)}: needs model.null_label=True",
+            c.model.null_label or not need_null,
+            f"sampling.guidance={' '.join(need_null)}: needs model.null_label=True",
         ),
         (
             c.model.image_cond == (c.low_resolution is not None),
@@ -130,6 +131,11 @@ def _of_conditioning(c):
             "image that the network is given is that of super-resolution; give both, or neither",
         ),
     )
+
+
+def _needs_null(name):
+    """Whether a guidance compares with the network's output without its conditioning."""
+    return name in GUIDANCES and "null" in inspect.signature(GUIDANCES[name]).parameters
 
 
 def check_data(config: Config, train: Examples, test: Examples) -> None:

@@ -19,7 +19,7 @@ from ..experiment import Config
 from . import diffusers, edm, openai
 from .pretrained import PRETRAINED as PRETRAINED
 
-READERS: dict[str, Callable[[Path], tuple[Any, Config]]] = {
+FORMATS: dict[str, Callable[[Path], tuple[Any, Config]]] = {
     "": diffusers.load,
     ".pt": openai.load,
     ".pkl": edm.load,
@@ -42,10 +42,10 @@ def load(path: Path | str) -> tuple[Any, Config]:
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
     kind = "" if path.is_dir() else path.suffix
-    if kind not in READERS:
+    if kind not in FORMATS:
         raise ValueError(f"{path}: can read a folder of diffusers, a .pt of OpenAI, a .pkl of EDM")
     try:
-        return READERS[kind](path)
+        return FORMATS[kind](path)
     except OSError:
         raise
     except Exception as error:  # untrusted input may raise anything

@@ -1,4 +1,4 @@
-"""Runners: two ways to map the same pure functions over all devices of all processes.
+"""Runners: ways to map the same pure functions over all devices of all processes.
 
 `pmap` maps a per-device function whose gradients are averaged by `lax.pmean`, with a copy of the
 state on every device; `sharded` compiles the global function for a mesh, lets XLA place the
@@ -183,10 +183,12 @@ def in_batches(
     return np.concatenate(parts)[:n]
 
 
-RUNNERS: dict[str, Callable[[int], Runner]] = {"pmap": pmap, "sharded": sharded}
-
 SMALL = 2**12
 """Arrays with fewer elements are not split: gathering them would cost more than it saves."""
+
+
+RUNNERS: dict[str, Callable[[int], Runner]] = {"pmap": pmap, "sharded": sharded}
+"""Every runner by name, as configs and the command line choose it: functions of `fsdp`."""
 
 
 def _split_largest(shape, axis_name, n):
