@@ -834,4 +834,4 @@ def test_edm_in_few_steps_is_as_near_as_ddim(n):
         ).mean()
         for name in ("edm", "ddim")
     }
-    assert errors["edm"] < 3 * errors["ddim"]  # it was hundreds of times as far
+    assert errors["edm"] < 1.5 * errors["ddim"]  # it was up to 1,800 times as far

@@ -152,9 +152,9 @@ def edm(
     Karras et al. 2022, Algorithm 2, in which sigma is our sigma/alpha. Without churn it is
     deterministic, of order 2 (k-diffusion's `sample_heun`). It takes two evaluations per step. Use
     `karras_times`. The paper's last step, an Euler step to sigma = 0, does not occur on a finite
-    schedule. A step is Euler's only where Heun's is too long: where sigma/alpha starts above 10 and
-    falls tenfold, or from there to below 1. In one step, as in the paper's N = 1, the sample is
-    then the prediction.
+    schedule. A step is Euler's only where Heun's is too long: where sigma/alpha starts above 3 and
+    falls more than tenfold. In one step, as in the paper's N = 1, the sample is then the
+    prediction.
 
     Args:
       denoise: a `Denoiser`.
@@ -207,7 +207,7 @@ def edm(
         second = denoise(alpha_s * euler, s).eps
         # Where the noise dwarfs the data at t and no longer does at s, the slope at s is not that
         # of the step: half of their difference would miss by half of sigma_t / alpha_t.
-        long = ratio_t > 10 * jnp.maximum(ratio_s, 1)
+        long = ratio_t > jnp.maximum(3, 10 * ratio_s)
         rise = jnp.where(long, 0.0, ratio_s - ratio_t)
         return State(alpha_s * (euler + expand(rise, x) * (second - first) / 2), x_0)
 
