@@ -38,19 +38,23 @@ AHEAD = 16
 can deadlock."""
 
 
-def make_loss(e: Experiment, levels: int | None, train: bool = True) -> LossFn:
+def make_loss(e: Experiment, levels: int | None, held_out: int | None = None) -> LossFn:
     """The loss of each example, a pure function; this is the place to try an idea.
+
+    It is the loss of training, or, with the number of examples held out, the loss of those:
+    without dropout and with every label, its times spread evenly over all of them.
 
     Example i draws from `key` folded with its position in the global batch, so that nothing
     depends on how the batch is split over devices.
     """
     loss = e.objective(levels)  # diffjax.diffusion_loss, or hybrid_loss
     config = e.config
+    train = held_out is None
 
     def loss_fn(key, params, batch, extra):
         key_times, key_noise, key_cond, key_dropout = jax.random.split(key, 4)
         index = batch["index"]
-        t, correction = e.times.draw(key_times, extra, index)
+        t, correction = e.times.draw(key_times, extra, index, held_out or config.batch_size)
         cond = e.condition(keys.fold_in(key_cond, index), batch, drop=train)
 
         network = functools.partial(e.apply, params)
@@ -111,7 +115,8 @@ def train(
     # Pure functions: the loss, the step, and a sample.
     levels, shape = data.levels(config.data.name, train_set), train_set.x.shape[1:]
     step = make_step(e, make_loss(e, levels))
-    held_out_loss = make_loss(e, levels, train=False)
+    held_out = data.first(test_set, 1024)
+    held_out_loss = make_loss(e, levels, len(held_out["index"]))
     generate = sampling.make_generate(e, shape)
     learning_rate = jax.jit(e.learning_rate)
 
@@ -145,7 +150,6 @@ def train(
         start = int(state.step)
         steps = dataset.make_steps(config, start)
         recorder = Recorder(workdir, start, config.steps, f"{devices}  ", config.writers)
-    held_out = data.first(test_set, 1024)
     make_batch = dataset.make_batch(config, train_set, runner.slots(config.batch_size))
     made = data.in_order(make_batch, steps, config.data.workers)
     batches = data.prefetch(lambda _: runner.put(next(made)), steps)

@@ -2,17 +2,24 @@
 
 A sampler calls a denoiser, so it does not depend on the target of the network. Clipping and the
 functions of `guidance` take a denoiser and return a denoiser, so they compose.
-`functools.partial(denoise, cond=...)` binds the conditioning.
+`functools.partial(denoise, cond=...)` binds the conditioning, before such functions or after them.
+
+A denoiser knows its schedule, as the attribute `schedule`, which these functions hand on. Where a
+schedule is an argument too, it must be the same; it may be None if the denoiser knows its own.
 """
 
+import functools
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .process import scales_at
 from .schedules import Schedule, time_at
 from .targets import Row, decode, row, unit_variance
 from .types import (
+    Cond,
     Data,
     Denoiser,
     LearnedPrediction,
@@ -20,6 +27,7 @@ from .types import (
     Prediction,
     Scalar,
     Time,
+    check_times,
     expand,
     known,
 )
@@ -51,6 +59,7 @@ def denoiser(
     row(target)
 
     def denoise(x_t, t, cond=None):
+        check_times(t, len(x_t))
         log_snr = jnp.broadcast_to(schedule.log_snr(t), x_t.shape[:1])
         out = network(x_t, log_snr, cond).astype(jnp.result_type(x_t))
         scales = scales_at(schedule, t, x_t)
@@ -59,7 +68,61 @@ def denoiser(
         out, raw = jnp.split(_shaped(out, x_t, 2), 2, axis=-1)
         return LearnedPrediction(*decode(target, out, x_t, *scales), (raw + 1) / 2)
 
+    return knowing(schedule, denoise)
+
+
+def knowing(schedule: Schedule | None, denoise: Denoiser) -> Denoiser:
+    """Give a function that is a denoiser its attribute `schedule`, in place."""
+    denoise.schedule = schedule
     return denoise
+
+
+def schedule_of(denoise: Denoiser, schedule: Schedule | None = None) -> Schedule:
+    """The schedule that a denoiser knows, or `schedule` where it knows none.
+
+    Raises:
+      ValueError: if there is neither, or the two differ (where neither is traced).
+    """
+    own = known_schedule(denoise)
+    if own is None and schedule is None:
+        raise ValueError("the denoiser does not know its schedule: give it as an argument")
+    if None not in (own, schedule) and not _same(own, schedule):
+        ends = [tuple(float(s.log_snr(t)) for t in (0.0, 1.0)) for s in (own, schedule)]
+        raise ValueError(
+            f"the denoiser has another schedule than the one given: log-SNR from {ends[0][0]:.4g} "
+            f"to {ends[0][1]:.4g}, not from {ends[1][0]:.4g} to {ends[1][1]:.4g}, or other scales"
+        )
+    return own if schedule is None else schedule
+
+
+def known_schedule(denoise: Denoiser) -> Schedule | None:
+    """The schedule that a denoiser, or what a partial or a jitted function wraps, knows."""
+    while getattr(denoise, "schedule", None) is None:
+        inner = getattr(denoise, "func", None) or getattr(denoise, "__wrapped__", None)
+        if inner is None:
+            return None
+        denoise = inner
+    return denoise.schedule
+
+
+def _same(a, b):
+    """Whether two schedules have the same curve and scales, as far as they are not traced."""
+    if a is b or not known(*jax.tree.leaves((a, b))):
+        return True
+    with jax.ensure_compile_time_eval():
+        t = jnp.linspace(0, 1, 17)
+        curves = [np.stack([s.log_snr(t), *s(t)]) for s in (a, b)]
+    return np.allclose(*curves, rtol=1e-4, atol=1e-5)
+
+
+def predict(denoise: Denoiser, x_t: Data, t: Time, cond: Cond) -> Prediction | LearnedPrediction:
+    """Call a denoiser. A `cond` of None leaves it with the one that `functools.partial` bound."""
+    return denoise(x_t, t) if cond is None else denoise(x_t, t, cond=cond)
+
+
+def bound_cond(denoise: Denoiser) -> Cond:
+    """The conditioning that `functools.partial` bound to a denoiser, or None."""
+    return denoise.keywords.get("cond") if isinstance(denoise, functools.partial) else None
 
 
 def _shaped(out, x_t, factor):
@@ -127,7 +190,7 @@ def time_input(network: Network, schedule: Schedule, steps: int) -> Network:
 
 
 def clip_x_0(
-    denoise: Denoiser, schedule: Schedule, low: Scalar = -1.0, high: Scalar = 1.0
+    denoise: Denoiser, schedule: Schedule | None = None, low: Scalar = -1.0, high: Scalar = 1.0
 ) -> Denoiser:
     """Clip the estimate of x_0 to the range of the data, and recompute eps.
 
@@ -140,7 +203,7 @@ def clip_x_0(
       high: the largest value of the data.
 
     Raises:
-      ValueError: unless `low < high`.
+      ValueError: unless `low < high`, or if the schedule is not the denoiser's.
     """
     if known(low, high) and low >= high:
         raise ValueError(f"{low=} must be below {high=}")
@@ -171,12 +234,16 @@ def with_x_0(denoise: Denoiser, schedule: Schedule, change: Callable[..., Data])
       denoise: a denoiser.
       schedule: its `Schedule`.
       change: (x_0, x_t, t, cond) -> the new estimate of x_0.
+
+    Raises:
+      ValueError: if the denoiser has another schedule, or none is known (see `schedule_of`).
     """
+    schedule = schedule_of(denoise, schedule)
 
     def changed(x_t, t, cond=None):
-        prediction = denoise(x_t, t, cond)
+        prediction = predict(denoise, x_t, t, cond)
         x_0 = change(prediction.x_0, x_t, t, cond)
         eps = decode("x_0", x_0, x_t, *scales_at(schedule, t, x_t)).eps
         return prediction._replace(x_0=x_0, eps=eps)
 
-    return changed
+    return knowing(schedule, changed)

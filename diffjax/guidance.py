@@ -14,7 +14,15 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from .denoisers import add_score, with_x_0
+from .denoisers import (
+    add_score,
+    bound_cond,
+    knowing,
+    known_schedule,
+    predict,
+    schedule_of,
+    with_x_0,
+)
 from .schedules import Schedule
 from .types import Array, Cond, Data, Denoiser, Scalar, Time, expand, known, select
 
@@ -34,20 +42,21 @@ def classifier_free(denoise: Denoiser, weight: Time, null: Cond) -> Denoiser:
       ValueError: when called, if `cond` is not a pytree like `null`.
     """
     if null is None:
-        return autoguidance(denoise, lambda x_t, t, cond=None: denoise(x_t, t), weight)
+        return autoguidance(denoise, lambda x_t, t, cond=None: denoise(x_t, t, cond=None), weight)
 
     def guided(x_t, t, cond=None):
+        cond = bound_cond(denoise) if cond is None else cond
         if jax.tree.structure(cond) != jax.tree.structure(null):
             raise ValueError(f"guidance needs a cond like its null {null!r}, got {cond!r}")
         # The two copies of an example are neighbours, so that a batch split over devices stays in
         # place.
         twice = lambda a, b: jnp.stack([a, b], 1).reshape(2 * len(a), *a.shape[1:])
         conds = jax.tree.map(lambda c, n: twice(c, jnp.broadcast_to(n, jnp.shape(c))), cond, null)
-        both = denoise(twice(x_t, x_t), t if jnp.ndim(t) == 0 else twice(t, t), conds)
+        both = denoise(twice(x_t, x_t), t if jnp.ndim(t) == 0 else twice(t, t), cond=conds)
         given, without = (jax.tree.map(lambda a, i=i: a[i::2], both) for i in (0, 1))
         return _extrapolate(without, given, expand(weight, x_t))
 
-    return guided
+    return _like(denoise, guided)
 
 
 def autoguidance(denoise: Denoiser, weaker: Denoiser, weight: Time) -> Denoiser:
@@ -63,10 +72,15 @@ def autoguidance(denoise: Denoiser, weaker: Denoiser, weight: Time) -> Denoiser:
     """
 
     def guided(x_t, t, cond=None):
-        without, given = weaker(x_t, t, cond), denoise(x_t, t, cond)
+        without, given = predict(weaker, x_t, t, cond), predict(denoise, x_t, t, cond)
         return _extrapolate(without, given, expand(weight, x_t))
 
-    return guided
+    return _like(denoise, guided)
+
+
+def _like(denoise, guided):
+    """A guided denoiser, which knows the schedule of the denoiser if that does."""
+    return knowing(known_schedule(denoise), guided)
 
 
 def _extrapolate(without, given, w):
@@ -91,12 +105,15 @@ def classifier_guidance(
         part of `cond`.
       weight: w, `[]` or `[batch]`; 1 is Bayes' rule, 0 is no guidance.
     """
+    schedule = schedule_of(denoise, schedule)
 
     def guided(x_t, t, cond=None):
+        cond = bound_cond(denoise) if cond is None else cond
         slope = jax.grad(lambda x: log_prob(x, t, cond).sum())(x_t)
-        return add_score(denoise(x_t, t, cond), schedule, t, expand(weight, x_t) * slope)
+        score = expand(weight, x_t) * slope
+        return add_score(predict(denoise, x_t, t, cond), schedule, t, score)
 
-    return guided
+    return knowing(schedule, guided)
 
 
 def within(
@@ -120,14 +137,20 @@ def within(
     if known(low, high) and low >= high:
         raise ValueError(f"{low=} must be below {high=}, in log-SNR")
 
+    schedule = schedule_of(denoise, schedule_of(guided, schedule))
+
     def inside(x_t, t, cond=None):
         log_snr = schedule.log_snr(t)
         chosen = (low <= log_snr) & (log_snr <= high)
         if jnp.ndim(chosen) == 0:
-            return jax.lax.cond(chosen, lambda: guided(x_t, t, cond), lambda: denoise(x_t, t, cond))
-        return select(chosen, guided(x_t, t, cond), denoise(x_t, t, cond))
+            return jax.lax.cond(
+                chosen,
+                lambda: predict(guided, x_t, t, cond),
+                lambda: predict(denoise, x_t, t, cond),
+            )
+        return select(chosen, predict(guided, x_t, t, cond), predict(denoise, x_t, t, cond))
 
-    return inside
+    return knowing(schedule, inside)
 
 
 def rescale(
@@ -152,7 +175,7 @@ def rescale(
 
     def rescaled(x_0, x_t, t, cond):
         variance = lambda x: jnp.var(x, axis=tuple(range(1, x.ndim)), keepdims=True) + 1e-12
-        factor = jnp.sqrt(variance(denoise(x_t, t, cond).x_0) / variance(x_0))
+        factor = jnp.sqrt(variance(predict(denoise, x_t, t, cond).x_0) / variance(x_0))
         return x_0 * (1 + amount * (factor - 1))
 
     return with_x_0(guided, schedule, rescaled)

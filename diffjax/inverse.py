@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from . import keys
-from .denoisers import add_score
+from .denoisers import add_score, knowing, predict, schedule_of
 from .process import q_sample, q_transition
 from .samplers import Sampler
 from .schedules import Schedule
-from .types import Data, Denoiser, Real, Scalar, known
+from .types import Data, Denoiser, Real, Scalar, at_least_float32, known
 
 Operator = Callable[[Data], Data]
 """A linear function from data to measurements, both `[batch, ...]`, of each example separately."""
@@ -109,13 +109,15 @@ def pigdm(
     if known(noise_std, sigma_data) and (noise_std < 0 or sigma_data <= 0):
         raise ValueError(f"{noise_std=}, {sigma_data=}: need noise_std >= 0 and sigma_data > 0")
 
+    schedule = schedule_of(denoise, schedule)
+
     def guided(x_t, t, cond=None):
         _check(operator, x_t, y)
         snr = jnp.exp(schedule.log_snr(t))
         spread = jnp.broadcast_to(sigma_data**2 / (1 + snr * sigma_data**2), x_t.shape[:1])
 
         def estimate(x):
-            prediction = denoise(x, t, cond)
+            prediction = predict(denoise, x, t, cond)
             return prediction.x_0, prediction
 
         x_0, pull_back, prediction = jax.vjp(estimate, x_t, has_aux=True)
@@ -131,7 +133,7 @@ def pigdm(
         (score,) = pull_back(jax.vmap(solve)(y - operator(x_0), spread.astype(x_t.dtype)))
         return add_score(prediction, schedule, t, score)
 
-    return guided
+    return knowing(schedule, guided)
 
 
 def dps(sampler: Sampler, operator: Operator, y: Data, scale: Scalar = 1.0) -> Sampler:
@@ -157,7 +159,8 @@ def dps(sampler: Sampler, operator: Operator, y: Data, scale: Scalar = 1.0) -> S
 
         def residual(x):
             new = sampler.step(key, state._replace(x=x), t, s)
-            squares = jnp.sum((y - operator(new.x_0)) ** 2, axis=range(1, y.ndim))
+            error = at_least_float32(y - operator(new.x_0))
+            squares = jnp.sum(error**2, axis=range(1, y.ndim))
             return jnp.sum(jnp.sqrt(squares + 1e-12)), new
 
         slope, new = jax.grad(residual, has_aux=True)(state.x)

@@ -10,6 +10,7 @@ equations 5 to 8); as the number of steps grows, their sum becomes an integral o
 2021, equation 17).
 
 All terms are contributions to -log p, in nats per example `[batch]`; `bits_per_dim` converts them.
+They are computed in at least float32, whatever the dtype of the data.
 
 Pixels lie on a grid of `levels` values in [-1, 1], so the bound is on the probability of a value;
 for continuous data, `levels=None`, it is on a density. The ODE gives only densities: `dequantise`
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from . import keys, ode
+from .denoisers import schedule_of
 from .process import (
     check_variance,
     log_variance_ratio,
@@ -43,6 +45,8 @@ from .types import (
     Prediction,
     Real,
     Time,
+    at_least_float32,
+    check_like,
     expand,
     select,
 )
@@ -50,6 +54,8 @@ from .types import (
 Nats = Float[Array, " batch"]
 RECONSTRUCTIONS = 4
 """Draws of noise for the reconstruction term, which varies little, and for its standard error."""
+REPEATS = 8
+"""At most this many parts are evaluated twice, for the standard error of the denoising terms."""
 
 
 class Elbo(NamedTuple):
@@ -80,7 +86,7 @@ def prior_term(schedule: Schedule, x_0: Data) -> Nats:
       schedule: a `Schedule`.
       x_0: clean data `[batch, ...]`.
     """
-    return 0.5 * jnp.exp(schedule.log_snr(1.0)) * _sum(x_0**2)
+    return 0.5 * jnp.exp(schedule.log_snr(1.0)) * _sum(at_least_float32(x_0) ** 2)
 
 
 def denoising_term(
@@ -110,6 +116,7 @@ def denoising_term(
     Source: Ho et al. 2020, equation 8; Kingma et al. 2021, equations 14 and 17; Nichol & Dhariwal
     2021, section 3.1.
     """
+    x_0, eps = at_least_float32(x_0), at_least_float32(eps)
     x_t = q_sample(schedule, x_0, t, eps)
     return _kl(schedule, denoise(x_t, t), x_0, eps, t, s, variance)
 
@@ -147,6 +154,8 @@ def reconstruction_term(
     """
     _check(steps=steps, levels=levels)
     check_variance(variance)
+    check_like(x_0, eps=eps)
+    x_0, eps = at_least_float32(x_0), at_least_float32(eps)
     if steps is None:
         mean = x_0 + eps * jnp.exp(-schedule.log_snr(0.0) / 2).astype(x_0.dtype)  # x_t / alpha_t
         log_std = jnp.broadcast_to(-schedule.log_snr(0.0) / 2, x_0.shape)
@@ -183,6 +192,8 @@ def bound_term(
       ValueError: if `steps` or `levels` is below 2.
     """
     _check(steps=steps, levels=levels)
+    check_like(x_0, eps=eps)
+    prediction, x_0, eps = jax.tree.map(at_least_float32, (prediction, x_0, eps))
     first = jnp.broadcast_to(jnp.round(t * steps) <= 1, x_0.shape[:1])
     # The term that is not selected must be finite too, or gradients would not be.
     t = jnp.where(first, 2 / steps, t)
@@ -208,9 +219,10 @@ def elbo(
 
     The terms of each example are evaluated at `samples` times, in one `lax.map`: one time is drawn
     from each of `samples` equal parts of the log-SNR range, over which the bound is spread most
-    evenly. The standard error comes from second differences of neighbouring parts, which a linear
-    trend does not change. It should be combined over many examples, because for a single example
-    and few parts it is itself uncertain.
+    evenly. For the standard error, parts chosen at random are evaluated at a second time, so that
+    its square has no bias, whatever the curve of the terms over the parts. It should be combined
+    over many examples, because for a single example it is uncertain. A program that does not use it
+    does not compute it.
 
     Args:
       key: one key, or one per example `[batch]`.
@@ -231,7 +243,8 @@ def elbo(
 
     Raises:
       ValueError: if `steps`, `levels` or `samples` is below 2, `at_once` is below 1, `samples` is
-        None in continuous time, or `variance` is unknown, or is not "posterior" in continuous time.
+        None in continuous time, `variance` is unknown, or is not "posterior" in continuous time, or
+        the denoiser knows another schedule.
 
     >>> import diffjax
     >>> schedule = diffjax.cosine()
@@ -247,13 +260,15 @@ def elbo(
         raise ValueError(f"samples=None evaluates every step: needs discrete time, not {steps=}")
     if at_once < 1:
         raise ValueError(f"{at_once=}: must be at least 1")
+    x_0, schedule = at_least_float32(x_0), schedule_of(denoise, schedule)
     example_keys = keys.per_example(key, len(x_0))
     parts = samples or 2 * ((steps or 2) - 1)
+    repeats = min(parts, REPEATS)
 
     high, low = schedule.log_snr(0.0 if steps is None else 1 / steps), schedule.log_snr(1.0)
 
-    def look(k):
-        part = keys.fold_in(example_keys, k)
+    def look(k, draw=None):
+        part = keys.fold_in(example_keys, k if draw is None else draw)
         eps = keys.normal(keys.fold_in(part, 1), x_0.shape, x_0.dtype)
         offset = jax.vmap(jax.random.uniform)(keys.fold_in(part, 0))
         t = time_at(schedule, high - (high - low) * (k + offset) / parts)
@@ -268,30 +283,32 @@ def elbo(
         term = denoising_term(denoise, schedule, x_0, eps, t, s, variance)
         return term * (parts // 2) if samples is None else term / probability
 
+    def look_again(j):
+        key = keys.fold_in(example_keys, parts + RECONSTRUCTIONS + j)
+        # One part from each equal share of the parts, so that each part is as likely as any other.
+        place = (j + jax.vmap(jax.random.uniform)(keys.fold_in(key, 2))) / repeats
+        k = jnp.minimum((place * parts).astype(int), parts - 1)
+        return terms[k, jnp.arange(len(x_0))], look(k, parts + RECONSTRUCTIONS + j)
+
     def reconstruct(k):
         eps = keys.normal(keys.fold_in(example_keys, parts + k), x_0.shape, x_0.dtype)
         return reconstruction_term(denoise, schedule, x_0, eps, steps, variance, levels)
 
     with jax.default_matmul_precision("highest"):
-        terms = jax.lax.map(look, jnp.arange(parts), batch_size=at_once if at_once > 1 else None)
+        together = {"batch_size": at_once if at_once > 1 else None}
+        terms = jax.lax.map(look, jnp.arange(parts), **together)
+        if samples is not None:
+            first, second = jax.lax.map(look_again, jnp.arange(repeats), **together)
         starts = jax.lax.map(reconstruct, jnp.arange(RECONSTRUCTIONS))
     if samples is None:
         variance_of_mean = jnp.sum((terms[::2] - terms[1::2]) ** 2, axis=0) / parts**2
     else:
-        variance_of_mean = _variance_of_mean(terms)
+        # The mean over all parts of the variance within a part.
+        variance_of_mean = jnp.mean((first - second) ** 2, axis=0) / 2 / parts
     variance_of_mean += jnp.var(starts, axis=0, ddof=1) / len(starts)
     return Elbo(
         prior_term(schedule, x_0), starts.mean(0), terms.mean(0), jnp.sqrt(variance_of_mean)
     )
-
-
-def _variance_of_mean(terms):
-    """The variance of the mean of independent `terms` [parts, batch] along a smooth curve."""
-    if len(terms) == 2:
-        return jnp.diff(terms, axis=0)[0] ** 2 / 4
-    # The variance around each inner part; the first and the last part use their neighbour's.
-    each = jnp.diff(terms, n=2, axis=0) ** 2 / 6
-    return (each.sum(0) + each[0] + each[-1]) / len(terms) ** 2
 
 
 def bits_per_dim(nats: Float[Real, "..."], shape: tuple[int, ...]) -> Float[Real, "..."]:
@@ -324,7 +341,7 @@ def dequantise(key: Key, x_0: Data, levels: int = 256) -> tuple[Data, float]:
       ValueError: if `levels` is below 2.
     """
     _check(levels=levels)
-    width = 2 / (levels - 1)
+    width, x_0 = 2 / (levels - 1), at_least_float32(x_0)
     draw = lambda k: jax.random.uniform(k, x_0.shape[1:], x_0.dtype, -width / 2, width / 2)
     x = x_0 + jax.vmap(draw)(keys.per_example(key, len(x_0)))
     return x, math.prod(x_0.shape[1:]) * math.log(width)
@@ -358,7 +375,8 @@ def flow_log_likelihood(
         chooses for the whole batch; None for fixed steps.
 
     Raises:
-      ValueError: if `steps` is below 1 or `tolerance` is not positive.
+      ValueError: if `steps` is below 1, `tolerance` is not positive, or the denoiser knows another
+        schedule.
       ModuleNotFoundError: if `tolerance` is given and diffrax is not installed.
 
     >>> import diffjax
@@ -371,6 +389,7 @@ def flow_log_likelihood(
     """
     if steps < 1 or (tolerance is not None and tolerance <= 0):
         raise ValueError(f"{steps=}, {tolerance=}: need at least 1 step, a positive tolerance")
+    x_0, schedule = at_least_float32(x_0), schedule_of(denoise, schedule)
     divergence = _exact_divergence if key is None else _hutchinson(key, x_0)
 
     def slope(carry, t):
@@ -378,7 +397,7 @@ def flow_log_likelihood(
         return divergence(lambda y: ode.velocity(denoise, schedule, y, t)[0], y)
 
     r_0 = ode.radius(schedule, 0.0, x_0)
-    start = x_0 / r_0, jnp.zeros(len(x_0), x_0.dtype)
+    start = x_0 / r_0, jnp.zeros_like(x_0, shape=len(x_0))
     solve = ode.solve if tolerance is None else _adaptive(tolerance)
     with jax.default_matmul_precision("highest"):
         y, gained = solve(slope, schedule, start, 0.0, 1.0, steps)
@@ -389,6 +408,7 @@ def flow_log_likelihood(
 
 def _kl(schedule, prediction, x_0, eps, t, s, variance):
     """`denoising_term` for a given prediction."""
+    prediction = jax.tree.map(at_least_float32, prediction)
     alpha, sigma = scales_at(schedule, t, x_0)
     # alpha dx_0 + sigma deps = 0, so there is one error, which v resolves at every noise level.
     error = sigma * (x_0 - prediction.x_0) - alpha * (eps - prediction.eps)

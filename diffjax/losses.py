@@ -8,9 +8,20 @@ from jaxtyping import Float, Int
 
 from . import keys
 from .process import scales_at
-from .schedules import Schedule, at_least_float32, rate_at, time_at
+from .schedules import Schedule, rate_at, time_at
 from .targets import Row, encode, eps_per_out, row, unit_variance
-from .types import Array, Cond, Data, Key, Network, Real, Scale, Time
+from .types import (
+    Array,
+    Cond,
+    Data,
+    Key,
+    Network,
+    Real,
+    Scale,
+    Time,
+    at_least_float32,
+    check_times,
+)
 from .weightings import Weighting
 
 LOG_SNR_EDGES = tuple(range(-12, 13))
@@ -114,7 +125,7 @@ def effective_weight(
     def weighs(log_snr: Array) -> Array:
         log_snr = jnp.asarray(log_snr)
         t = time_at(schedule, log_snr)
-        drawn = t if steps is None else jnp.ceil(t * steps) / steps
+        drawn = t if steps is None else _on_grid(schedule, log_snr, t, steps)
         on_target = loss_weight(schedule, target, drawn, weight, steps)
         on_eps = on_target / eps_per_out(target, *schedule(drawn)) ** 2
         on_x_0 = on_eps * jnp.exp(schedule.log_snr(drawn))
@@ -123,6 +134,13 @@ def effective_weight(
         return jnp.where(visited, on_x_0 * of_times / rate_at(schedule, t), 0.0)
 
     return weighs
+
+
+def _on_grid(schedule, log_snr, t, steps):
+    """The time i/T to which t is rounded up; a time that is i/T but for rounding stays there."""
+    nearest, above = (jnp.clip(f(t * steps), 1, steps) / steps for f in (jnp.round, jnp.ceil))
+    there = jnp.isclose(schedule.log_snr(nearest), log_snr, rtol=1e-6, atol=4e-6)
+    return jnp.where(there, nearest, above)
 
 
 def diffusion_loss(
@@ -156,7 +174,8 @@ def diffusion_loss(
       dimension.
 
     Raises:
-      ValueError: if the target is unknown, or the network's output has another shape than `x_0`.
+      ValueError: if the target is unknown, the network's output has another shape than `x_0`, or t
+        has another shape than `[]` and `[batch]` or is concrete and outside [0, 1].
 
     Source: Ho et al. 2020, Algorithm 1; Kingma et al. 2021, equations 13 to 18.
 
@@ -209,7 +228,7 @@ def by_log_snr(
     inner = jnp.asarray(LOG_SNR_EDGES[1:-1], log_snr.dtype)
     which = jnp.searchsorted(inner, log_snr, side="right")
     here = which[:, None] == jnp.arange(len(LOG_SNR_EDGES) - 1)[None]
-    sums = jnp.where(here, losses[:, None], 0).sum(0)
+    sums = jnp.where(here, at_least_float32(losses)[:, None], 0).sum(0)
     return jnp.stack([sums, here.sum(0).astype(sums.dtype)])
 
 
@@ -219,6 +238,7 @@ def draw(
     """Draw the times `[batch]`, unless they are given, and the noise of a loss."""
     batch, key = x_0.shape[0], keys.typed(key)
     if t is not None:
+        check_times(t, batch)
         t = jnp.broadcast_to(at_least_float32(t), (batch,))
     elif key.ndim == 0:
         # The examples' keys are folded with 0..batch-1.

@@ -38,6 +38,7 @@ class Oracle:
       flow_map: (x_t, t, s) -> the point to which the probability-flow ODE takes x_t from time t to
         time s, in either direction. It is in closed form for a Gaussian, and else takes 1,000
         steps of the fourth-order Runge-Kutta method.
+      schedule: the schedule.
     """
 
     denoise: Callable[..., Prediction]
@@ -45,6 +46,7 @@ class Oracle:
     log_density: Callable[[Data, Time], Array]
     sample: Callable[[Key, int], Data]
     flow_map: Callable[[Data, Time, Time], Data]
+    schedule: Schedule
 
     def __call__(self, x_t: Data, t: Time, cond: Cond = None) -> Prediction:
         """The exact prediction at x_t; this method makes an oracle a `Denoiser`."""
@@ -214,7 +216,7 @@ def _oracle(schedule, denoise, log_density, sample):
         y = ode.solve(slope, schedule, x_t / ode.radius(schedule, t, x_t), t, s, 1000)
         return y * ode.radius(schedule, s, x_t)
 
-    return Oracle(denoise, score, log_density, sample, flow_map)
+    return Oracle(denoise, score, log_density, sample, flow_map, schedule)
 
 
 def _principal(cov, d):

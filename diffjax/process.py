@@ -13,7 +13,18 @@ import jax.numpy as jnp
 
 from . import keys
 from .schedules import Schedule
-from .types import Array, Data, Key, LearnedPrediction, Prediction, Scale, Time, expand
+from .types import (
+    Array,
+    Data,
+    Key,
+    LearnedPrediction,
+    Prediction,
+    Scale,
+    Time,
+    check_like,
+    check_times,
+    expand,
+)
 
 
 def scales_at(schedule: Schedule, t: Time, like: Data) -> tuple[Array, Array]:
@@ -24,11 +35,16 @@ def scales_at(schedule: Schedule, t: Time, like: Data) -> tuple[Array, Array]:
       t: times `[]` or `[batch]` in [0, 1].
       like: data `[batch, ...]`, which gives the rank and the dtype.
 
+    Raises:
+      ValueError: if t has another shape, or is concrete and outside [0, 1]; so does every function
+        that takes a time and data.
+
     >>> import jax.numpy as jnp, diffjax
     >>> alpha, sigma = scales_at(diffjax.cosine(), jnp.ones(4) / 2, like=jnp.ones((4, 8, 8, 1)))
     >>> alpha.shape
     (4, 1, 1, 1)
     """
+    check_times(t, len(like))
     alpha, sigma = schedule(t)
     return expand(alpha, like), expand(sigma, like)
 
@@ -45,8 +61,12 @@ def q_sample(schedule: Schedule, x_0: Data, t: Time, eps: Data) -> Data:
     Returns:
       x_t, of the shape of `x_0`.
 
+    Raises:
+      ValueError: if `eps` has another shape than `x_0`, or t is no time (see `scales_at`).
+
     Source: Ho et al. 2020, equation 4.
     """
+    check_like(x_0, eps=eps)
     alpha, sigma = scales_at(schedule, t, x_0)
     return alpha * x_0 + sigma * eps
 
@@ -85,8 +105,12 @@ def q_posterior(schedule: Schedule, x_0: Data, x_t: Data, t: Time, s: Time) -> t
       The mean, of the shape of `x_0`, and the standard deviation, which broadcasts against it and
       is a function of t and s alone.
 
+    Raises:
+      ValueError: if `x_t` has another shape than `x_0`, or t or s is no time (see `scales_at`).
+
     Source: Ho et al. 2020, equations 6 and 7 (s = t - 1/T); Kingma et al. 2021, appendix A.2.
     """
+    check_like(x_0, x_t=x_t)
     alpha_s, sigma_s = scales_at(schedule, s, x_0)
     alpha_t, _ = scales_at(schedule, t, x_0)
     c = expand(jnp.exp(schedule.log_snr(t) - schedule.log_snr(s)), x_0)
@@ -111,8 +135,9 @@ def decoder(
       t: later times, `[]` or `[batch]`.
       s: earlier times, `[]` or `[batch]`.
       variance: "posterior", the variance of q(x_s | x_t, x_0), which is exact for data at a single
-        point; "beta", the variance of q(x_t | x_s), which is exact for standard normal data; or
-        "learned", which interpolates between the two by the prediction's `fraction`.
+        point; "beta", the variance of q(x_t | x_s), which for variance-preserving scales is exact
+        for standard normal data; or "learned", which interpolates between the two by the
+        prediction's `fraction`.
 
     Returns:
       The mean, of the shape of `x_t`, and the standard deviation, which broadcasts against it.

@@ -21,6 +21,7 @@ against float64, over log-SNR in [-20, 20] (`tests/test_schedules.py`), alpha an
 at 20 is 1.9e-6).
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -31,7 +32,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Float
 
-from .types import Array, Real, Scalar, Time, known
+from .types import Array, Real, Scalar, Time, at_least_float32, check_times, known
 
 Scales = Callable[[Array], tuple[Array, Array]]
 
@@ -46,7 +47,9 @@ class Schedule(NamedTuple):
     function without retracing, be vmapped over its parameters, and be learned by gradient descent.
 
     Attributes:
-      log_snr: t in [0, 1] -> log(alpha_t^2 / sigma_t^2), strictly decreasing, elementwise.
+      log_snr: t in [0, 1] -> log(alpha_t^2 / sigma_t^2), strictly decreasing, elementwise. Those
+        of this module compute in at least float32; they raise a ValueError for a concrete t outside
+        [0, 1] and a TypeError for an array of integers.
       scales: log-SNR -> (alpha, sigma), elementwise: `vp`, `ve` or `flow`.
 
     >>> alpha, sigma = cosine()(0.5)
@@ -60,6 +63,17 @@ class Schedule(NamedTuple):
     def __call__(self, t: Time) -> tuple[Array, Array]:
         """The scales (alpha_t, sigma_t) at time t, of the shape of t."""
         return self.scales(self.log_snr(t))
+
+
+def _curve(f):
+    """A function (parameters, t) of times: it checks them, and computes in at least float32."""
+
+    @functools.wraps(f)
+    def curve(*args):
+        check_times(args[-1])
+        return f(*args[:-1], at_least_float32(args[-1]))
+
+    return curve
 
 
 def vp(log_snr: Array) -> tuple[Array, Array]:
@@ -92,6 +106,7 @@ def cosine(
     return Schedule(Partial(_cosine, log_snr_min, log_snr_max), Partial(scales))
 
 
+@_curve
 def _cosine(log_snr_min, log_snr_max, t):
     # tan(a) = sin(a) / sin(pi/2 - a): each angle is computed from its own small end, so that
     # neither loses precision to pi/2.
@@ -118,6 +133,7 @@ def linear(beta_min: Scalar = 0.1, beta_max: Scalar = 20.0, log_snr_max: Scalar 
     return Schedule(Partial(_linear, beta_min, beta_max, log_snr_max), Partial(vp))
 
 
+@_curve
 def _linear(beta_min, beta_max, log_snr_max, t):
     # B(t) = beta_min t + (beta_max - beta_min) t^2 / 2, started where B = log(1 + 1 / snr_max).
     first_b = jax.nn.softplus(-log_snr_max)
@@ -161,6 +177,7 @@ def sigmoid(
     return Schedule(Partial(_sigmoid, *params), Partial(scales))
 
 
+@_curve
 def _sigmoid(start, end, tau, log_snr_min, log_snr_max, t):
     # With p = sigmoid(u) between p(low) and p(high), snr = (p(high) - p) / (p - p(low)), and
     # sigmoid(x) - sigmoid(y) = sigmoid(x) sigmoid(-y) (1 - exp(y - x)) has no cancellation.
@@ -193,6 +210,7 @@ def log_uniform(
     return Schedule(Partial(_log_uniform, sigma_min, sigma_max), Partial(scales))
 
 
+@_curve
 def _log_uniform(sigma_min, sigma_max, t):
     return -2 * ((1 - t) * jnp.log(sigma_min) + t * jnp.log(sigma_max))
 
@@ -211,6 +229,7 @@ def rectified_flow(
     return Schedule(Partial(_rectified_flow, log_snr_min, log_snr_max), Partial(scales))
 
 
+@_curve
 def _rectified_flow(log_snr_min, log_snr_max, t):
     first, last = jax.nn.sigmoid(-log_snr_max / 2), jax.nn.sigmoid(log_snr_min / 2)
     span = 1 - first - last
@@ -275,13 +294,13 @@ def monotone_params(width: int = 32) -> MonotoneParams:
     return MonotoneParams(jnp.zeros(()), jnp.full(width, -3.0), jnp.full(width, 2.0), centre)
 
 
+@_curve
 def _monotone(params, log_snr_min, log_snr_max, t):
     def g(t):
         height, slope, centre = (p.reshape(-1, *[1] * t.ndim) for p in params[1:])
         bumps = jnp.exp(height) * jax.nn.sigmoid(jnp.exp(slope) * (t[None] - centre))
         return jnp.exp(params.line) * t + bumps.sum(0)
 
-    t = jnp.asarray(t, jnp.result_type(t, float))
     first, last = g(jnp.zeros((), t.dtype)), g(jnp.ones((), t.dtype))
     return log_snr_max - (log_snr_max - log_snr_min) * (g(t) - first) / (last - first)
 
@@ -345,12 +364,6 @@ def rate_at(schedule: Schedule, t: Time, steps: int | None = None) -> Array:
     return steps * jnp.expm1(schedule.log_snr(s) - schedule.log_snr(t))
 
 
-def at_least_float32(t: Time) -> Array:
-    """Times as an array of at least float32, in which neighbours on a grid differ."""
-    t = jnp.asarray(t)
-    return t.astype(jnp.promote_types(t.dtype, jnp.float32))
-
-
 def from_betas(
     betas: np.ndarray, log_snr_max: float = 24.0, log_snr_min: float = -24.0
 ) -> Schedule:
@@ -394,11 +407,12 @@ def from_betas(
     return Schedule(Partial(_interpolate, table), Partial(vp))
 
 
+@_curve
 def _interpolate(table, t):
     # Steps are counted from the nearer end: in the second half 1 - t is exact, but t * steps is
     # not, which matters where a table falls steeply.
     steps = len(table) - 1
-    late = jnp.asarray(t) > 0.5
+    late = t > 0.5
     position = jnp.where(late, 1 - t, t) * float(steps)
     near = jnp.clip(jnp.floor(position).astype(int), 0, steps - 1)
     table = jnp.asarray(table, position.dtype)
@@ -449,7 +463,9 @@ def zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     """Rescale betas so that the last step is pure noise: abar_T = 0, beta_T = 1.
 
     Lin et al. 2024, "Common diffusion noise schedules and sample steps are flawed", Algorithm 1:
-    sqrt(abar) is shifted to end at 0 and scaled to keep its first value.
+    sqrt(abar) is shifted to end at 0 and scaled to keep its first value. Use a target that is
+    defined without signal, such as v or x_0: with eps, the estimate of x_0 at t = 1 divides by
+    alpha_1, which is 0 but for `log_snr_min`, and is of the order of 1e5 unless it is clipped.
 
     Raises:
       ValueError: if there are fewer than two steps.

@@ -18,7 +18,7 @@ from . import keys
 from .inverse import downsampling
 from .process import q_sample
 from .schedules import Schedule
-from .types import Data, Key, Real, Time
+from .types import Data, Key, Real, Time, at_least_float32
 
 Images = Float[Real, "batch height width channels"]
 Small = Float[Real, "batch low low channels"]
@@ -67,7 +67,8 @@ def psnr(x: Data, y: Data) -> Float[Real, " batch"]:
     >>> psnr(jnp.zeros((1, 4, 4, 1)), jnp.full((1, 4, 4, 1), 0.2))  # 10 log10(4 / 0.04)
     Array([20.], dtype=float32)
     """
-    return 10 * jnp.log10(4 / jnp.square(x - y).mean(tuple(range(1, jnp.ndim(x)))))
+    error = at_least_float32(x - y)
+    return 10 * jnp.log10(4 / jnp.square(error).mean(tuple(range(1, error.ndim))))
 
 
 def beside(x: Images, truth: Images, low: int) -> Float[Real, "rows height width channels"]:

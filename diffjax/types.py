@@ -72,6 +72,45 @@ def known(*values: Any) -> bool:
     return not any(isinstance(value, Tracer) for value in values)
 
 
+def at_least_float32(x: Any) -> Array:
+    """`x` as a JAX array of at least float32, for sums and for times.
+
+    Sums in float16 overflow at 65,504, and neighbours on a grid of times differ in float32.
+
+    Raises:
+      TypeError: if `x` is an array of integers.
+    """
+    x = jnp.asarray(x)
+    if not (jnp.issubdtype(x.dtype, jnp.floating) or x.weak_type):
+        raise TypeError(f"times and data must be floating point, got {x.dtype}")
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    return x if x.dtype == dtype else x.astype(dtype)
+
+
+def check_times(t: Time, batch: int | None = None) -> None:
+    """Check that t are times, `[]` or `[batch]`, in [0, 1]. Traced values cannot be checked.
+
+    Raises:
+      ValueError: if a time is outside [0, 1], or `batch` is given and the shape is another.
+    """
+    if batch is not None and jnp.shape(t) not in ((), (batch,)):
+        raise ValueError(
+            f"times of shape {jnp.shape(t)} for a batch of {batch}: need [] or [batch]"
+        )
+    if known(t) and not ((np.asarray(t) >= 0) & (np.asarray(t) <= 1)).all():
+        low, high = np.min(t), np.max(t)
+        raise ValueError(
+            f"times from {low} to {high}: must lie in [0, 1]; step i of T is the time i / T"
+        )
+
+
+def check_like(x: Data, **others: Data) -> None:
+    """Raise a ValueError unless all arrays have the shape of the data x."""
+    for name, other in others.items():
+        if jnp.shape(other) != jnp.shape(x):
+            raise ValueError(f"{name} of shape {jnp.shape(other)} for data {jnp.shape(x)}")
+
+
 def select(chosen: Any, a: Any, b: Any) -> Any:
     """Take each example from a where `chosen`, `[]` or `[batch]`, else from b; pytrees of data."""
     chosen = jnp.asarray(chosen)

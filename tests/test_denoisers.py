@@ -7,7 +7,7 @@ import pytest
 
 import diffjax
 from catalogue import SCHEDULES, TARGETS
-from diffjax import oracles, targets
+from diffjax import denoisers, oracles, targets
 
 
 def labelled(x_t, log_snr, cond):
@@ -194,7 +194,7 @@ def test_guidance_in_an_interval_of_log_snr():
     for i, expected in enumerate(chosen):
         np.testing.assert_allclose(mixed[i], expected(X2, ts).eps[i], rtol=1e-6)
     # One time for the batch: only the branch that is needed runs.
-    bad = lambda x_t, t, cond: jax.tree.map(lambda a: a * jnp.nan, both(x_t, t))
+    bad = lambda x_t, t, cond=None: jax.tree.map(lambda a: a * jnp.nan, both(x_t, t))
     with jax.debug_nans(False):
         assert jnp.isfinite(
             jax.jit(diffjax.within(bad, both, schedule, low, high))(X2, 0.9).x_0
@@ -304,3 +304,44 @@ def test_both_halves_of_guidance_are_one_call_and_nothing_is_traced_again():
     compiled = len(seen)
     draw(jax.random.key(9), 0.5, jnp.zeros(4, jnp.int32), 1.5)
     assert len(seen) == compiled
+
+
+def echo():
+    """A denoiser whose x_0 is the label of its condition."""
+    network = lambda x_t, log_snr, cond: 0 * x_t + cond["label"][:, None]
+    return diffjax.denoiser(network, diffjax.cosine(), "x_0")
+
+
+def test_binding_the_condition_composes_in_any_order():
+    denoise = echo()
+    schedule = denoise.schedule
+    cond, x_t = {"label": jnp.array([0.25, 0.5])}, jnp.ones((2, 3))
+    bind = lambda denoise: functools.partial(denoise, cond=cond)
+    mask = diffjax.inverse.inpainting(jnp.array([1.0, 0.0, 0.0]))
+    wraps = {
+        "clip": lambda d: diffjax.clip_x_0(d, schedule),
+        "pigdm": lambda d: diffjax.inverse.pigdm(d, schedule, mask, mask(x_t)),
+        "cfg": lambda d: diffjax.classifier_free(d, 1.5, {"label": jnp.float32(0.125)}),
+        "auto": lambda d: diffjax.autoguidance(d, d, 1.5),
+        "classifier": lambda d: diffjax.classifier_guidance(
+            d, schedule, lambda x, t, c: c["label"] * x.sum(-1)
+        ),
+        "threshold": lambda d: diffjax.dynamic_threshold(d, schedule),
+        "rescale": lambda d: diffjax.rescale(d, d, schedule),
+        "within": lambda d: diffjax.within(d, d, schedule, -1.0, 1.0),
+    }
+    for name, wrap in wraps.items():
+        before, after = wrap(bind(denoise)), bind(wrap(denoise))
+        for a, b in zip(before(x_t, 0.5), after(x_t, 0.5), strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=name)
+        # Every wrapper hands the schedule on, through any number of bindings.
+        assert denoisers.schedule_of(before) is denoise.schedule, name
+        assert denoisers.schedule_of(jax.jit(after)) is denoise.schedule, name
+
+
+def test_a_bound_condition_does_not_hide_in_the_unconditional_half():
+    network = lambda x_t, log_snr, cond: 0 * x_t + (1.0 if cond is not None else 0.0)
+    denoise = diffjax.denoiser(network, diffjax.cosine(), "x_0")
+    bound = functools.partial(denoise, cond={"label": jnp.zeros(2)})
+    guided = diffjax.classifier_free(bound, 3.0, None)
+    np.testing.assert_allclose(guided(jnp.ones((2, 3)), 0.5).x_0, 3.0)

@@ -210,3 +210,13 @@ def test_what_is_not_comparable_is_refused_by_name(tmp_path):
     (tmp_path / comparison.RESULT).write_text("{")
     with pytest.raises(ValueError, match="is not a file of evaluate.py"):
         comparison.read([tmp_path])
+
+
+@pytest.mark.parametrize("name", [*distances.METRICS])
+def test_distances_of_features_of_any_dtype_are_those_of_the_same_numbers_in_float64(name):
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 256, (2, 60, 4))
+    metric = distances.METRICS[name].measure
+    expected = metric(a.astype(np.float64), b.astype(np.float64))
+    for dtype in (np.uint8, np.float16, np.float32, np.int32):
+        np.testing.assert_array_equal(metric(a.astype(dtype), b.astype(dtype)), expected)

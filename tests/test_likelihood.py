@@ -3,6 +3,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 import scipy.stats
@@ -403,3 +404,59 @@ def test_looks_at_once_say_the_same():
     assert lengths[0] > 0 and lengths[1] == 0
     with pytest.raises(ValueError, match="at_once=0: must be at least 1"):
         bound(at_once=0)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+@pytest.mark.parametrize("steps", [None, 10])
+def test_the_bound_of_half_precision_data_is_that_of_the_same_numbers_in_float32(dtype, steps):
+    schedule = diffjax.log_uniform()
+    x_0 = jnp.asarray(np.round(np.random.default_rng(0).uniform(-1, 1, (3, 500)) * 8) / 8)
+    denoise = oracles.gaussian(schedule, jnp.zeros(500), 0.5)
+    elbo = lambda x: likelihood.elbo(jax.random.key(0), denoise, schedule, x, steps, samples=4)
+    for levels in (17, None):
+        elbo = functools.partial(
+            likelihood.elbo,
+            jax.random.key(0),
+            denoise,
+            schedule,
+            steps=steps,
+            levels=levels,
+            samples=4,
+        )
+        for got, expected in zip(elbo(x_0.astype(dtype)), elbo(x_0), strict=True):
+            assert got.dtype == jnp.float32
+            np.testing.assert_array_equal(got, expected)
+    flow = lambda x: likelihood.flow_log_likelihood(
+        denoise, schedule, x, jax.random.key(1), steps=4
+    )
+    np.testing.assert_array_equal(flow(x_0.astype(dtype)), flow(x_0))
+
+
+def test_sums_do_not_overflow_and_numpy_arrays_are_data(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it
+    schedule = diffjax.cosine(log_snr_min=0.0)
+    x_0 = np.full((2, 70_000), 2.0)
+    for dtype in (np.float16, np.float32, np.float64, jnp.bfloat16):
+        np.testing.assert_allclose(
+            likelihood.prior_term(schedule, x_0.astype(dtype)), 140_000, rtol=1e-5
+        )
+    with pytest.raises(TypeError, match="floating point"):
+        likelihood.prior_term(schedule, np.ones((2, 3), np.uint8))
+    denoise = gaussian(schedule)
+    x = np.linspace(-1, 1, 3)[:, None]
+    elbo = lambda x: likelihood.elbo(jax.random.key(0), denoise, schedule, x, samples=2).nats
+    np.testing.assert_array_equal(elbo(x), elbo(jnp.asarray(x)))
+
+
+@pytest.mark.parametrize("looks", [4, 8, 32])
+@pytest.mark.parametrize("steps", [10, 1000, None])
+def test_the_standard_error_is_calibrated_for_few_looks(steps, looks):
+    """The root mean square of what 8,000 estimates say is the spread of the estimates."""
+    betas = {10: np.linspace(0.05, 0.5, 10), 1000: diffjax.linear_betas(1000)}
+    schedule = diffjax.from_betas(betas[steps]) if steps else diffjax.cosine()
+    denoise = oracles.gaussian(schedule, jnp.zeros(8), 0.25)
+    x_0 = jnp.broadcast_to(denoise.sample(jax.random.key(1), 1), (8000, 8))
+    elbo = compiled_elbo(denoise, schedule, steps=steps, levels=None)
+    found = elbo(jax.random.key(0), x_0, samples=looks)
+    said = jnp.sqrt(jnp.mean(found.standard_error**2))
+    np.testing.assert_allclose(said, found.nats.std(), rtol=0.05)

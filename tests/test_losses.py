@@ -5,7 +5,7 @@ import pytest
 
 import diffjax
 from catalogue import SCHEDULES, TARGETS, WEIGHTINGS
-from diffjax import likelihood, oracles, weightings
+from diffjax import likelihood, losses, oracles, weightings
 from diffjax.schedules import rate_at
 
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
@@ -440,3 +440,24 @@ def test_raw_uint32_keys_are_taken_too():
         for key in (jax.random.key(7), jax.random.PRNGKey(7))
     ]
     assert jnp.array_equal(*losses)
+
+
+@pytest.mark.parametrize("steps", [7, 10, 1000])
+def test_the_effective_weight_at_a_step_of_the_grid_is_that_of_the_step(steps):
+    """DDPM's simple loss over uniform steps, in closed form: snr_i / T over each step's range.
+
+    At a step's own log-SNR, and a little above and below it.
+    """
+    schedule = diffjax.cosine()
+    weigh = losses.effective_weight(schedule, "eps", weightings.constant(), steps=steps)
+    i = np.unique(np.linspace(1, steps, 10).round())
+    t = i / steps
+    rate = lambda t: -jax.vmap(jax.grad(schedule.log_snr))(jnp.asarray(t, jnp.float32))
+    at = schedule.log_snr(t.astype(np.float32))
+    np.testing.assert_allclose(weigh(at) * rate(t), jnp.exp(at), rtol=2e-3)
+    later = t[:-1] + 0.1 / steps  # noisier than step i, and therefore of step i + 1
+    above = np.floor(later * steps + 1) / steps
+    expected = jnp.exp(schedule.log_snr(above.astype(np.float32)))
+    np.testing.assert_allclose(
+        weigh(schedule.log_snr(later.astype(np.float32))) * rate(later), expected, rtol=5e-3
+    )

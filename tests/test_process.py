@@ -1,5 +1,8 @@
+import math
+
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -159,3 +162,59 @@ def test_keys_of_another_length_than_the_batch_are_refused():
     keys = jax.random.split(jax.random.key(0), 3)
     with pytest.raises(ValueError, match=r"keys of shape \(3,\) for a batch of 4"):
         diffjax.prior_sample(keys, diffjax.cosine(), (4, 2))
+
+
+def test_what_is_no_time_is_refused_where_a_schedule_meets_data(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it
+    schedule = diffjax.cosine()
+    x, eps = jax.random.normal(jax.random.key(0), (2, 4, 3))
+    predict = diffjax.denoiser(lambda x_t, log_snr, cond: x_t, schedule, "eps")
+    uses = [
+        lambda t: diffjax.q_sample(schedule, x, t, eps),
+        lambda t: diffjax.q_posterior(schedule, x, eps, 1.0, t),
+        lambda t: diffjax.q_posterior(schedule, x, eps, t, 0.0),
+        lambda t: predict(x, t),
+        lambda t: diffjax.diffusion_loss(
+            jax.random.key(1), lambda x_t, log_snr, cond: x_t, schedule, "eps", x, t=t
+        ),
+        lambda t: jax.jit(lambda x: diffjax.q_sample(schedule, x, t, eps))(x),
+    ]
+    wrong = [500, 1.01, -1e-6, math.nan, np.array([0.0, 0.5, 1.0, 2.0]), np.full((4, 1), 0.5), x]
+    for use in uses:
+        for t in (0.25, np.float32(0.25), jnp.full(4, 0.25), np.full(4, 0.25, np.float16)):
+            use(t)
+        for t in wrong:
+            with pytest.raises(ValueError, match="times of|times from"):
+                use(t)
+        for t in (np.array([1, 0, 1, 0]), jnp.int32(1)):
+            with pytest.raises(TypeError, match="floating point"):
+                use(t)
+    # An integer is no time where its value is unknown either.
+    with pytest.raises(TypeError, match="floating point, got int32"):
+        jax.jit(lambda t: schedule(t))(jnp.arange(4))
+
+
+@pytest.mark.parametrize("name", [*diffjax.SCHEDULES, "monotone", "shifted"])
+def test_every_schedule_checks_its_times_and_computes_in_float32(name, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    make = diffjax.SCHEDULES | {
+        "monotone": lambda: diffjax.monotone(diffjax.monotone_params(4)),
+        "shifted": lambda: diffjax.shift(diffjax.cosine(), -1.0),
+    }
+    schedule = make[name]()
+    for t in (500, -0.1, np.array([0.0, 1.5])):
+        with pytest.raises(ValueError, match="step i of T is the time i / T"):
+            schedule(t)
+    ts = np.array([0.0, 0.125, 0.5, 0.75, 1.0])
+    for dtype in (jnp.float16, jnp.bfloat16):
+        got = schedule(jnp.asarray(ts, dtype))
+        np.testing.assert_array_equal(got, schedule(ts.astype(np.float32)))
+
+
+def test_noise_of_another_shape_is_refused_and_not_broadcast(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    schedule, x, eps = diffjax.cosine(), jnp.ones((4, 3)), jnp.ones((4, 1))
+    with pytest.raises(ValueError, match=r"eps of shape \(4, 1\) for data \(4, 3\)"):
+        diffjax.q_sample(schedule, x, 0.5, eps)
+    with pytest.raises(ValueError, match=r"x_t of shape \(4, 1\)"):
+        diffjax.q_posterior(schedule, x, eps, 0.5, 0.25)

@@ -6,12 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 
 import train
 from diffjax import data, keys, models
 from diffjax.evaluation.sampling import make_generate
-from diffjax.experiment import command_line, resolve
+from diffjax.experiment import Config, command_line, resolve
 from diffjax.training import Losses, ema_warmup, init_state, train_step
+from diffjax.training.step import several_steps
 
 
 def quadratic(key, params, batch):
@@ -160,3 +162,69 @@ def test_training_learns_the_data(target):
         ((np.random.default_rng(0).uniform(-1, 1, (1000, 2))[:, None] - real) ** 2).sum(-1).min(1)
     )
     assert np.mean(nearest) < 0.35 * np.mean(noise)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_the_average_of_half_precision_parameters_moves_and_keeps_its_dtype(dtype):
+    """1 - 0.999^n in closed form; in half precision each step would round to nothing."""
+    tx = optax.sgd(0.0)
+    state = init_state(jax.random.key(0), jnp.ones(2, dtype), tx)
+    state = state.replace(ema_params=jnp.zeros_like(state.ema_params))
+    step = functools.partial(
+        train_step,
+        loss_fn=lambda key, params, batch: jnp.zeros(len(batch["x"])) * params.sum(),
+        tx=tx,
+        ema_decay=lambda step: jnp.minimum(0.999, 1.0 - 0.0 * step),
+    )
+    steps = jax.jit(several_steps(step))
+    batches = jax.tree.map(lambda x: np.repeat(x[:, None], 2000, 1), batch_of(2))
+    new, _ = steps(state, batches)
+    assert (new.ema_params.dtype, new.params.dtype) == (jnp.float32, dtype)
+    np.testing.assert_allclose(new.ema_params, 1 - 0.999**2000, rtol=1e-4)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("remember", [None, lambda extra, seen: seen["loss"]])
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_step_under_shard_map_is_that_of_one_device(check_vma, accumulate, remember):
+    mesh = Mesh(np.array(jax.devices()[:4]), "i")
+    tx = optax.sgd(0.1)
+
+    def loss_fn(key, params, batch, extra):
+        loss = quadratic(key, params, batch)
+        return Losses(loss, {"loss": loss})
+
+    step = functools.partial(
+        train_step,
+        loss_fn=loss_fn,
+        tx=tx,
+        ema_decay=0.9,
+        accumulate=accumulate,
+        remember=remember,
+        measure=lambda seen: {"sum": seen["loss"].sum()},
+    )
+    state = init_state(jax.random.key(0), jnp.array([3.0, -1.0]), tx, jnp.zeros(8))
+    over, whole = PartitionSpec("i"), PartitionSpec()
+    mapped = jax.shard_map(
+        functools.partial(step, axis_name="i"),
+        mesh=mesh,
+        in_specs=(whole, over),
+        out_specs=whole,
+        check_vma=check_vma,
+    )
+    expected, got = step(state, batch_of(8)), jax.jit(mapped)(state, batch_of(8))
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
+        if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_the_held_out_times_are_spread_over_all_examples_held_out():
+    """Whatever the size of a batch, they cover the interval: one time in each n-th of it."""
+    e = resolve(Config(batch_size=32))
+    e = e._replace(objective=lambda levels: lambda *args, t, **_: t)
+    for n in (8, 18, 32, 40, 96):
+        loss = train.make_loss(e, None, n)
+        index = np.arange(n)
+        batch = {"x": np.zeros((n, 8, 8, 1)), "index": index, "label": index}
+        t = loss(e.keys().held_out, {}, batch, ()).loss  # the objective here is the time itself
+        assert sorted(np.ceil(np.asarray(t) * n).tolist()) == list(range(1, n + 1))

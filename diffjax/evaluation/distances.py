@@ -35,6 +35,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     >>> print(f"{frechet_distance(a, a + [1, 2, 0]):.4f}")
     5.0000
     """
+    a, b = _float64(a, b)
     c_a, c_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     values, vectors = np.linalg.eigh(c_a)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
@@ -56,8 +57,8 @@ def kernel_distance(a: np.ndarray, b: np.ndarray, block: int = 1000) -> Estimate
 
     MMD^2 with k(x, y) = (x . y / d + 1)^3 (Binkowski et al. 2018, section 4; there in Inception's
     features, as KID). The value is the mean of unbiased estimates over disjoint random blocks, and
-    the standard error comes from their spread (Zaremba et al. 2013, "B-test"). It has no bias at
-    any n, and can therefore be negative.
+    the standard error comes from their spread (Zaremba et al. 2013, "B-test"). For two independent
+    sets it has no bias at any n, and can therefore be negative.
 
     Args:
       a: features.
@@ -73,6 +74,7 @@ def kernel_distance(a: np.ndarray, b: np.ndarray, block: int = 1000) -> Estimate
     >>> abs(value) < 3 * error
     True
     """
+    a, b = _float64(a, b)
     n = min(len(a), len(b))
     block = min(block, n // 10)
     if block < 2:
@@ -127,7 +129,7 @@ def _equally_many(samples, real, k):
             f"examples: need more than k={k} of each, and k at least 1"
         )
     rng = np.random.default_rng(0)
-    return [x[rng.permutation(len(x))[:n]].astype(np.float64) for x in (samples, real)]
+    return [x[rng.permutation(len(x))[:n]] for x in _float64(samples, real)]
 
 
 def _in_manifold(x, of, k):
@@ -222,6 +224,11 @@ def from_halves(
         result["accuracy"] = float(np.mean(classify(x) == label))
         result["accuracy_real"] = float(np.mean(classify(real[one]) == real_label[one]))
     return result
+
+
+def _float64(*features):
+    """Features of any dtype: products of integers wrap, and those of float16 overflow."""
+    return [np.asarray(x, np.float64) for x in features]
 
 
 def _flat(x):

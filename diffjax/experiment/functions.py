@@ -13,7 +13,15 @@ import optax
 from jaxtyping import Float
 
 from .. import keys, loss_aware, losses, models, samplers, schedules
-from ..denoisers import clip_x_0, denoiser, time_input, unit_input, unit_output
+from ..denoisers import (
+    clip_x_0,
+    denoiser,
+    knowing,
+    predict,
+    time_input,
+    unit_input,
+    unit_output,
+)
 from ..guidance import GUIDANCES
 from ..learned_variance import hybrid_loss
 from ..samplers import SAMPLERS, TIMES, Sampler
@@ -40,7 +48,8 @@ class Times(NamedTuple):
 
     Attributes:
       init: () -> the first value of `TrainState.extra`.
-      draw: (key, extra, index `[batch]`) -> times, and weights of their losses, `[batch]`.
+      draw: (key, extra, index `[batch]`, n) -> times, and weights of their losses, `[batch]`; the
+        times are stratified over n examples, those of a batch by default.
       remember: (extra, `t` and `loss` of the global batch, by name) -> the next extra; None if
         nothing is carried from step to step.
     """
@@ -130,7 +139,8 @@ def resolve(config: Config) -> Experiment:
 
     def clip(denoise):
         clipped = clip_x_0(denoise, schedule)
-        return lambda x_t, t, cond=None: (clipped if x_t.ndim == 4 else denoise)(x_t, t, cond)
+        of_rank = lambda x_t: clipped if x_t.ndim == 4 else denoise
+        return knowing(schedule, lambda x_t, t, cond=None: predict(of_rank(x_t), x_t, t, cond))
 
     def grid():
         ts = TIMES[config.sampling.grid](schedule, config.sampling.steps)
@@ -314,13 +324,13 @@ def _condition(config, schedule):
 
 def _times(config):
     """Stratified uniform times, or loss-aware ones."""
-    n, steps = config.batch_size, config.time_steps
+    batch_size, steps = config.batch_size, config.time_steps
 
-    def uniform(key, extra, index):
+    def uniform(key, extra, index, n=batch_size):
         t = losses.sample_times(key, n, steps, index)
         return t, jnp.ones_like(t)
 
-    def aware(key, history, index):
+    def aware(key, history, index, n=batch_size):
         return loss_aware.loss_aware_times(key, history, n, index)
 
     def remember(history, seen):

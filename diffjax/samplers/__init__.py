@@ -4,10 +4,11 @@ A `Sampler` is two pure functions. `init(x_1)` makes a state; `step(key, state, 
 from time t to time s. In a notebook, call `step` in a `for` loop; `sample` is the same loop as one
 `lax.scan`, which its caller can jit with the parameters as arguments.
 
-Every sampler is made by a function `(denoise, schedule, *, options) -> Sampler`, and works with any
-schedule on all of [0, 1], because log-SNR is finite there. A deterministic sampler also steps from
-data to noise. `docs/samplers.md` reports measured orders and errors, and `SAMPLERS` lists all
-samplers by name.
+Every sampler is made by a function `(denoise, schedule, *, options) -> Sampler`, which raises a
+ValueError if the denoiser knows another schedule; the schedule may be left out if it knows one. A
+sampler works with any schedule on all of [0, 1], because log-SNR is finite there. A deterministic
+sampler also steps from data to noise. `docs/samplers.md` reports measured orders and errors, and
+`SAMPLERS` lists all samplers by name.
 """
 
 from collections.abc import Callable

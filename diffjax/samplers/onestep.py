@@ -5,20 +5,23 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from .. import keys, ode
+from ..denoisers import schedule_of
 from ..process import check_variance, decoder, scales_at
 from ..schedules import Schedule, time_at
 from ..types import Denoiser, Scalar, expand, known
 from .walk import Sampler, State, in_use, init
 
 
-def ancestral(denoise: Denoiser, schedule: Schedule, *, variance: str = "posterior") -> Sampler:
+def ancestral(
+    denoise: Denoiser, schedule: Schedule | None = None, *, variance: str = "posterior"
+) -> Sampler:
     """DDPM's sampler: draw x_s from the decoder, q(x_s | x_t, x_0) with the predicted x_0.
 
     Ho et al. 2020, Algorithm 2. It has weak order 1. Use `uniform_times` with hundreds of steps.
 
     Args:
       denoise: a `Denoiser`.
-      schedule: its `Schedule`.
+      schedule: its `Schedule`; None if the denoiser knows it.
       variance: "posterior", "beta" or "learned" (see `process.decoder`). The latter two add no
         noise in a step to t = 0, as in Algorithm 2.
 
@@ -27,6 +30,8 @@ def ancestral(denoise: Denoiser, schedule: Schedule, *, variance: str = "posteri
         denoiser has not learned one.
     """
     check_variance(variance)
+
+    schedule = schedule_of(denoise, schedule)
 
     def step(key, state, t, s):
         x = state.x
@@ -39,7 +44,7 @@ def ancestral(denoise: Denoiser, schedule: Schedule, *, variance: str = "posteri
     return Sampler(init, step, stochastic=True)
 
 
-def ddim(denoise: Denoiser, schedule: Schedule, *, eta: Scalar = 0.0) -> Sampler:
+def ddim(denoise: Denoiser, schedule: Schedule | None = None, *, eta: Scalar = 0.0) -> Sampler:
     """DDIM: keep the predicted noise, or replace a part of it by fresh noise.
 
     x_s = alpha_s x_0 + sigma_s (sqrt(1 - eta^2 (1 - c)) eps + eta sqrt(1 - c) z), c = snr_t/snr_s.
@@ -50,7 +55,7 @@ def ddim(denoise: Denoiser, schedule: Schedule, *, eta: Scalar = 0.0) -> Sampler
 
     Args:
       denoise: a `Denoiser`.
-      schedule: its `Schedule`.
+      schedule: its `Schedule`; None if the denoiser knows it.
       eta: from 0 (deterministic) to 1 (the posterior).
 
     Raises:
@@ -58,6 +63,8 @@ def ddim(denoise: Denoiser, schedule: Schedule, *, eta: Scalar = 0.0) -> Sampler
     """
     if known(eta) and not 0 <= eta <= 1:
         raise ValueError(f"{eta=}: must be in [0, 1]")
+
+    schedule = schedule_of(denoise, schedule)
 
     def step(key, state, t, s):
         x = state.x
@@ -75,7 +82,7 @@ def ddim(denoise: Denoiser, schedule: Schedule, *, eta: Scalar = 0.0) -> Sampler
     return Sampler(init, step, stochastic=in_use(eta))
 
 
-def euler_maruyama(denoise: Denoiser, schedule: Schedule) -> Sampler:
+def euler_maruyama(denoise: Denoiser, schedule: Schedule | None = None) -> Sampler:
     r"""Euler-Maruyama's method on the reverse-time SDE of Song et al. 2021, equation 6.
 
     dx = [f x - g^2 score] dt + g dw with f = dlog(alpha)/dt and g^2 = dsigma^2/dt - 2 f sigma^2.
@@ -86,8 +93,9 @@ def euler_maruyama(denoise: Denoiser, schedule: Schedule) -> Sampler:
 
     Args:
       denoise: a `Denoiser`.
-      schedule: its `Schedule`.
+      schedule: its `Schedule`; None if the denoiser knows it.
     """
+    schedule = schedule_of(denoise, schedule)
 
     def step(key, state, t, s):
         x = state.x
@@ -102,24 +110,28 @@ def euler_maruyama(denoise: Denoiser, schedule: Schedule) -> Sampler:
     return Sampler(init, step, stochastic=True)
 
 
-def heun(denoise: Denoiser, schedule: Schedule) -> Sampler:
+def heun(denoise: Denoiser, schedule: Schedule | None = None) -> Sampler:
     """Heun's method on the probability-flow ODE, in the angle atan2(sigma, alpha) (see `ode`).
 
     It is deterministic, of order 2, with two evaluations per step. The angle and the velocity in it
     are bounded: with equally many steps, the error is a fraction of the error of Heun's method in
-    sigma/alpha, which is `edm`. Use `uniform_times`.
+    sigma/alpha, which is `edm`. A step of more than one radian, such as the whole walk in one step,
+    takes the prediction for a constant, as `ddim` does. Use `uniform_times`.
 
     Args:
       denoise: a `Denoiser`.
-      schedule: its `Schedule`.
+      schedule: its `Schedule`; None if the denoiser knows it.
     """
+    schedule = schedule_of(denoise, schedule)
 
     def step(key, state, t, s):
         y = state.x / ode.radius(schedule, t, state.x)
         turn = expand(ode.angle(schedule, s) - ode.angle(schedule, t), y)
         first, x_0 = ode.velocity(denoise, schedule, y, t)
         second, _ = ode.velocity(denoise, schedule, y + turn * first, s)
-        y = y + turn * (first + second) / 2
+        # For a constant prediction, y moves on a circle.
+        constant = jnp.cos(turn) * y + jnp.sin(turn) * first
+        y = jnp.where(jnp.abs(turn) > 1, constant, y + turn * (first + second) / 2)
         return State(y * ode.radius(schedule, s, y), x_0)
 
     return Sampler(init, step)
@@ -127,7 +139,7 @@ def heun(denoise: Denoiser, schedule: Schedule) -> Sampler:
 
 def edm(
     denoise: Denoiser,
-    schedule: Schedule,
+    schedule: Schedule | None = None,
     *,
     s_churn: Scalar = 0.0,
     s_min: Scalar = 0.0,
@@ -139,12 +151,14 @@ def edm(
 
     Karras et al. 2022, Algorithm 2, in which sigma is our sigma/alpha. Without churn it is
     deterministic, of order 2 (k-diffusion's `sample_heun`). It takes two evaluations per step. Use
-    `karras_times`. Every step is Heun's: the paper's last step, an Euler step to sigma = 0, does
-    not occur on a finite schedule.
+    `karras_times`. The paper's last step, an Euler step to sigma = 0, does not occur on a finite
+    schedule. A step is Euler's only where Heun's is too long: where sigma/alpha starts above 3 and
+    falls more than tenfold. In one step, as in the paper's N = 1, the sample is then the
+    prediction.
 
     Args:
       denoise: a `Denoiser`.
-      schedule: its `Schedule`.
+      schedule: its `Schedule`; None if the denoiser knows it.
       s_churn: amount of noise to add over all steps; 0 adds none. A step multiplies sigma/alpha by
         1 + min(s_churn / N, sqrt(2) - 1), but never past t = 1.
       s_min: the smallest sigma/alpha at which to add noise.
@@ -164,6 +178,8 @@ def edm(
         )
     if steps is not None and steps < 1:
         raise ValueError(f"{steps=}: must be at least 1")
+
+    schedule = schedule_of(denoise, schedule)
 
     def churn(key, x, t, s):
         gamma = jnp.minimum(s_churn * (t - s if steps is None else 1 / steps), 2**0.5 - 1)
@@ -189,14 +205,18 @@ def edm(
         # x/alpha_t + (ratio_s - ratio_t) first, without the difference of large numbers.
         euler = x_0 + expand(ratio_s, x) * first
         second = denoise(alpha_s * euler, s).eps
-        return State(alpha_s * (euler + expand(ratio_s - ratio_t, x) * (second - first) / 2), x_0)
+        # Where the noise dwarfs the data at t and no longer does at s, the slope at s is not that
+        # of the step: half of their difference would miss by half of sigma_t / alpha_t.
+        long = ratio_t > jnp.maximum(3, 10 * ratio_s)
+        rise = jnp.where(long, 0.0, ratio_s - ratio_t)
+        return State(alpha_s * (euler + expand(rise, x) * (second - first) / 2), x_0)
 
     return Sampler(init, step, stochastic=in_use(s_churn))
 
 
 def predictor_corrector(
     denoise: Denoiser,
-    schedule: Schedule,
+    schedule: Schedule | None = None,
     *,
     predictor: Callable[[Denoiser, Schedule], Sampler] = ancestral,
     corrections: int = 1,
@@ -212,7 +232,7 @@ def predictor_corrector(
 
     Args:
       denoise: a `Denoiser`.
-      schedule: its `Schedule`.
+      schedule: its `Schedule`; None if the denoiser knows it.
       predictor: a function (denoise, schedule) -> one-step `Sampler`.
       corrections: steps of Langevin dynamics after each step of the predictor.
       snr: signal-to-noise ratio of the Langevin steps.
@@ -222,6 +242,7 @@ def predictor_corrector(
     """
     if corrections < 1 or (known(snr) and snr <= 0):
         raise ValueError(f"{corrections=}, {snr=}: need at least 1 correction, and snr > 0")
+    schedule = schedule_of(denoise, schedule)
     walk = predictor(denoise, schedule)
 
     def step(key, state, t, s):

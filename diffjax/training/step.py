@@ -1,5 +1,6 @@
 """One training step, a pure function of state and batch, which its caller maps over devices."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from .. import keys
-from ..types import Array, Key
+from ..types import Array, Key, at_least_float32
 
 Params = Any
 Batch = dict[str, Any]
@@ -38,7 +39,8 @@ class TrainState(flax.struct.PyTreeNode):
     Attributes:
       step: steps taken, int32 `[]`.
       params: the network's parameters.
-      ema_params: their exponential moving average, which samples are drawn with.
+      ema_params: their exponential moving average, which samples are drawn with. It is of at least
+        float32, because in fewer bits a decay near 1 would round each of its steps to nothing.
       opt_state: the optimiser's state.
       key: the run's key; step k draws from this key folded with k, so the key never changes.
       extra: any pytree that a method carries from step to step.
@@ -71,7 +73,7 @@ def init_state(
         step=jnp.zeros((), jnp.int32),
         params=params,
         # A copy: a donated state may not hold the same buffer twice.
-        ema_params=jax.tree.map(jnp.copy, params),
+        ema_params=jax.tree.map(lambda p: jnp.copy(_averaged(p)), params),
         opt_state=tx.init(params),
         key=keys.typed(key),
         extra=extra,
@@ -130,16 +132,19 @@ def train_step(
     """
     key = keys.fold_in(state.key, state.step)
     loss_fn = _with_extra(loss_fn)
+    # Under shard_map with check_vma=True, the gradient with respect to replicated parameters is
+    # already a sum over the devices; with respect to each device's own, it never is.
+    local_params = _varying(state.params, axis_name)
 
     def loss_and_grads(batch):
         def mean_loss(params):
             losses = loss_fn(key, params, batch, state.extra)
-            return jnp.mean(losses.loss), losses.seen
+            return jnp.mean(at_least_float32(losses.loss)), losses.seen
 
-        (loss, seen), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+        (loss, seen), grads = jax.value_and_grad(mean_loss, has_aux=True)(local_params)
         return (loss, grads), seen
 
-    (loss, grads), seen = _mean_over_parts(loss_and_grads, batch, accumulate)
+    (loss, grads), seen = _mean_over_parts(loss_and_grads, batch, accumulate, axis_name)
     sums = {} if measure is None else measure(seen)
     if axis_name is not None:
         loss, grads = jax.lax.pmean((loss, grads), axis_name)
@@ -148,7 +153,8 @@ def train_step(
     if remember is not None:
         index = batch["index"]
         if axis_name is not None:
-            index, seen = jax.lax.all_gather((index, seen), axis_name, tiled=True)
+            gather = functools.partial(jax.lax.all_gather, tiled=True, to="invarying")
+            index, seen = gather((index, seen), axis_name)
         # Sorted by index, so that the result does not depend on the layout of the devices.
         order = jnp.argsort(index)
         extra = remember(extra, jax.tree.map(lambda x: x[order], seen))
@@ -157,7 +163,7 @@ def train_step(
     decay = ema_decay(state.step) if callable(ema_decay) else ema_decay
     new = state.replace(
         params=params,
-        ema_params=optax.incremental_update(params, state.ema_params, 1 - decay),
+        ema_params=_moved(state.ema_params, params, 1 - decay),
         opt_state=opt_state,
         extra=extra,
     )
@@ -166,6 +172,23 @@ def train_step(
         sound = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         new = jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, state)
     return new.replace(step=state.step + 1), {"loss": loss, "grad_norm": grad_norm} | sums
+
+
+def _averaged(p):
+    return at_least_float32(p) if jnp.issubdtype(jnp.result_type(p), jnp.floating) else p
+
+
+def _moved(average, params, by):
+    """The moving average, a part `by` nearer to the parameters; its dtypes stay what they are."""
+    same = lambda tree: jax.tree.map(lambda x, like: x.astype(like.dtype), tree, average)
+    return same(optax.incremental_update(same(params), average, by))
+
+
+def _varying(tree, axis_name):
+    """The same values, of a type that may differ from device to device (shard_map's "varying")."""
+    if axis_name is None:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.pcast(x, axis_name, to="varying"), tree)
 
 
 def _with_extra(loss_fn):
@@ -213,7 +236,7 @@ def ema_warmup(decay: float) -> Callable[[Array], Array]:
     return lambda step: jnp.minimum(decay, (1 + step) / (10 + step))
 
 
-def _mean_over_parts(f, batch, parts):
+def _mean_over_parts(f, batch, parts, axis_name):
     """The mean of f's first output over equal parts, and its second output joined."""
     size = len(batch["index"])
     if size % parts:
@@ -225,6 +248,7 @@ def _mean_over_parts(f, batch, parts):
     batches = jax.tree.map(split, batch)
     first = jax.tree.map(lambda x: x[0], batches)
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(f, first)[0])
+    zero = _varying(zero, axis_name)
 
     def add(total, part):
         mean, each = f(part)
