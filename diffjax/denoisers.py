@@ -10,6 +10,7 @@ schedule is an argument too, it must be the same; it may be None if the denoiser
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,7 @@ def denoiser(
     return knowing(schedule, denoise)
 
 
-def knowing(schedule: Schedule | None, denoise: Denoiser) -> Denoiser:
+def knowing(schedule: Schedule | None, denoise: Any) -> Denoiser:
     """Give a function that is a denoiser its attribute `schedule`, in place."""
     denoise.schedule = schedule
     return denoise
@@ -84,18 +85,21 @@ def schedule_of(denoise: Denoiser, schedule: Schedule | None = None) -> Schedule
       ValueError: if there is neither, or the two differ (where neither is traced).
     """
     own = known_schedule(denoise)
-    if own is None and schedule is None:
-        raise ValueError("the denoiser does not know its schedule: give it as an argument")
-    if None not in (own, schedule) and not _same(own, schedule):
+    if own is None or schedule is None:
+        known_one = own or schedule
+        if known_one is None:
+            raise ValueError("the denoiser does not know its schedule: give it as an argument")
+        return known_one
+    if not _same(own, schedule):
         ends = [tuple(float(s.log_snr(t)) for t in (0.0, 1.0)) for s in (own, schedule)]
         raise ValueError(
             f"the denoiser has another schedule than the one given: log-SNR from {ends[0][0]:.4g} "
             f"to {ends[0][1]:.4g}, not from {ends[1][0]:.4g} to {ends[1][1]:.4g}, or other scales"
         )
-    return own if schedule is None else schedule
+    return schedule
 
 
-def known_schedule(denoise: Denoiser) -> Schedule | None:
+def known_schedule(denoise: Any) -> Schedule | None:
     """The schedule that a denoiser, or what a partial or a jitted function wraps, knows."""
     while getattr(denoise, "schedule", None) is None:
         inner = getattr(denoise, "func", None) or getattr(denoise, "__wrapped__", None)
@@ -227,7 +231,7 @@ def add_score(
     )
 
 
-def with_x_0(denoise: Denoiser, schedule: Schedule, change: Callable[..., Data]) -> Denoiser:
+def with_x_0(denoise: Denoiser, schedule: Schedule | None, change: Callable[..., Data]) -> Denoiser:
     """Change the x_0 of a denoiser, and recompute eps.
 
     Args:

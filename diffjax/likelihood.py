@@ -297,14 +297,13 @@ def elbo(
     with jax.default_matmul_precision("highest"):
         together = {"batch_size": at_once if at_once > 1 else None}
         terms = jax.lax.map(look, jnp.arange(parts), **together)
-        if samples is not None:
-            first, second = jax.lax.map(look_again, jnp.arange(repeats), **together)
         starts = jax.lax.map(reconstruct, jnp.arange(RECONSTRUCTIONS))
-    if samples is None:
-        variance_of_mean = jnp.sum((terms[::2] - terms[1::2]) ** 2, axis=0) / parts**2
-    else:
-        # The mean over all parts of the variance within a part.
-        variance_of_mean = jnp.mean((first - second) ** 2, axis=0) / 2 / parts
+        if samples is None:
+            variance_of_mean = jnp.sum((terms[::2] - terms[1::2]) ** 2, axis=0) / parts**2
+        else:
+            # The mean over all parts of the variance within a part.
+            first, second = jax.lax.map(look_again, jnp.arange(repeats), **together)
+            variance_of_mean = jnp.mean((first - second) ** 2, axis=0) / 2 / parts
     variance_of_mean += jnp.var(starts, axis=0, ddof=1) / len(starts)
     return Elbo(
         prior_term(schedule, x_0), starts.mean(0), terms.mean(0), jnp.sqrt(variance_of_mean)

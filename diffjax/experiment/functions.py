@@ -55,7 +55,7 @@ class Times(NamedTuple):
     """
 
     init: Callable[[], Any]
-    draw: Callable[[Key, Any, Array], tuple[Array, Array]]
+    draw: Callable[..., tuple[Array, Array]]
     remember: Callable[[Any, dict[str, Array]], Any] | None
 
 
