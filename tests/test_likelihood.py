@@ -460,3 +460,15 @@ def test_the_standard_error_is_calibrated_for_few_looks(steps, looks):
     found = elbo(jax.random.key(0), x_0, samples=looks)
     said = jnp.sqrt(jnp.mean(found.standard_error**2))
     np.testing.assert_allclose(said, found.nats.std(), rtol=0.05)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_likelihoods_under_shard_map_are_those_of_one_device(check_vma):
+    schedule = diffjax.cosine()
+    denoise = gaussian(schedule)
+    x_0 = jnp.linspace(-1, 1, 8)[:, None]
+    over = jax.sharding.PartitionSpec("i")
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), "i")
+    flow = lambda x: likelihood.flow_log_likelihood(denoise, schedule, x, steps=4)
+    mapped = jax.shard_map(flow, mesh=mesh, in_specs=over, out_specs=over, check_vma=check_vma)
+    np.testing.assert_allclose(jax.jit(mapped)(x_0), flow(x_0), rtol=1e-5)
