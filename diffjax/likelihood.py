@@ -441,14 +441,15 @@ def _exact_divergence(f, y):
 
     def one(i):
         along = jax.nn.one_hot(i, size, dtype=y.dtype).reshape(1, *y.shape[1:])
-        return _sum(along * derivative(jnp.broadcast_to(along, y.shape)))
+        # The zeros give it the type of y, which under shard_map varies over the devices.
+        return _sum(along * derivative(along + jnp.zeros_like(y)))
 
     return value, jax.lax.map(one, jnp.arange(size)).sum(0)
 
 
 def _hutchinson(key, like):
     draw = lambda k: jax.random.rademacher(k, like.shape[1:], like.dtype)
-    signs = jax.vmap(draw)(keys.per_example(key, len(like)))
+    signs = jax.vmap(draw)(keys.per_example(key, len(like))) + jnp.zeros_like(like)
 
     def divergence(f, y):
         value, change = jax.jvp(f, (y,), (signs,))

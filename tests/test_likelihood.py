@@ -10,7 +10,7 @@ import scipy.stats
 
 import diffjax
 from catalogue import SCHEDULES
-from diffjax import likelihood, oracles
+from diffjax import keys, likelihood, oracles
 from diffjax.process import decoder
 from diffjax.types import LearnedPrediction
 
@@ -460,3 +460,22 @@ def test_the_standard_error_is_calibrated_for_few_looks(steps, looks):
     found = elbo(jax.random.key(0), x_0, samples=looks)
     said = jnp.sqrt(jnp.mean(found.standard_error**2))
     np.testing.assert_allclose(said, found.nats.std(), rtol=0.05)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_likelihoods_under_shard_map_are_those_of_one_device(check_vma):
+    schedule = diffjax.cosine()
+    denoise = gaussian(schedule)
+    x_0 = jnp.linspace(-1, 1, 8)[:, None]
+    over = jax.sharding.PartitionSpec("i")
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), "i")
+    example_keys = keys.per_example(jax.random.key(0), 8)
+    bounds = [
+        lambda k, x: likelihood.flow_log_likelihood(denoise, schedule, x, steps=4),
+        lambda k, x: likelihood.flow_log_likelihood(denoise, schedule, x, k, steps=4),
+        lambda k, x: likelihood.elbo(k, denoise, schedule, x, samples=4).nats,
+    ]
+    for bound in bounds:
+        mapped = jax.shard_map(bound, mesh=mesh, in_specs=over, out_specs=over, check_vma=check_vma)
+        expected = bound(example_keys, x_0)
+        np.testing.assert_allclose(jax.jit(mapped)(example_keys, x_0), expected, rtol=1e-4)
