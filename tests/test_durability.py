@@ -112,6 +112,7 @@ def test_a_process_stops_if_its_launcher_died_before_it_looked(monkeypatch):
         assert should_stop(0)
 
 
+@pytest.mark.faults  # half a minute
 def test_other_data_is_refused_and_says_what_differs(tmp_path):
     x = np.random.default_rng(0).integers(0, 256, (64, 8, 8), np.uint8)
     argv = [*TINY, "--config.data.name=npz", f"--config.data.path={tmp_path}/a.npz"]
@@ -130,6 +131,7 @@ def test_other_data_is_refused_and_says_what_differs(tmp_path):
     run(tmp_path / "run", *argv, f"--config.data.path={tmp_path}/b.npz", "--config.steps=40")
 
 
+@pytest.mark.faults  # half a minute
 def test_a_replaced_file_of_a_folder_is_noticed(tmp_path):
     draw_folder(tmp_path / "images")
     argv = ["--config=configs/folder.py:smoke", f"--config.data.path={tmp_path}/images"]
@@ -141,6 +143,7 @@ def test_a_replaced_file_of_a_folder_is_noticed(tmp_path):
         run(tmp_path / "run", *argv, "--config.steps=40")
 
 
+@pytest.mark.faults  # half a minute
 def test_a_run_whose_directory_was_renamed_does_not_end_well(tmp_path, capsys, monkeypatch):
     """Orbax would make the folder anew, with checkpoints in it that nobody finds."""
     save = Checkpoints.save
@@ -268,6 +271,7 @@ def script(*argv, **options):
     )
 
 
+@pytest.mark.faults  # half a minute
 def test_a_log_that_cannot_be_written_does_not_stop_the_run(tmp_path):
     """Its disk is full, or the reader of the pipe has ended; and its directory has an accent."""
     argv = ["--config.steps=20", f"--workdir={tmp_path / 'é'}"]

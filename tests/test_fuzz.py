@@ -248,7 +248,8 @@ def unclear(kind, count, folder):
                 found.append(f"{i}: {error!r}"[:300])
         except Exception as error:  # a bug
             found.append(f"{i}: {type(error).__name__} {error!r}"[:300])
-    assert read > count / 100  # some changes do no harm
+    # Some changes do no harm; a seal has a hash of its own, so that each change of it does.
+    assert read > count / 100 or kind.name == "seal.json"
     return found
 
 

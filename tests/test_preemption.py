@@ -86,6 +86,7 @@ def test_a_thread_of_a_notebook_can_train():
 
 def test_a_run_whose_launcher_has_died_saves_and_stops(monkeypatch, tmp_path):
     monkeypatch.setenv(preemption.PROGRESS, str(tmp_path / "sign"))
+    monkeypatch.setenv(preemption.LAUNCHER, str(os.getppid()))
     with preemption.watch() as asked:
         assert not asked(0)
         monkeypatch.setattr(os, "getppid", lambda: 1)
