@@ -4,8 +4,8 @@ A sampler calls a denoiser, so it does not depend on the target of the network. 
 functions of `guidance` take a denoiser and return a denoiser, so they compose.
 `functools.partial(denoise, cond=...)` binds the conditioning, before such functions or after them.
 
-A denoiser knows its schedule, as the attribute `schedule`, which these functions hand on. Where a
-schedule is an argument too, it must be the same; it may be None if the denoiser knows its own.
+A denoiser carries its schedule in the attribute `schedule`, which these functions pass on. Where a
+schedule is an argument too, it must be the same; it may be None if the denoiser carries one.
 """
 
 import functools
@@ -69,27 +69,27 @@ def denoiser(
         out, raw = jnp.split(_shaped(out, x_t, 2), 2, axis=-1)
         return LearnedPrediction(*decode(target, out, x_t, *scales), (raw + 1) / 2)
 
-    return knowing(schedule, denoise)
+    return with_schedule(schedule, denoise)
 
 
-def knowing(schedule: Schedule | None, denoise: Any) -> Denoiser:
-    """Give a function that is a denoiser its attribute `schedule`, in place."""
+def with_schedule(schedule: Schedule | None, denoise: Any) -> Denoiser:
+    """Set the attribute `schedule` of a denoiser, a function, in place; return the denoiser."""
     denoise.schedule = schedule
     return denoise
 
 
 def schedule_of(denoise: Denoiser, schedule: Schedule | None = None) -> Schedule:
-    """The schedule that a denoiser knows, or `schedule` where it knows none.
+    """The schedule that a denoiser carries, or `schedule` if it carries none.
 
     Raises:
       ValueError: if there is neither, or the two differ (where neither is traced).
     """
     own = known_schedule(denoise)
     if own is None or schedule is None:
-        known_one = own or schedule
-        if known_one is None:
+        either = own or schedule
+        if either is None:
             raise ValueError("the denoiser does not know its schedule: give it as an argument")
-        return known_one
+        return either
     if not _same(own, schedule):
         ends = [tuple(float(s.log_snr(t)) for t in (0.0, 1.0)) for s in (own, schedule)]
         raise ValueError(
@@ -100,7 +100,7 @@ def schedule_of(denoise: Denoiser, schedule: Schedule | None = None) -> Schedule
 
 
 def known_schedule(denoise: Any) -> Schedule | None:
-    """The schedule that a denoiser, or what a partial or a jitted function wraps, knows."""
+    """The schedule of a denoiser, also under `functools.partial` or `jax.jit`; None if unknown."""
     while getattr(denoise, "schedule", None) is None:
         inner = getattr(denoise, "func", None) or getattr(denoise, "__wrapped__", None)
         if inner is None:
@@ -110,7 +110,7 @@ def known_schedule(denoise: Any) -> Schedule | None:
 
 
 def _same(a, b):
-    """Whether two schedules have the same curve and scales, as far as they are not traced."""
+    """Whether two schedules have the same curve and scales; traced ones count as the same."""
     if a is b or not known(*jax.tree.leaves((a, b))):
         return True
     with jax.ensure_compile_time_eval():
@@ -250,4 +250,4 @@ def with_x_0(denoise: Denoiser, schedule: Schedule | None, change: Callable[...,
         eps = decode("x_0", x_0, x_t, *scales_at(schedule, t, x_t)).eps
         return prediction._replace(x_0=x_0, eps=eps)
 
-    return knowing(schedule, changed)
+    return with_schedule(schedule, changed)

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from .denoisers import (
     add_score,
     bound_cond,
-    knowing,
     known_schedule,
     predict,
     schedule_of,
+    with_schedule,
     with_x_0,
 )
 from .schedules import Schedule
@@ -79,8 +79,8 @@ def autoguidance(denoise: Denoiser, weaker: Denoiser, weight: Time) -> Denoiser:
 
 
 def _like(denoise, guided):
-    """A guided denoiser, which knows the schedule of the denoiser if that does."""
-    return knowing(known_schedule(denoise), guided)
+    """The guided denoiser, with the schedule that the unguided one carries."""
+    return with_schedule(known_schedule(denoise), guided)
 
 
 def _extrapolate(without, given, w):
@@ -113,7 +113,7 @@ def classifier_guidance(
         score = expand(weight, x_t) * slope
         return add_score(predict(denoise, x_t, t, cond), schedule, t, score)
 
-    return knowing(schedule, guided)
+    return with_schedule(schedule, guided)
 
 
 def within(
@@ -136,7 +136,6 @@ def within(
     """
     if known(low, high) and low >= high:
         raise ValueError(f"{low=} must be below {high=}, in log-SNR")
-
     schedule = schedule_of(denoise, schedule_of(guided, schedule))
 
     def inside(x_t, t, cond=None):
@@ -150,7 +149,7 @@ def within(
             )
         return select(chosen, predict(guided, x_t, t, cond), predict(denoise, x_t, t, cond))
 
-    return knowing(schedule, inside)
+    return with_schedule(schedule, inside)
 
 
 def rescale(

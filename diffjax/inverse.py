@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from . import keys
-from .denoisers import add_score, knowing, predict, schedule_of
+from .denoisers import add_score, predict, schedule_of, with_schedule
 from .process import q_sample, q_transition
 from .samplers import Sampler
 from .schedules import Schedule
@@ -133,7 +133,7 @@ def pigdm(
         (score,) = pull_back(jax.vmap(solve)(y - operator(x_0), spread.astype(x_t.dtype)))
         return add_score(prediction, schedule, t, score)
 
-    return knowing(schedule, guided)
+    return with_schedule(schedule, guided)
 
 
 def dps(sampler: Sampler, operator: Operator, y: Data, scale: Scalar = 1.0) -> Sampler:

@@ -244,7 +244,7 @@ def elbo(
     Raises:
       ValueError: if `steps`, `levels` or `samples` is below 2, `at_once` is below 1, `samples` is
         None in continuous time, `variance` is unknown, or is not "posterior" in continuous time, or
-        the denoiser knows another schedule.
+        the denoiser carries another schedule.
 
     >>> import diffjax
     >>> schedule = diffjax.cosine()
@@ -374,8 +374,8 @@ def flow_log_likelihood(
         chooses for the whole batch; None for fixed steps.
 
     Raises:
-      ValueError: if `steps` is below 1, `tolerance` is not positive, or the denoiser knows another
-        schedule.
+      ValueError: if `steps` is below 1, `tolerance` is not positive, or the denoiser carries
+        another schedule.
       ModuleNotFoundError: if `tolerance` is given and diffrax is not installed.
 
     >>> import diffjax

@@ -131,6 +131,10 @@ mixture in two dimensions, from 80 to 320 steps. The weak order is that of the r
 standard deviation of 400,000 samples of a Gaussian, from 12 to 48 steps; where that error is below
 the sampling error (about 0.1 %), no order is given. The steps are of equal log-SNR, from -7 to 7.
 
+Since these tables were measured, a step of `edm` or `heun` that is too long for the method is of
+first order (see their docstrings). Their errors with few steps on coarse grids are to be measured
+again.
+
 UniPC's correction makes it one order better than its name says. The published code of
 DPM-Solver++(3M) takes half of its second derivative and is of order 2; this one is of order 3.
 

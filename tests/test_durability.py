@@ -10,20 +10,19 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import test_sample
 from test_images import draw_folder
 from test_train import TINY, assert_bitwise_equal, newest, run
 
-import sample
 from diffjax import checkpoint, plots
 from diffjax.data import images
 from diffjax.evaluation import sampling
 from diffjax.experiment import run_directory
-from diffjax.training import checkpoints, launch, metrics, orbax, preemption, runners
+from diffjax.training import checkpoints, launch, metrics, orbax, preemption
 from diffjax.training.checkpoints import Checkpoints
 from diffjax.training.files import Lock
 
@@ -192,14 +191,8 @@ def test_what_a_seal_relies_on_is_on_the_disk_before_it(tmp_path, monkeypatch):
     assert path in order[seal:]
 
 
-def draw(workdir, out, n=20, **options):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runners, "_devices", lambda: jax.devices()[:2])
-        patch.setattr(jax, "device_count", lambda: 2)
-        patch.setitem(sampling.TILES, "cpu", 4)
-        drawing = sampling.Drawing(n, walk=sampling.Walk(steps=3))
-        sample.sample(sample.Arguments(workdir, drawing, out=out, batch_size=8, **options))
-    return sampling.read(out)[0].x
+def draw(workdir, out):
+    return test_sample.draw(workdir, out, batch_size=8)[0].x
 
 
 @pytest.fixture(scope="module")

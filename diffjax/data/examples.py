@@ -20,7 +20,7 @@ class Rows(Protocol):
 
 @runtime_checkable
 class OnDisk(Protocol):
-    """`Rows` that are not in memory, and that know a fingerprint of their files."""
+    """`Rows` that are files on the disk, with a fingerprint of them."""
 
     def fingerprint(self) -> dict[str, Any]: ...
 

@@ -300,7 +300,7 @@ def _manifest(parts):
             name: part
             for name, part in found.items()
             if isinstance(part, dict)
-            and all(parsing.of(part.get(key), kind) for key, kind in types.items())
+            and all(parsing.is_of(part.get(key), kind) for key, kind in types.items())
             and Path(name).name == name
         }
     except (FileNotFoundError, ValueError):

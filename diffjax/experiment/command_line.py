@@ -12,7 +12,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import tyro
 
@@ -21,6 +21,8 @@ from ..schedules import SCHEDULES
 from ..training.distributed import Distributed
 from ..weightings import WEIGHTINGS
 from .config import Config, Walk
+
+AnyWalk = TypeVar("AnyWalk", bound=Walk)
 
 SETTINGS = (tyro.conf.FlagConversionOff,)
 """How every command reads its flags: --flag=True, never --flag --no-flag."""
@@ -50,23 +52,19 @@ def parse(argv: Sequence[str], default: str = "configs/digits.py") -> Command:
     """
     file, rest = take(argv, "--config")
     model, rest = take(rest, "--config.model")
-    schedule, rest = take(rest, "--config.schedule")
-    weighting, rest = take(rest, "--config.weighting")
     sampler, rest = take(rest, "--config.sampling.sampler")
     file = file or default
     with error_exit():
         base = from_file(file)
         if model is not None:
             base = dataclasses.replace(base, model=switched(base.model, model))
-        if schedule is not None:
-            options = accepted(SCHEDULES, schedule, base.schedule_options)
-            base = dataclasses.replace(base, schedule=schedule, schedule_options=options)
-        if weighting is not None:
-            options = accepted(WEIGHTINGS, weighting, base.weighting_options)
-            base = dataclasses.replace(base, weighting=weighting, weighting_options=options)
-        if sampler not in (None, base.sampling.sampler):
-            sampling = dataclasses.replace(base.sampling, sampler=sampler, options={}, times=None)
-            base = dataclasses.replace(base, sampling=sampling)
+    for field, table in (("schedule", SCHEDULES), ("weighting", WEIGHTINGS)):
+        name, rest = take(rest, f"--config.{field}")
+        if name is not None:
+            options = accepted(table, name, getattr(base, f"{field}_options"))
+            base = dataclasses.replace(base, **{field: name, f"{field}_options": options})
+    if sampler not in (None, base.sampling.sampler):
+        base = dataclasses.replace(base, sampling=with_sampler(base.sampling, sampler))
     name = Path(file.partition(":")[0]).stem
 
     @dataclasses.dataclass(frozen=True)
@@ -111,8 +109,11 @@ def walk_defaults(walk: Walk, sampler: str | None) -> Walk:
     'karras'
     """
     walk = Walk(**{f.name: getattr(walk, f.name) for f in dataclasses.fields(Walk)})
-    if sampler is None:
-        return walk
+    return walk if sampler is None else with_sampler(walk, sampler)
+
+
+def with_sampler(walk: AnyWalk, sampler: str) -> AnyWalk:
+    """The same walk by another sampler, with its default options and on the grid that suits it."""
     return dataclasses.replace(walk, sampler=sampler, options={}, times=None)
 
 

@@ -439,7 +439,7 @@ def from_json(text: str) -> Config:
 def from_tree(tree: Any) -> Config:
     """The config of a tree of JSON values; see `from_json`."""
     if not isinstance(tree, dict):
-        raise parsing.unlike("the config", tree, "an object")
+        raise parsing.mismatch("the config", tree, "an object")
     tree = _upgraded(tree)
     model = parsing.field(tree, "model", dict)
     kind = parsing.field(model, "kind", str)
@@ -473,7 +473,7 @@ def _upgraded(tree):
     model, sampling = tree.get("model"), tree.get("sampling")
     if isinstance(model, dict) and isinstance(model.get("kind"), str):
         model["kind"] = kinds.get(model["kind"], model["kind"])
-    if isinstance(sampling, dict) and parsing.of(sampling.get("guidance"), int, float):
+    if isinstance(sampling, dict) and parsing.is_of(sampling.get("guidance"), int, float):
         # Version 0.1 knew only a weight.
         sampling["guidance"] = as_chain([sampling["guidance"]])
     return tree
@@ -482,7 +482,7 @@ def _upgraded(tree):
 def _from_dict(cls, tree, prefix=""):
     """A dataclass with the fields of an object of JSON; `prefix` is that of their full names."""
     hints = typing.get_type_hints(cls)
-    parsing.only(tree, (field.name for field in dataclasses.fields(cls)), cls.__name__)
+    parsing.refuse_unknown(tree, (field.name for field in dataclasses.fields(cls)), cls.__name__)
     return cls(**{k: _from_value(hints[k], v, prefix + k) for k, v in tree.items()})
 
 
@@ -490,7 +490,7 @@ def _from_value(hint, value, name):
     """A value of JSON as a field of this type has it."""
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
-            raise parsing.unlike(name, value, "an object")
+            raise parsing.mismatch(name, value, "an object")
         return _from_dict(hint, value, f"{name}.")
     # Either one type, or one and None.
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -500,21 +500,21 @@ def _from_value(hint, value, name):
     if kind is Path:
         if isinstance(value, str) and "\0" not in value:
             return Path(value)
-        raise parsing.unlike(name, value, "a path")
+        raise parsing.mismatch(name, value, "a path")
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, list | tuple) or len(value) > LONGEST:
-            raise parsing.unlike(name, value, f"a list of at most {LONGEST} entries")
+            raise parsing.mismatch(name, value, f"a list of at most {LONGEST} entries")
         item = typing.get_args(kind)[0]
         return tuple(_from_value(item, part, f"{name}[{i}]") for i, part in enumerate(value))
     if typing.get_origin(kind) is dict:
         scalar = (str, int, float, bool, type(None))
         if not isinstance(value, dict) or not all(isinstance(v, scalar) for v in value.values()):
-            raise parsing.unlike(name, value, "an object of numbers and names")
+            raise parsing.mismatch(name, value, "an object of numbers and names")
         if any(isinstance(v, str) and len(v) > LONGEST_NAME for v in (*value, *value.values())):
-            raise parsing.unlike(name, value, "shorter names")
+            raise parsing.mismatch(name, value, "shorter names")
         return value
     if isinstance(value, str) and len(value) > LONGEST_NAME:
-        raise parsing.unlike(name, value, "a shorter name")
-    if not parsing.of(value, *((int, float) if kind is float else (kind,))):
-        raise parsing.unlike(name, value, kind.__name__)
+        raise parsing.mismatch(name, value, "a shorter name")
+    if not parsing.is_of(value, *((int, float) if kind is float else (kind,))):
+        raise parsing.mismatch(name, value, kind.__name__)
     return value

@@ -16,11 +16,11 @@ from .. import keys, loss_aware, losses, models, samplers, schedules
 from ..denoisers import (
     clip_x_0,
     denoiser,
-    knowing,
     predict,
     time_input,
     unit_input,
     unit_output,
+    with_schedule,
 )
 from ..guidance import GUIDANCES
 from ..learned_variance import hybrid_loss
@@ -140,7 +140,8 @@ def resolve(config: Config) -> Experiment:
     def clip(denoise):
         clipped = clip_x_0(denoise, schedule)
         of_rank = lambda x_t: clipped if x_t.ndim == 4 else denoise
-        return knowing(schedule, lambda x_t, t, cond=None: predict(of_rank(x_t), x_t, t, cond))
+        images_clipped = lambda x_t, t, cond=None: predict(of_rank(x_t), x_t, t, cond)
+        return with_schedule(schedule, images_clipped)
 
     def grid():
         ts = TIMES[config.sampling.grid](schedule, config.sampling.steps)

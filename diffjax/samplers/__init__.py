@@ -5,10 +5,10 @@ from time t to time s. In a notebook, call `step` in a `for` loop; `sample` is t
 `lax.scan`, which its caller can jit with the parameters as arguments.
 
 Every sampler is made by a function `(denoise, schedule, *, options) -> Sampler`, which raises a
-ValueError if the denoiser knows another schedule; the schedule may be left out if it knows one. A
-sampler works with any schedule on all of [0, 1], because log-SNR is finite there. A deterministic
-sampler also steps from data to noise. `docs/samplers.md` reports measured orders and errors, and
-`SAMPLERS` lists all samplers by name.
+ValueError if the denoiser carries another schedule; the schedule may be left out if the denoiser
+carries one. A sampler works with any schedule on all of [0, 1], because log-SNR is finite there. A
+deterministic sampler also steps from data to noise. `docs/samplers.md` reports measured orders and
+errors, and `SAMPLERS` lists all samplers by name.
 """
 
 from collections.abc import Callable

@@ -52,7 +52,7 @@ def dpm_solver_pp_2m(denoise: Denoiser, schedule: Schedule | None = None) -> Sam
 
     Args:
       denoise: a `Denoiser`.
-      schedule: its `Schedule`; None if the denoiser knows it.
+      schedule: its `Schedule`; None if the denoiser carries it.
     """
     return _dpm_solver_pp(denoise, schedule, 2)
 
@@ -67,7 +67,7 @@ def dpm_solver_pp_3m(denoise: Denoiser, schedule: Schedule | None = None) -> Sam
 
     Args:
       denoise: a `Denoiser`.
-      schedule: its `Schedule`; None if the denoiser knows it.
+      schedule: its `Schedule`; None if the denoiser carries it.
     """
     return _dpm_solver_pp(denoise, schedule, 3)
 
@@ -82,7 +82,7 @@ def dpm_solver_pp_2m_sde(
 
     Args:
       denoise: a `Denoiser`.
-      schedule: its `Schedule`; None if the denoiser knows it.
+      schedule: its `Schedule`; None if the denoiser carries it.
       eta: the amount of fresh noise; 1 is the SDE, 0 is `dpm_solver_pp_2m`.
 
     Raises:
@@ -101,7 +101,7 @@ def unipc(denoise: Denoiser, schedule: Schedule | None = None, *, order: int = 2
 
     Args:
       denoise: a `Denoiser`.
-      schedule: its `Schedule`; None if the denoiser knows it.
+      schedule: its `Schedule`; None if the denoiser carries it.
       order: order of the predictor, 1, 2 or 3; the corrector has one order more.
 
     Raises:
@@ -140,7 +140,7 @@ def lms(denoise: Denoiser, schedule: Schedule | None = None, *, order: int = 4) 
 
     Args:
       denoise: a `Denoiser`.
-      schedule: its `Schedule`; None if the denoiser knows it.
+      schedule: its `Schedule`; None if the denoiser carries it.
       order: 1 to 4, the number of evaluations that a step uses.
 
     Raises:

@@ -21,7 +21,7 @@ def ancestral(
 
     Args:
       denoise: a `Denoiser`.
-      schedule: its `Schedule`; None if the denoiser knows it.
+      schedule: its `Schedule`; None if the denoiser carries it.
       variance: "posterior", "beta" or "learned" (see `process.decoder`). The latter two add no
         noise in a step to t = 0, as in Algorithm 2.
 
@@ -55,7 +55,7 @@ def ddim(denoise: Denoiser, schedule: Schedule | None = None, *, eta: Scalar = 0
 
     Args:
       denoise: a `Denoiser`.
-      schedule: its `Schedule`; None if the denoiser knows it.
+      schedule: its `Schedule`; None if the denoiser carries it.
       eta: from 0 (deterministic) to 1 (the posterior).
 
     Raises:
@@ -93,7 +93,7 @@ def euler_maruyama(denoise: Denoiser, schedule: Schedule | None = None) -> Sampl
 
     Args:
       denoise: a `Denoiser`.
-      schedule: its `Schedule`; None if the denoiser knows it.
+      schedule: its `Schedule`; None if the denoiser carries it.
     """
     schedule = schedule_of(denoise, schedule)
 
@@ -120,7 +120,7 @@ def heun(denoise: Denoiser, schedule: Schedule | None = None) -> Sampler:
 
     Args:
       denoise: a `Denoiser`.
-      schedule: its `Schedule`; None if the denoiser knows it.
+      schedule: its `Schedule`; None if the denoiser carries it.
     """
     schedule = schedule_of(denoise, schedule)
 
@@ -158,7 +158,7 @@ def edm(
 
     Args:
       denoise: a `Denoiser`.
-      schedule: its `Schedule`; None if the denoiser knows it.
+      schedule: its `Schedule`; None if the denoiser carries it.
       s_churn: amount of noise to add over all steps; 0 adds none. A step multiplies sigma/alpha by
         1 + min(s_churn / N, sqrt(2) - 1), but never past t = 1.
       s_min: the smallest sigma/alpha at which to add noise.
@@ -232,7 +232,7 @@ def predictor_corrector(
 
     Args:
       denoise: a `Denoiser`.
-      schedule: its `Schedule`; None if the denoiser knows it.
+      schedule: its `Schedule`; None if the denoiser carries it.
       predictor: a function (denoise, schedule) -> one-step `Sampler`.
       corrections: steps of Langevin dynamics after each step of the predictor.
       snr: signal-to-noise ratio of the Langevin steps.

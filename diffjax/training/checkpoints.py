@@ -147,7 +147,8 @@ class Checkpoints:
           like: a pytree of arrays of the shapes, dtypes and shardings wanted.
 
         Raises:
-          ValueError: if the checkpoint holds other arrays; lists them.
+          ValueError: if the checkpoint holds other arrays, and lists them; or if it is the checkpoint
+            of another step.
         """
         step = self.newest()
         if step is None:
@@ -167,6 +168,9 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, eval_loss: float = float("inf")) -> None:
         """Start to write a checkpoint, after the one before is written.
+
+        Nothing is written, and `failed` says why, if the directory is no longer the one that was
+        opened, if it holds this step of another run, or if Orbax refuses.
 
         Args:
           step: steps taken.
@@ -207,7 +211,7 @@ class Checkpoints:
             self._known = step
         else:
             self.failed = self.failed or f"checkpoint {step} failed in another process"
-            # This manager would fail again, and no longer knows which checkpoints to delete.
+            # This manager would fail again, and has lost its list of checkpoints to delete.
             orbax.close_failed(self._manager)
             self._failed_saves.add(folder := self.directory / str(step))
             if jax.process_index() == 0:
@@ -229,7 +233,7 @@ class Checkpoints:
     def _reporting(self, write: Callable[[], Any]) -> None:
         try:
             write()
-        except (OSError, ValueError, NotImplementedError) as error:
+        except (OSError, ValueError, NotImplementedError) as error:  # the last one by tensorstore
             if self.failed is None:
                 self._fail(self._saving, str(error))
 
@@ -328,11 +332,11 @@ def _sealed(name, value):
     """The size and the SHA-256 of a file inside the checkpoint."""
     parts = Path(name).parts
     if not parts or name[0] == "/" or {"..", "\0"} & {*parts, *name} or max(map(len, parts)) > 200:
-        raise parsing.unlike("the name of a file", name, "a path inside the checkpoint")
+        raise parsing.mismatch("the name of a file", name, "a path inside the checkpoint")
     if len(name) > 1000:
-        raise parsing.unlike("the name of a file", name, "a shorter one")
+        raise parsing.mismatch("the name of a file", name, "a shorter one")
     if not isinstance(value, list) or [type(x) for x in value] != [int, str]:
-        raise parsing.unlike(name, value, "its size and SHA-256")
+        raise parsing.mismatch(name, value, "its size and SHA-256")
     return value[0], value[1]
 
 

@@ -100,10 +100,10 @@ def _checked(row):
     for name, value in row.items():
         by_log_snr = name.endswith("_by_log_snr")
         if isinstance(value, list) != by_log_snr:
-            raise parsing.unlike(name, value, "a list" if by_log_snr else "a number")
+            raise parsing.mismatch(name, value, "a list" if by_log_snr else "a number")
         parts = [x for x in value if x is not None] if by_log_snr else [value]
-        if not all(parsing.of(part, int, float) for part in parts):
-            raise parsing.unlike(name, value, "made of numbers")
+        if not all(parsing.is_of(part, int, float) for part in parts):
+            raise parsing.mismatch(name, value, "made of numbers")
     return row
 
 

@@ -80,24 +80,24 @@ def field(tree: dict[str, Any], name: str, *kinds: type) -> Any:
     """
     if name not in tree:
         raise ValueError(f"{name} is missing")
-    if not of(tree[name], *kinds):
-        raise unlike(name, tree[name], " or ".join(kind.__name__ for kind in kinds))
+    if not is_of(tree[name], *kinds):
+        raise mismatch(name, tree[name], " or ".join(kind.__name__ for kind in kinds))
     return tree[name]
 
 
-def of(value: Any, *kinds: type) -> bool:
+def is_of(value: Any, *kinds: type) -> bool:
     """Whether a value is of one of some types; True and False are no numbers here."""
     return isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
 
 
-def only(tree: dict[str, Any], names: Iterable[str], what: str) -> None:
+def refuse_unknown(tree: dict[str, Any], names: Iterable[str], what: str) -> None:
     """Raise a ValueError if an object has other entries than these."""
     unknown = sorted(set(tree) - set(names))
     if unknown:
         raise ValueError(short(f"{what} has no field {', '.join(unknown)}"))
 
 
-def unlike(name: str, value: Any, need: str) -> ValueError:
+def mismatch(name: str, value: Any, need: str) -> ValueError:
     """The error that an entry is not what it should be."""
     return ValueError(f"{short(name)} is {reprlib.repr(value)}, need {need}")
 
