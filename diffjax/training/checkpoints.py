@@ -147,8 +147,8 @@ class Checkpoints:
           like: a pytree of arrays of the shapes, dtypes and shardings wanted.
 
         Raises:
-          ValueError: if the checkpoint holds other arrays, and lists them; or if it is the checkpoint
-            of another step.
+          ValueError: if the checkpoint holds other arrays, and lists them; or if it is that of
+            another step.
         """
         step = self.newest()
         if step is None:
