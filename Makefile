@@ -14,8 +14,9 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.ma
 train: $(VENV)/plots.stamp
 	$(BIN)/python train.py $(ARGS)
 
+# The tests of a file share fixtures and compiled programs, so one process runs them all.
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # The tests of failures kill and stop processes, and require that runs recover. They take ten to
 # twenty minutes.

@@ -8,7 +8,7 @@ import os
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Programs here run briefly: compiling them is most of the time.
-QUICK = "--xla_backend_optimization_level=0"
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do not know the flag
     QUICK += " --xla_cpu_use_fusion_emitters=false"  # which halve the compiler's speed
 os.environ.setdefault("XLA_FLAGS", QUICK)

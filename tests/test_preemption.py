@@ -115,6 +115,7 @@ def test_each_step_reports_progress_to_the_launcher(tmp_path, monkeypatch):
         assert sign.stat().st_mtime > 0
 
 
+@pytest.mark.faults
 def test_no_more_batches_with_nonfinite_gradients_are_skipped_than_allowed(
     tmp_path, monkeypatch, capsys
 ):

@@ -203,12 +203,17 @@ def test_every_field_of_a_walk_is_in_the_settings_and_changes_the_samples(name):
     ids=["chain", "number", "one", "default"],
 )
 def test_guidance_on_the_command_line_is_a_chain_or_a_number(finished, tmp_path, argv, chain):
-    examples, settings = draw_by(finished, tmp_path / "a.npz", "--n=4", *argv)
+    _, settings = draw_by(finished, tmp_path / "a.npz", "--n=4", *argv)
     assert settings["guidance"] == settings["config"]["sampling"]["guidance"] == chain
-    wanted = drawing(4, guidance=tuple(chain))
-    np.testing.assert_array_equal(draw(finished, tmp_path / "b.npz", 1, wanted)[0].x, examples.x)
-    others = drawing(4, guidance=("classifier_free:weight=3",))
-    assert (draw(finished, tmp_path / "c.npz", 1, others)[0].x != examples.x).any()
+
+
+def test_a_chain_of_the_command_line_is_what_samples_are_drawn_with(finished, tmp_path):
+    chain = "classifier_free:weight=3", "within:low=-2,high=4"
+    examples, _ = draw_by(finished, tmp_path / "a.npz", "--n=4", "--guidance", *chain)
+    same, _ = draw(finished, tmp_path / "b.npz", 1, drawing(4, guidance=chain))
+    np.testing.assert_array_equal(same.x, examples.x)
+    others, _ = draw(finished, tmp_path / "c.npz", 1, drawing(4, guidance=chain[:1]))
+    assert (others.x != examples.x).any()
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,7 @@ ARGV += ["--config.low_resolution=4"]
 ARGV += ["--config.model.patch=1", "--config.optimizer.warmup=10", "--config.ema=0.9"]
 
 
+@pytest.mark.faults
 def test_a_run_looks_at_the_small_image_and_resumes_bit_for_bit(tmp_path, capsys):
     argv = [*ARGV, "--config.steps=40", "--config.sampling.eval_samples=64"]
     run(tmp_path / "whole", *argv)

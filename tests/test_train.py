@@ -68,7 +68,14 @@ def interrupted(finished, workdir):
     return workdir
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "configs").glob("*.py")))
+LARGE = ("cifar10", "fashion_sr")
+CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.faults] * (name in LARGE)) for name in CONFIGS],
+)
 def test_every_config_runs_its_smoke_variant(name, tmp_path, capsys):
     argv = [f"--config=configs/{name}.py:smoke"]
     if name.startswith("fashion"):
@@ -117,6 +124,7 @@ LEARNED = [
 ]
 
 
+@pytest.mark.faults
 def test_learned_variance_and_loss_aware_times_are_trained_resumed_and_evaluated(tmp_path, capsys):
     """The history of losses is in the checkpoint: a resumed run draws the same times."""
     argv = [*TINY, "--config.steps=40", *LEARNED]
