@@ -1,6 +1,7 @@
 """Nothing is lost in silence: each fault here once ended with status 0 or with wrong results."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from diffjax import checkpoint, plots
 from diffjax.data import images
 from diffjax.evaluation import sampling
 from diffjax.experiment import run_directory
+from diffjax.experiment.command_line import error_exit
 from diffjax.training import checkpoints, launch, metrics, orbax, preemption
 from diffjax.training.checkpoints import Checkpoints
 from diffjax.training.files import Lock
@@ -416,3 +418,39 @@ def test_children_that_a_dead_process_left_behind_are_ended(tmp_path, monkeypatc
         time.sleep(0.1)
     else:
         pytest.fail("the child lives on")
+
+
+def test_an_error_of_the_system_is_not_the_users(tmp_path, monkeypatch, capsys):
+    """The launcher starts a program again that ended with 70, and not one that ended with 1."""
+    draw_folder(tmp_path, n=1)
+    picture = tmp_path / "00.png"
+    for number, status in ((errno.EIO, 70), (errno.ESTALE, 70), (errno.EACCES, None)):
+        failing = OSError(number, os.strerror(number), str(picture))
+        monkeypatch.setattr(images.Image, "open", lambda *_, **__: (_ for _ in ()).throw(failing))
+        with pytest.raises(SystemExit) as stop, error_exit():
+            images.read(picture)
+        if status is None:
+            assert "not a readable image" in str(stop.value.code)
+        else:
+            assert stop.value.code == status
+            assert os.strerror(number) in capsys.readouterr().err
+    assert {1, 2} == set(launch.REFUSED)
+
+
+def test_threads_that_wait_do_not_keep_a_failed_process():
+    """As Orbax's do after failed saves: for five minutes."""
+    code = """
+import threading, time
+from diffjax.training import distributed
+distributed.GRACE = 0.5
+with distributed.failing_fast():
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    raise SystemExit("error: the last checkpoint could not be written")
+"""
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=50
+    )
+    assert done.returncode == 1 and time.monotonic() - began < 30
+    assert "could not be written" in done.stderr
+    assert "ended with status 1: threads were still waiting" in done.stderr

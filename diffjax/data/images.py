@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 
 from . import limits
 from .examples import Source
+from .transient import is_transient
 from .workers import in_order
 
 READ = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
@@ -210,6 +211,7 @@ def read(file: Path, side: int | None = None, channels: int | None = None) -> np
     Raises:
       UnreadableError: if the file is not an image, or decoding it takes more bytes than
         `limits.IMAGE`.
+      OSError: if the disk or the network fails, which says nothing about the file.
     """
     try:
         if file.suffix.lower() in NOT_READ:
@@ -223,6 +225,8 @@ def read(file: Path, side: int | None = None, channels: int | None = None) -> np
                 raise ValueError(f"{image.width} x {image.height} pixels, more than {most}")
             return _pixels(image, side, channels)
     except Exception as error:  # untrusted input may raise anything
+        if is_transient(error):
+            raise
         raise UnreadableError(f"{file}: not a readable image ({error})") from error
 
 

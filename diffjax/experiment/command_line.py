@@ -16,9 +16,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import tyro
 
+from ..data.transient import is_transient
 from ..models import MODELS, name_of, switched
 from ..schedules import SCHEDULES
-from ..training.distributed import Distributed
+from ..training.distributed import CRASHED, Distributed
 from ..weightings import WEIGHTINGS
 from .config import Config, Walk
 
@@ -121,12 +122,17 @@ def with_sampler(walk: AnyWalk, sampler: str) -> AnyWalk:
 def error_exit(*errors: type[Exception]) -> Iterator[None]:
     """End the program with one line, "error: ...", at an error of these kinds.
 
-    By default, at those that the input may cause: ValueError and OSError.
+    By default, at those that the input may cause: ValueError and OSError. The exit status is 1,
+    which says that the input is refused, or `CRASHED` if the system failed: the launcher then
+    starts the program again.
     """
     kinds = errors or (ValueError, OSError)
     try:
         yield
     except kinds as error:
+        if is_transient(error):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(CRASHED)
         sys.exit(f"error: {error}")
 
 

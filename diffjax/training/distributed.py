@@ -133,8 +133,8 @@ def failing_fast() -> Iterator[None]:
                 code = 1
             if not jax.distributed.is_initialized():
                 _end_in(GRACE, int(code))
-            elif code == 1:
-                os._exit(1)
+            elif code in (1, CRASHED):  # the others are not waited for
+                os._exit(int(code))
             sys.exit(code)
         except BaseException as error:
             traceback.print_exc()
