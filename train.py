@@ -110,6 +110,7 @@ def train(
         train_set, test_set = dataset.load_data(config)
         dataset.check_data(config, train_set, test_set)
         e.grid()
+        e.times.check()
         checkpoints = open_run(workdir, config, dataset.fingerprint(train_set, test_set))
 
     # Pure functions: the loss, the step, and a sample.

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from . import keys
+from .densities import Density, relative
 from .process import scales_at
 from .schedules import Schedule, rate_at, time_at
 from .targets import Row, encode, eps_per_out, row, unit_variance
@@ -30,7 +31,11 @@ runs on different schedules can be compared."""
 
 
 def sample_times(
-    key: Key, n: int, steps: int | None = None, index: Int[Real, " batch"] | None = None
+    key: Key,
+    n: int,
+    steps: int | None = None,
+    index: Int[Real, " batch"] | None = None,
+    density: Density | None = None,
 ) -> Float[Array, " batch"]:
     """Draw stratified random times in (0, 1]: one in each n-th of the interval.
 
@@ -43,6 +48,7 @@ def sample_times(
       steps: T for times on the grid i/T, i = 1..T, as in discrete-time diffusion; None for
         continuous time.
       index: positions in the global batch for which times are returned; all by default.
+      density: the density of noise levels; None for uniform times. Its quantiles are stratified.
 
     Returns:
       Times `[n]`, or one for each of `index`.
@@ -61,7 +67,9 @@ def sample_times(
         )
     index = jnp.arange(n) if index is None else index
     t = 1 - (jax.random.uniform(key) + index / n) % 1
-    return t if steps is None else jnp.ceil(t * steps) / steps
+    if density is not None:
+        t = time_at(density.schedule, density.quantile(t))
+    return t if steps is None else jnp.maximum(jnp.ceil(t * steps), 1) / steps
 
 
 def loss_weight(
@@ -95,7 +103,7 @@ def effective_weight(
     schedule: Schedule,
     target: str | Row,
     weight: Weighting | None = None,
-    density: Callable[[Array], Array] | None = None,
+    density: Density | None = None,
     steps: int | None = None,
 ) -> Callable[[Array], Array]:
     """The weight that a loss gives to the error of x_0, as a function of log-SNR.
@@ -108,7 +116,8 @@ def effective_weight(
       schedule: a `Schedule`.
       target: the target that the network regresses.
       weight: a weighting of the eps error, or None for unit variance, as in `diffusion_loss`.
-      density: density of the times, a function of t on [0, 1]; None for uniform times.
+      density: the density of noise levels, by which losses are not divided; None for uniform
+        times.
       steps: T, if time is discrete; t is then rounded up to the grid i/T.
 
     Returns:
@@ -129,7 +138,7 @@ def effective_weight(
         on_target = loss_weight(schedule, target, drawn, weight, steps)
         on_eps = on_target / eps_per_out(target, *schedule(drawn)) ** 2
         on_x_0 = on_eps * jnp.exp(schedule.log_snr(drawn))
-        of_times = 1.0 if density is None else density(t)
+        of_times = 1.0 if density is None else relative(density, t)
         visited = (log_snr >= schedule.log_snr(1.0)) & (log_snr <= schedule.log_snr(0.0))
         return jnp.where(visited, on_x_0 * of_times / rate_at(schedule, t), 0.0)
 

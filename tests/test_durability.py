@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
@@ -426,7 +427,7 @@ def test_an_error_of_the_system_is_not_the_users(tmp_path, monkeypatch, capsys):
     picture = tmp_path / "00.png"
     for number, status in ((errno.EIO, 70), (errno.ESTALE, 70), (errno.EACCES, None)):
         failing = OSError(number, os.strerror(number), str(picture))
-        monkeypatch.setattr(images.Image, "open", lambda *_, **__: (_ for _ in ()).throw(failing))
+        monkeypatch.setattr(images.Image, "open", mock.Mock(side_effect=failing))
         with pytest.raises(SystemExit) as stop, error_exit():
             images.read(picture)
         if status is None:

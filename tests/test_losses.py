@@ -1,11 +1,14 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 import diffjax
 from catalogue import SCHEDULES, TARGETS, WEIGHTINGS
-from diffjax import likelihood, losses, oracles, weightings
+from diffjax import densities, likelihood, losses, oracles, weightings
 from diffjax.schedules import rate_at
 
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
@@ -124,8 +127,8 @@ def test_discrete_elbo_weight_is_ddpms_coefficient(x64):
 @pytest.mark.parametrize("weight", WEIGHTINGS.values(), ids=WEIGHTINGS)
 @pytest.mark.parametrize(
     ("target", "density", "steps"),
-    [("eps", None, None), ("F", lambda t: 2 * t, None), ("x_0", None, 50)],
-    ids=["eps", "F of other times", "x_0 in discrete time"],
+    [("eps", None, None), ("F", (1.0, 3.0), None), ("x_0", None, 50)],
+    ids=["eps", "F of a normal density", "x_0 in discrete time"],
 )
 def test_the_effective_weight_is_what_the_gradients_do(x64, target, weight, density, steps):
     """A network that errs by theta_j in the j-th stretch of log-SNR, on data at zero.
@@ -138,10 +141,9 @@ def test_the_effective_weight_is_what_the_gradients_do(x64, target, weight, dens
     if steps is not None:  # stretches of whole steps
         edges = schedule.log_snr(jnp.array([45, 36, 27, 18, 9, 4]) / steps)
     theta = jnp.array([1.0, -2.0, 0.5, 1.5, -1.0])
+    density = density and densities.normal(schedule, *density)
     n = 20000
-    t = (jnp.arange(n) + 0.5) / n
-    importance = jnp.ones(n) if density is None else density(t)
-    t = t if steps is None else jnp.ceil(t * steps) / steps
+    t = diffjax.sample_times(jax.random.key(0), n, steps, density=density)
 
     def loss(theta):
         def network(x_t, log_snr, cond):
@@ -162,12 +164,117 @@ def test_the_effective_weight_is_what_the_gradients_do(x64, target, weight, dens
             t=t,
             steps=steps,
         )
-        return jnp.mean(importance * each)
+        return jnp.mean(each)
 
     weighs = diffjax.effective_weight(schedule, target, weight, density, steps)
     grid = jnp.linspace(edges[:-1], edges[1:], 2001)
     areas = jnp.trapezoid(weighs(grid.reshape(-1)).reshape(grid.shape), grid, axis=0)
     np.testing.assert_allclose(jax.grad(loss)(theta), 2 * theta * areas, rtol=5e-3)
+
+
+def test_edms_density_and_weight_are_its_weighting_of_uniform_times(x64):
+    """Karras et al. 2022, table 1: lambda = (sigma^2 + 0.25) / (0.5 sigma)^2 on x_0's error."""
+    schedule = diffjax.log_uniform(0.002, 80.0)
+    log_snr = jnp.linspace(-8.0, 12.0, 41)
+    density = densities.normal(schedule, 2.4, 2.4)
+    of_eps = lambda log_snr, rate: (jnp.exp(-log_snr) + 0.25) / 0.25
+    drawn = diffjax.effective_weight(schedule, "F", of_eps, density)(log_snr)
+    weighted = diffjax.effective_weight(schedule, "F", weightings.edm())(log_snr)
+    ends = -2 * np.log([80.0, 0.002])
+    np.testing.assert_allclose(
+        drawn, weighted / np.diff(scipy.stats.norm.cdf(ends, 2.4, 2.4)), rtol=1e-5
+    )
+
+
+DENSITIES = {name: make for name, make in densities.DENSITIES.items()} | {
+    "narrow": functools.partial(densities.normal, mean=-1.0, std=0.7),
+    "beyond an end": functools.partial(densities.normal, mean=9.0, std=3.0),
+}
+
+
+@pytest.mark.parametrize("make", DENSITIES.values(), ids=DENSITIES)
+def test_a_density_is_drawn_and_cut_off_at_the_ends_of_the_schedule(make):
+    """Against SciPy's truncated normal; the quantiles of stratified times are spread evenly."""
+    schedule = diffjax.cosine(-6.0, 7.0)
+    density, n = make(schedule), 4096
+    t = diffjax.sample_times(jax.random.key(0), n, density=density)
+    assert ((t >= 0) & (t <= 1)).all()
+    u = (np.arange(n) + 0.5) / n
+    found = np.sort(schedule.log_snr(t))
+    if make is densities.uniform:
+        wanted = np.sort(schedule.log_snr(jnp.asarray(u)))
+    else:
+        mean, std = (make.keywords if hasattr(make, "keywords") else {"m": 2.4, "s": 2.4}).values()
+        ends = [(end - mean) / std for end in (-6.0, 7.0)]
+        wanted = scipy.stats.truncnorm(*ends, mean, std).ppf(u)
+    inner = slice(8, -8)
+    np.testing.assert_allclose(found[inner], wanted[inner], atol=0.05)
+    part = diffjax.sample_times(jax.random.key(0), n, None, jnp.array([7, 2]), density)
+    assert jnp.array_equal(part, t[jnp.array([7, 2])])
+
+
+@pytest.mark.parametrize("steps", [None, 20])
+@pytest.mark.parametrize("make", DENSITIES.values(), ids=DENSITIES)
+def test_losses_over_their_density_keep_their_mean_and_vary_as_promised(make, steps):
+    """A loss that is a known function of t, and the variance of importance sampling.
+
+    Var = integral of loss^2 / p over [0, 1] - mean^2, where p is the density of the times.
+    """
+    schedule = diffjax.cosine(-6.0, 7.0)
+    density, n = make(schedule), 40_000
+    loss = lambda t: jnp.exp(-((schedule.log_snr(t) - 1.0) ** 2) / 8) + 0.1 * t
+
+    def estimate(t):
+        return loss(t) / densities.relative(density, t, steps)
+
+    keys = jax.random.split(jax.random.key(1), n)
+    t = jax.vmap(lambda k: diffjax.sample_times(k, 1, steps, density=density)[0])(keys)
+    each = estimate(t)
+    at = (jnp.arange(4000) + 0.5) / 4000 if steps is None else jnp.arange(1, steps + 1) / steps
+    mean = loss(at).mean()
+    variance = (loss(at) ** 2 / densities.relative(density, at, steps)).mean() - mean**2
+    assert abs(each.mean() - mean) < 5 * jnp.sqrt(variance / n)
+    if make is not DENSITIES["narrow"]:  # whose fourth moment is too large to be measured
+        np.testing.assert_allclose(each.var(), variance, rtol=0.1)
+    if steps is not None:
+        counts = np.bincount(np.round(t * steps).astype(int), minlength=steps + 1)[1:] / n
+        expected = densities.relative(density, at, steps) / steps
+        np.testing.assert_allclose(counts, expected, atol=5 * 0.5 / np.sqrt(n))
+        np.testing.assert_allclose(expected.sum(), 1, rtol=1e-5)
+
+
+def test_the_fitted_density_is_the_one_that_varies_least(x64):
+    """Losses in proportion to a normal density over that of uniform times ask for this density."""
+    schedule, edges = diffjax.cosine(-12.0, 12.0), jnp.linspace(-12, 12, 97)
+    wanted = densities.normal(schedule, 1.5, 2.0)
+    t = (jnp.arange(200_000) + 0.5) / 200_000
+    losses_at = densities.relative(wanted, t)
+    sums, counts = (
+        np.histogram(schedule.log_snr(t), edges, weights=w)[0] for w in (losses_at, None)
+    )
+    mean, std = densities.fit_normal(schedule, edges, sums / counts)
+    np.testing.assert_allclose([mean, std], [1.5, 2.0], atol=0.01)
+    # A loss that is drawn in proportion to itself does not vary at all.
+    fitted = densities.normal(schedule, mean, std)
+    assert (losses_at / densities.relative(fitted, t)).std() < 0.05
+    assert losses_at.std() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s: densities.normal(s, 2.0, 0.0), "std=0.0: must be positive"),
+        (
+            lambda s: densities.normal(s, 40.0, 2.0),
+            "from -6 to 6, where a normal density",
+        ),
+        (lambda s: densities.fit_normal(s, [0, 1], jnp.ones(2)), "2 losses between 2 edges"),
+        (lambda s: densities.fit_normal(s, [0, 1], jnp.zeros(1)), "a positive loss"),
+    ],
+)
+def test_a_density_that_the_schedule_cannot_draw_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(diffjax.cosine(-6.0, 6.0))
 
 
 def test_effective_weights_that_the_papers_state(x64):

@@ -21,6 +21,7 @@ import pytest
 import diffjax
 from catalogue import SAMPLERS, SCHEDULES, TARGETS, WEIGHTINGS
 from diffjax import data, weightings
+from diffjax.densities import DENSITIES
 from diffjax.evaluation import distances
 from diffjax.experiment import (
     Config,
@@ -155,6 +156,7 @@ def test_every_row_is_there_and_every_row_is_tested():
     for name in returning(diffjax.schedules, diffjax.Schedule):
         assert name in diffjax.SCHEDULES or f"diffjax.{name}(" in made, name
     assert set(returning(weightings, weightings.Weighting)) <= set(weightings.WEIGHTINGS)
+    assert set(returning(diffjax.densities, diffjax.densities.Density)) == set(DENSITIES)
     for module in (onestep, multistep):
         assert set(returning(module, diffjax.Sampler)) <= set(diffjax.SAMPLERS)
     needs_a_function = {"autoguidance", "classifier_guidance"}
@@ -186,7 +188,7 @@ def test_every_name_of_a_table_can_be_asked_for_on_the_command_line(capsys):
     text = re.sub(r"[\s│]+", "", capsys.readouterr().out)
     for table in (
         *(diffjax.TARGETS, diffjax.SCHEDULES, diffjax.SAMPLERS, diffjax.samplers.TIMES),
-        *(weightings.WEIGHTINGS, data.DATASETS, RUNNERS, WRITERS, diffjax.GUIDANCES),
+        *(weightings.WEIGHTINGS, DENSITIES, data.DATASETS, RUNNERS, WRITERS, diffjax.GUIDANCES),
     ):
         assert "{" + ",".join(table) + "}" in text
     assert ",".join(MODELS) in text

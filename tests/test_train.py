@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -115,6 +116,24 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(finished, tmp_path, 
     assert step_a == step_b == 40
     assert_bitwise_equal(a, b)
     assert (parts / "samples.png").read_bytes() == (finished / "samples.png").read_bytes()
+
+
+def test_a_density_changes_how_the_loss_varies_and_not_its_mean_unless_it_is_asked_to():
+    """By a loss that is known at each time: with weights, its mean is that of uniform times."""
+    n, config = 4000, command_line.from_file("configs/digits.py:smoke")
+    known = lambda e, t: jnp.exp(-((e.schedule.log_snr(t) - 1.0) ** 2) / 8)
+
+    def mean(**changes):
+        e = resolve(dataclasses.replace(config, batch_size=n, **changes))
+        t, weight = jax.jit(e.times.draw)(jax.random.key(0), (), jnp.arange(n))
+        return float((weight * known(e, t)).mean())
+
+    normal = dict(density="normal", density_options={"mean": 1.0, "std": 2.0})
+    np.testing.assert_allclose(mean(**normal), mean(), rtol=1e-2)
+    # E exp(-z^2 / 2) of z ~ N(0, 1), but for the ends that the schedule cuts off.
+    free = mean(**normal, density_weights=False)
+    np.testing.assert_allclose(free, 1 / math.sqrt(2), rtol=1e-2)
+    assert free > 1.1 * mean()
 
 
 LEARNED = [
@@ -398,6 +417,19 @@ BAD = {
     "negative bound": (
         ["--config.bound_weight=-1", "--config.time_steps=100"],
         "bound_weight=-1.0: must be at least 0",
+    ),
+    "density": (["--config.density=gumbel"], "unknown density 'gumbel': one of uniform, normal"),
+    "density's option": (
+        ["--config.density=normal", "--config.density_options", "scale=1"],
+        "density normal has no option scale; it has mean, std",
+    ),
+    "density elsewhere": (
+        ["--config.density=normal", "--config.density_options", "mean=40"],
+        "the schedule has log-SNR from -8 to 7, where a normal density with mean=40, std=2.4 has",
+    ),
+    "two densities": (
+        ["--config.density=normal", "--config.loss_aware_times=True", "--config.time_steps=10"],
+        "loss_aware_times=True has a density and weights of its own",
     ),
     "continuous aware": (["--config.loss_aware_times=True"], "need discrete time, time_steps=T"),
     "variance not learned": (

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import tyro
 
 from ..data.transient import is_transient
+from ..densities import DENSITIES
 from ..models import MODELS, name_of, switched
 from ..schedules import SCHEDULES
 from ..training.distributed import CRASHED, Distributed
@@ -59,7 +60,11 @@ def parse(argv: Sequence[str], default: str = "configs/digits.py") -> Command:
         base = from_file(file)
         if model is not None:
             base = dataclasses.replace(base, model=switched(base.model, model))
-    for field, table in (("schedule", SCHEDULES), ("weighting", WEIGHTINGS)):
+    for field, table in (
+        ("schedule", SCHEDULES),
+        ("weighting", WEIGHTINGS),
+        ("density", DENSITIES),
+    ):
         name, rest = take(rest, f"--config.{field}")
         if name is not None:
             options = accepted(table, name, getattr(base, f"{field}_options"))

@@ -19,6 +19,7 @@ import tyro
 
 from ..data import DATASETS, check_workers
 from ..data.images import UNREADABLE
+from ..densities import DENSITIES
 from ..guidance import GUIDANCES
 from ..models import MODELS, ModelConfig, UNetConfig, name_of
 from ..samplers import SAMPLERS, TIMES
@@ -301,6 +302,13 @@ class Config:
     """Weight of the loss over log-SNR; unit: each target scaled to variance one."""
     weighting_options: Options = dataclasses.field(default_factory=dict)
     """Options of the weighting."""
+    density: Annotated[str, one_of(DENSITIES)] = "uniform"
+    """The density of noise levels in training; uniform: of uniform times."""
+    density_options: Options = dataclasses.field(default_factory=dict)
+    """Options of the density."""
+    density_weights: bool = True
+    """Divide each loss by the density of its time, so that the density changes how much the loss
+    varies, and not its mean; False: the density is a part of the objective, as EDM's is."""
     bound_weight: float | None = None
     """Learn the decoder's variance too, with this weight on the bound (0.001 in improved DDPM); it
     needs time_steps, and a model whose out_channels are twice the data's. None: do not learn it."""

@@ -22,6 +22,7 @@ from ..denoisers import (
     unit_output,
     with_schedule,
 )
+from ..densities import DENSITIES, relative
 from ..guidance import GUIDANCES
 from ..learned_variance import hybrid_loss
 from ..samplers import SAMPLERS, TIMES, Sampler
@@ -47,6 +48,7 @@ class Times(NamedTuple):
     """How training draws its times.
 
     Attributes:
+      check: raise a ValueError if the schedule holds almost nothing of the density.
       init: () -> the first value of `TrainState.extra`.
       draw: (key, extra, index `[batch]`, n) -> times, and weights of their losses, `[batch]`; the
         times are stratified over n examples, those of a batch by default.
@@ -54,6 +56,7 @@ class Times(NamedTuple):
         nothing is carried from step to step.
     """
 
+    check: Callable[[], object]
     init: Callable[[], Any]
     draw: Callable[..., tuple[Array, Array]]
     remember: Callable[[Any, dict[str, Array]], Any] | None
@@ -157,7 +160,7 @@ def resolve(config: Config) -> Experiment:
         schedule=schedule,
         weighting=bind("weighting", WEIGHTINGS, config.weighting, config.weighting_options)(),
         objective=objective,
-        times=_times(config),
+        times=_times(config, schedule),
         init=init,
         apply=_apply(config, module, schedule),
         condition=condition,
@@ -323,13 +326,22 @@ def _condition(config, schedule):
     return condition
 
 
-def _times(config):
-    """Stratified uniform times, or loss-aware ones."""
+def _times(config, schedule):
+    """Stratified times of a density of noise levels, or loss-aware ones."""
     batch_size, steps = config.batch_size, config.time_steps
+    make = bind("density", DENSITIES, config.density, config.density_options, ("schedule",))
 
-    def uniform(key, extra, index, n=batch_size):
-        t = losses.sample_times(key, n, steps, index)
-        return t, jnp.ones_like(t)
+    def density():
+        with jax.ensure_compile_time_eval():  # values, also while a step is traced
+            return make(schedule)
+
+    def of_density(key, extra, index, n=batch_size):
+        # For uniform times the schedule need not be inverted.
+        chosen = None if config.density == "uniform" else density()
+        t = losses.sample_times(key, n, steps, index, chosen)
+        if chosen is None or not config.density_weights:
+            return t, jnp.ones_like(t)
+        return t, 1 / relative(chosen, t, steps)
 
     def aware(key, history, index, n=batch_size):
         return loss_aware.loss_aware_times(key, history, n, index)
@@ -338,8 +350,8 @@ def _times(config):
         return loss_aware.remember_losses(history, seen["t"], seen["loss"])
 
     if not config.loss_aware_times:
-        return Times(tuple, uniform, None)
-    return Times(functools.partial(loss_aware.loss_history, steps), aware, remember)
+        return Times(density, tuple, of_density, None)
+    return Times(density, functools.partial(loss_aware.loss_history, steps), aware, remember)
 
 
 def _learning_rate(o):

@@ -8,6 +8,7 @@ import inspect
 import math
 
 from ..data import Examples
+from ..densities import DENSITIES
 from ..guidance import GUIDANCES
 from ..schedules import LONGEST, SCHEDULES
 from ..targets import row
@@ -29,6 +30,7 @@ def check(config: Config) -> None:
     row(c.target)
     known_name("schedule", SCHEDULES, c.schedule)
     known_name("weighting", WEIGHTINGS, c.weighting)
+    known_name("density", DENSITIES, c.density)
     known_name("runner", RUNNERS, c.parallel)
     for name in c.writers:
         writers.check(name)
@@ -85,6 +87,11 @@ def _of_time(c):
             or not (c.loss_aware_times or c.time_input or c.bound_weight is not None),
             f"loss_aware_times={c.loss_aware_times}, time_input={c.time_input}, "
             f"bound_weight={c.bound_weight}: need discrete time, time_steps=T",
+        ),
+        (
+            not c.loss_aware_times or (c.density == "uniform" and c.density_weights),
+            f"density={c.density}, density_weights={c.density_weights}: loss_aware_times=True has "
+            "a density and weights of its own",
         ),
         (
             c.bound_weight is None or (c.bound_weight >= 0 and c.time_steps != 1),

@@ -1,0 +1,149 @@
+r"""Densities of noise levels: how often training visits each log-SNR.
+
+Uniform times visit log-SNR with the density 1 / rate. Another density is drawn exactly, and still
+stratified over the batch, by its quantile function: with u uniform on [0, 1],
+
+    log_snr = quantile(u),    t = the time of the schedule at which it has this log-SNR.
+
+The density relative to that of uniform times is du / dt. A loss that is divided by it keeps its
+mean, whatever the density, so that the density decides only how much the mean of a batch varies
+(importance sampling). EDM, EDM2 and flow models with logit-normal times do not divide: their
+density is a part of the objective, which `effective_weight` shows.
+
+Each function here takes a schedule, and returns a density that is truncated to the schedule's ends:
+
+    density = densities.normal(schedule, mean=2.4, std=2.4)
+    t = sample_times(key, n, density=density)
+    loss = diffusion_loss(key, network, schedule, target, x_0, t=t)
+    loss = loss / densities.relative(density, t)
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from .schedules import Schedule, time_at
+from .types import Array, Real, Scalar, Time, at_least_float32, known
+
+LEAST_MASS = 1e-3
+"""The least probability that a density may have between the ends of the schedule."""
+
+
+class Density(NamedTuple):
+    """A density of noise levels on a schedule.
+
+    Attributes:
+      schedule: the schedule on which training visits them.
+      quantile: u in [0, 1] -> log-SNR, decreasing from the schedule's log-SNR at t = 0 to that at
+        t = 1, elementwise.
+      cdf: the inverse of `quantile`.
+    """
+
+    schedule: Schedule
+    quantile: Callable[[Array], Array]
+    cdf: Callable[[Array], Array]
+
+
+def uniform(schedule: Schedule) -> Density:
+    """The density of uniform times, whose quantile function is the schedule itself."""
+    return Density(schedule, schedule.log_snr, lambda log_snr: time_at(schedule, log_snr))
+
+
+def normal(schedule: Schedule, mean: Scalar = 2.4, std: Scalar = 2.4) -> Density:
+    """A normal density of log-SNR.
+
+    | paper | there | mean, std |
+    |---|---|---|
+    | EDM (the defaults) | ln sigma of mean -1.2, deviation 1.2 | 2.4, 2.4 |
+    | EDM2, latents | -0.4, 1.0 | 0.8, 2.0 |
+    | EDM2, 64 pixels | -0.8, 1.6 | 1.6, 3.2 |
+    | Stable Diffusion 3 | logit t of mean 0, deviation 1 | 0, 2 |
+
+    ln sigma is -log_snr / 2, and so is the logit of the time of a rectified flow.
+
+    Raises:
+      ValueError: unless `std > 0`, or if the schedule's ends hold less than `LEAST_MASS` of it.
+
+    Source: Karras et al. 2022, table 1; Karras et al. 2024, appendix B; Esser et al. 2024, section
+    3.1.
+    """
+    if known(mean, std) and not std > 0:
+        raise ValueError(f"{std=}: must be positive")
+    ends = jnp.zeros(()), jnp.ones(())
+    least_noise, most_noise = (schedule.log_snr(t) for t in ends)
+    below = lambda log_snr: jax.scipy.special.ndtr((mean - log_snr) / std)
+    first, last = below(least_noise), below(most_noise)
+    if known(first, last) and last - first < LEAST_MASS:
+        raise ValueError(
+            f"the schedule has log-SNR from {most_noise:.3g} to {least_noise:.3g}, where a normal "
+            f"density with {mean=:g}, {std=:g} has a probability of only {last - first:.2g}"
+        )
+
+    def quantile(u):
+        log_snr = mean - std * jax.scipy.special.ndtri(first + u * (last - first))
+        return jnp.clip(log_snr, most_noise, least_noise)
+
+    return Density(schedule, quantile, lambda log_snr: (below(log_snr) - first) / (last - first))
+
+
+def relative(density: Density, t: Time, steps: int | None = None) -> Array:
+    """The density at the times t over that of uniform times, of the shape of t.
+
+    Args:
+      density: a density.
+      t: times `[]` or `[batch]`.
+      steps: T, if times are rounded up to the grid i/T. The result is then the probability of the
+        step, times T.
+    """
+    u = lambda t: density.cdf(density.schedule.log_snr(t))
+    t = at_least_float32(t)
+    if steps is None:
+        return jax.jvp(u, (t,), (jnp.ones_like(t),))[1]
+    i = jnp.round(t * steps)
+    return steps * (u(i / steps) - u((i - 1) / steps))
+
+
+def fit_normal(
+    schedule: Schedule, edges: Sequence[float | int] | Array, losses: Float[Real, " bins"]
+) -> tuple[Array, Array]:
+    """The mean and the standard deviation of the `normal` density that these losses ask for.
+
+    The mean of a batch varies least if each time is drawn in proportion to the root mean square of
+    its loss. Where losses of one log-SNR vary in proportion to their mean, as those of a trained
+    network roughly do, that is in proportion to the mean. The normal density with the same two
+    moments is a smooth approximation.
+
+    Args:
+      schedule: the schedule that the losses were measured on, at uniform times.
+      edges: the edges of the bins of log-SNR, ascending, such as `losses.LOG_SNR_EDGES`.
+      losses: the mean loss in each bin, at least 0; NaN where nothing was measured.
+
+    Raises:
+      ValueError: unless there is one loss between each two edges, and at least one is positive.
+
+    >>> import diffjax
+    >>> schedule, edges = diffjax.cosine(-10, 10), range(-12, 13)
+    >>> loss = jnp.where(jnp.abs(jnp.arange(-11.5, 12)) < 3, 1.0, jnp.nan)
+    >>> mean, std = fit_normal(schedule, edges, loss)
+    >>> abs(float(mean)) < 1e-3, 1 < float(std) < 2
+    (True, True)
+    """
+    losses = jnp.nan_to_num(at_least_float32(losses))
+    edges = jnp.asarray(edges, losses.dtype)
+    if len(edges) != len(losses) + 1 or (known(losses) and not losses.max() > 0):
+        raise ValueError(
+            f"{len(losses)} losses between {len(edges)} edges: need one less, and a positive loss"
+        )
+    visited = -jnp.diff(time_at(schedule, edges))  # the share of uniform times in each bin
+    p = visited * losses / (visited * losses).sum()
+    centres = (edges[1:] + edges[:-1]) / 2
+    mean = (p * centres).sum()
+    within = jnp.diff(edges) ** 2 / 12  # of a bin, evenly filled
+    return mean, jnp.sqrt((p * ((centres - mean) ** 2 + within)).sum())
+
+
+DENSITIES: dict[str, Callable[..., Density]] = {"uniform": uniform, "normal": normal}
+"""Densities by name, as configs and the command line choose them: (schedule, options)."""
