@@ -27,6 +27,19 @@ def test_operations_are_those_of_a_product_of_matrices():
     assert telemetry.flops(lambda a, b: a @ b, a, b) == 0
 
 
+def test_every_round_of_a_scan_counts():
+    """XLA counts the first round only: here 3 rounds of 5 products and one more."""
+
+    @jax.jit
+    def scanned(x):
+        product = lambda x, _: (x @ x, None)
+        outer = lambda x, _: product(jax.lax.scan(product, x, length=5)[0], None)
+        return jax.lax.scan(outer, x, length=3)[0]
+
+    count = telemetry.flops(scanned, jnp.ones((30, 30)))
+    np.testing.assert_allclose(count, 18 * 2 * 30**3, rtol=1e-4)
+
+
 def test_a_meter_measures_waiting_compiling_and_speed(monkeypatch):
     def slow():
         for _ in range(4):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ..types import Array, Cond, Key
+from .dit import DiT, DiTConfig
 from .mlp import MLP, MLPConfig
 from .song_unet import SongUNet, SongUNetConfig
 from .unet import UNet, UNetConfig
@@ -69,11 +70,13 @@ MODELS = {
     "unet": Model(UNetConfig, UNet),
     "song_unet": Model(SongUNetConfig, SongUNet),
     "mlp": Model(MLPConfig, MLP),
+    "dit": Model(DiTConfig, DiT),
 }
 """Networks by name, as configs and the command line choose them."""
 
 __all__ = [
     "MODELS",
+    "DiTConfig",
     "MLPConfig",
     "Model",
     "ModelConfig",

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.monitoring
+from jax.extend.core import jaxpr_as_fun, jaxprs_in_params
 
 PEAK_FLOPS = {
     "NVIDIA H100": 989e12,
@@ -95,12 +96,31 @@ class Meter:
 def flops(step: Any, *args: Any) -> float:
     """Operations of a compiled function, as XLA counts them before it optimises.
 
-    The count includes recomputation (`remat`) and what a fused kernel does. It is 0 if unknown:
-    if the function is not a compiled one, or XLA gives no count.
+    The count includes recomputation (`remat`) and what a fused kernel does, and every round of a
+    `scan`. It is 0 if unknown: if the function is not a compiled one, or XLA gives no count.
     """
     if not hasattr(step, "lower"):
         return 0.0
+    once = _counted(step, *args)
+    return once and once + _of_further_rounds(jax.make_jaxpr(step)(*args).jaxpr)
+
+
+def _counted(step, *args):
     return float((step.lower(*args).cost_analysis() or {}).get("flops", 0.0))
+
+
+def _of_further_rounds(jaxpr):
+    """Operations of the rounds of each scan but the first, the only one that XLA counts."""
+    count = 0.0
+    for equation in jaxpr.eqns:
+        inner = sum(_of_further_rounds(j) for j in jaxprs_in_params(equation.params))
+        if equation.primitive.name == "scan":
+            body, rounds = equation.params["jaxpr"], equation.params["length"]
+            like = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in body.in_avals]
+            first = _counted(jax.jit(jaxpr_as_fun(body)), *like)
+            inner = rounds * inner + (rounds - 1) * first
+        count += inner
+    return count
 
 
 def peak_flops(kind: str) -> float | None:

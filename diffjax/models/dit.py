@@ -1,0 +1,288 @@
+"""The diffusion transformer: (x_t, log_snr, cond) -> an image of the same size.
+
+The image is cut into patches, and each becomes a token. A `Block` is self-attention and a
+perceptron, each added to its input; the embedded log-SNR and label scale and shift what enters
+them, and gate what leaves them (adaLN-zero: every gate starts at zero). The options span Peebles &
+Xie 2023 (DiT), Ma et al. 2024 (SiT, the same network on a rectified flow), and Li & He 2025 (JiT,
+which takes large patches of pixels); `dit_config` and `jit_config` make theirs.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..types import Array, Cond
+from .unet import attention, fold, noise_embedding, unfold
+
+Xavier = nn.initializers.xavier_uniform()
+Small = nn.initializers.normal(0.02)
+Zero = nn.initializers.zeros_init()
+
+EMBEDDED = 256
+"""Sinusoids that embed the noise level."""
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""What the backward pass recomputes: nothing, each block, or each block but its matrix products."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """The options of the transformer; the defaults are those of DiT-S/2."""
+
+    width: int = 384
+    """Channels of a token."""
+    blocks: int = 12
+    """Blocks of attention and perceptron."""
+    heads: int = 6
+    """Attention heads."""
+    patch: int = 2
+    """Side of the squares of pixels that become one token."""
+    bottleneck: int | None = None
+    """Channels to which a patch is first projected (JiT: 128); None: none."""
+    rms_norm: bool = False
+    """Normalise by the root mean square, with learned weights (JiT), in place of the mean and the
+    deviation (DiT)."""
+    qk_norm: bool = False
+    """Normalise the queries and keys of each head."""
+    rope: bool = False
+    """Rotate queries and keys by their row and column, beside the positions added to tokens."""
+    swiglu: bool = False
+    """Use SwiGLU of 8/3 the width in the perceptron, in place of GELU of four times the width."""
+    class_tokens: int = 0
+    """Tokens of the label that are put in front of those of the image (JiT: 32)."""
+    class_tokens_from: int = 4
+    """Index of the first block that has the tokens of the label."""
+    dropout: float = 0.0
+    """Probability of dropping an activation where a branch is added."""
+    flow_time: bool = False
+    """Embed the time of a rectified flow, sigmoid(log_snr / 2) (SiT, JiT), not scaled log-SNR."""
+    log_snr_scale: float = 25.0
+    """Factor on log-SNR before it is embedded, unless `flow_time` is set."""
+    out_channels: int | None = None
+    """Channels of the output; None for as many as x_t has."""
+    labels: int = 0
+    """Number of classes of `cond["label"]`; 0 for no label."""
+    null_label: bool = False
+    """Add one class that means "no label", index `labels`, for classifier-free guidance."""
+    remat: str = "none"
+    """What to recompute in the backward pass, which saves memory and costs time: none, full (each
+    block), or dots (each block but its matrix products)."""
+    bfloat16: bool = False
+    """Compute in bfloat16; parameters, normalisation statistics and softmax stay float32."""
+
+    def __post_init__(self) -> None:
+        if min(self.width, self.blocks, self.heads, self.patch, self.bottleneck or 1) < 1:
+            raise ValueError(f"sizes and counts must be at least 1: {self}")
+        if self.width % (4 * self.heads):
+            raise ValueError(
+                f"heads={self.heads}: width={self.width} must be a multiple of 4 x {self.heads}, "
+                "because each head encodes rows and columns in pairs of channels"
+            )
+        if self.labels < 0 or (self.null_label and not self.labels):
+            raise ValueError("null_label=True needs labels, the number of classes, at least 0")
+        if self.class_tokens < 0 or (
+            self.class_tokens and not (self.labels and 0 <= self.class_tokens_from < self.blocks)
+        ):
+            raise ValueError(
+                f"class_tokens={self.class_tokens} need labels, and class_tokens_from="
+                f"{self.class_tokens_from} in 0..{self.blocks - 1}"
+            )
+        if self.remat not in REMAT:
+            raise ValueError(f"remat={self.remat!r}: one of {', '.join(REMAT)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: must be in [0, 1)")
+
+    @property
+    def image_cond(self) -> bool:
+        """False: this network takes no image as conditioning."""
+        return False
+
+    def check_input(self, shape: tuple[int, ...]) -> None:
+        """Raise a ValueError unless the network takes examples of this shape: images of patches."""
+        if len(shape) != 3 or shape[0] % self.patch or shape[1] % self.patch:
+            raise ValueError(
+                f"examples of shape {shape}: a transformer of patch {self.patch} needs "
+                f"[height, width, channels] with height and width divisible by {self.patch}"
+            )
+
+
+SIZES = {
+    "S": dict(width=384, blocks=12, heads=6),
+    "B": dict(width=768, blocks=12, heads=12),
+    "L": dict(width=1024, blocks=24, heads=16),
+    "XL": dict(width=1152, blocks=28, heads=16),
+    "H": dict(width=1280, blocks=32, heads=16),
+}
+"""The papers' sizes: DiT and SiT have S to XL, JiT has B, L and H."""
+
+
+def dit_config(size: str, patch: int = 2, **options: Any) -> DiTConfig:
+    """The options of a DiT or SiT of the paper, such as DiT-XL/2.
+
+    >>> dit_config("XL", 2, labels=1000, null_label=True).blocks
+    28
+    """
+    return DiTConfig(**{**SIZES[size], "patch": patch, **options})
+
+
+def jit_config(size: str, patch: int = 16, **options: Any) -> DiTConfig:
+    """The options of a JiT of the paper, such as JiT-B/16, which predicts x_0 from pixels.
+
+    >>> jit_config("L", 16, labels=1000, null_label=True).class_tokens_from
+    8
+    """
+    modern = dict(rms_norm=True, qk_norm=True, rope=True, swiglu=True, flow_time=True)
+    bottleneck, start = {"B": (128, 4), "L": (128, 8), "H": (256, 10)}[size]
+    tokens = dict(bottleneck=bottleneck, class_tokens=32, class_tokens_from=start)
+    return DiTConfig(**{**SIZES[size], **modern, **tokens, "patch": patch, **options})
+
+
+class DiT(nn.Module):
+    """The transformer. Dropout is on if and only if `apply` is given a "dropout" key.
+
+    Call with x_t `[batch, height, width, channels]`, log_snr `[batch]`, and a dict `cond` with
+    `label` `[batch]` integers if the config has labels (None otherwise). Returns
+    `[batch, height, width, out_channels]`, in float32 or wider.
+
+    The blocks are one scanned block with stacked parameters, so that the time to compile does not
+    depend on their number.
+
+    >>> model = DiT(DiTConfig(width=32, blocks=2, heads=2))
+    >>> inputs = jnp.zeros((1, 8, 8, 3)), jnp.zeros(1), None
+    >>> out, params = jax.eval_shape(model.init_with_output, jax.random.key(0), *inputs)
+    >>> out.shape
+    (1, 8, 8, 3)
+    """
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(self, x_t: Array, log_snr: Array, cond: Cond) -> Array:
+        c = self.config
+        c.check_input(x_t.shape[1:])
+        dtype = jnp.dtype(jnp.bfloat16 if c.bfloat16 else x_t.dtype)
+        dense = functools.partial(nn.Dense, kernel_init=Xavier, dtype=dtype)
+
+        noise = nn.sigmoid(log_snr / 2) if c.flow_time else c.log_snr_scale * log_snr
+        emb = noise_embedding(noise, EMBEDDED).astype(dtype)
+        emb = dense(c.width, kernel_init=Small, name="embed_0")(emb)
+        emb = dense(c.width, kernel_init=Small, name="embed_1")(nn.silu(emb))
+        of_label = jnp.zeros_like(emb)
+        if c.labels:
+            rows = c.labels + c.null_label
+            label = nn.Embed(rows, c.width, embedding_init=Small, dtype=dtype, name="label")
+            of_label = label(cond["label"])
+        emb += of_label
+
+        h = fold(x_t.astype(dtype), c.patch)
+        batch, rows, columns, _ = h.shape
+        if c.bottleneck:
+            h = dense(c.bottleneck, use_bias=False, name="bottleneck")(h)
+        h = dense(c.width, name="patch")(h).reshape(batch, rows * columns, c.width)
+        h += jnp.asarray(positions(rows, columns, c.width), dtype)[None]
+        turns = jnp.asarray(angles(rows, columns, c.width // c.heads), x_t.dtype)
+
+        n = c.class_tokens_from if c.class_tokens else c.blocks
+        if n:
+            h = stack(c, dtype, n, "blocks")(h, emb, turns)[0]
+        if c.class_tokens:
+            place = self.param("class_positions", Small, (c.class_tokens, c.width))
+            first = of_label[:, None] + place.astype(dtype)[None]
+            turns = jnp.pad(turns, ((c.class_tokens, 0), (0, 0)))  # they are not rotated
+            h = jnp.concatenate([first, h], axis=1)
+            h = stack(c, dtype, c.blocks - n, "blocks_with_class")(h, emb, turns)[0]
+            h = h[:, c.class_tokens :]
+
+        modulation = dense(2 * c.width, kernel_init=Zero, name="modulation_out")(nn.silu(emb))
+        shift, scale = jnp.split(modulation[:, None], 2, axis=-1)
+        h = norm(c, dtype, "norm_out")(h) * (1 + scale) + shift
+        channels = c.patch**2 * (c.out_channels or x_t.shape[-1])
+        h = dense(channels, kernel_init=Zero, name="out")(h)
+        return unfold(h.reshape(batch, rows, columns, channels), c.patch).astype(x_t.dtype)
+
+
+class Block(nn.Module):
+    """Attention, then a perceptron, each modulated and gated by the embedding."""
+
+    config: DiTConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array, emb: Array, turns: Array) -> tuple[Array, None]:
+        c = self.config
+        dense = functools.partial(nn.Dense, kernel_init=Xavier, dtype=self.dtype)
+        drop = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))
+        modulation = dense(6 * c.width, kernel_init=Zero, name="modulation")(nn.silu(emb))
+        shift_0, scale_0, gate_0, shift_1, scale_1, gate_1 = jnp.split(modulation[:, None], 6, -1)
+
+        h = norm(c, self.dtype, "norm_0")(x) * (1 + scale_0) + shift_0
+        qkv = dense(3 * c.width, name="qkv")(h).reshape(*h.shape[:2], 3, c.heads, -1)
+        query, key, value = (qkv[:, :, i] for i in range(3))
+        if c.qk_norm:
+            query = nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name="norm_q")(query)
+            key = nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name="norm_k")(key)
+        if c.rope:
+            query, key = rotate(query, turns), rotate(key, turns)
+        h = attention(query, key, value).reshape(x.shape)
+        x += gate_0 * drop(dense(c.width, name="attention_out")(h))
+
+        h = norm(c, self.dtype, "norm_1")(x) * (1 + scale_1) + shift_1
+        if c.swiglu:
+            gate, h = jnp.split(dense(2 * (8 * c.width // 3), name="mlp_0")(h), 2, axis=-1)
+            h = nn.silu(gate) * h
+        else:
+            h = nn.gelu(dense(4 * c.width, name="mlp_0")(h))
+        return x + gate_1 * drop(dense(c.width, name="mlp_1")(h)), None
+
+
+def stack(config: DiTConfig, dtype: jnp.dtype, length: int, name: str) -> nn.Module:
+    """A row of blocks with stacked parameters: (tokens, embedding, turns) -> (tokens, None)."""
+    policy = REMAT[config.remat]
+    block = nn.remat(Block, policy=policy, prevent_cse=False) if policy else Block
+    scan: Any = nn.scan  # whose annotation does not have nn.broadcast
+    scanned = scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=nn.broadcast,
+        length=length,
+    )
+    return scanned(config, dtype, name=name)
+
+
+def norm(config: DiTConfig, dtype: jnp.dtype, name: str) -> nn.Module:
+    """The normalisation of tokens. Only that by the root mean square has parameters."""
+    if config.rms_norm:
+        return nn.RMSNorm(epsilon=1e-6, dtype=dtype, name=name)
+    return nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, dtype=dtype, name=name)
+
+
+def angles(rows: int, columns: int, width: int) -> np.ndarray:
+    """Angles of each token's row, then of its column, `[rows columns, width / 2]`.
+
+    Su et al. 2021, "RoFormer", in two dimensions.
+    """
+    frequencies = 10000.0 ** (-np.arange(width // 4) / (width // 4))
+    row, column = np.divmod(np.arange(rows * columns), columns)
+    return np.concatenate([at[:, None] * frequencies for at in (row, column)], axis=1)
+
+
+def positions(rows: int, columns: int, width: int) -> np.ndarray:
+    """Sines and cosines of each token's column, then of its row, `[rows columns, width]`."""
+    row, column = np.split(angles(rows, columns, width), 2, axis=1)
+    return np.concatenate([np.sin(column), np.cos(column), np.sin(row), np.cos(row)], axis=1)
+
+
+def rotate(x: Array, turns: Array) -> Array:
+    """Turn neighbouring channels of `[batch, tokens, heads, width]` as pairs, by these angles."""
+    cos, sin = (f(turns)[None, :, None].astype(x.dtype) for f in (jnp.cos, jnp.sin))
+    a, b = x[..., 0::2], x[..., 1::2]
+    return jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape)
