@@ -65,6 +65,63 @@ def test_guidance_is_linear_in_its_weight_and_takes_one_per_example():
     np.testing.assert_allclose(mixed[0], at(0.0)[0], rtol=1e-6)
 
 
+NULL = {"label": jnp.int32(9)}
+
+
+def guided_by(make, **options):
+    """The predictions with a condition, without, and guided."""
+    denoise = diffjax.denoiser(labelled, diffjax.cosine(), "v")
+    without = denoise(X, 0.4, {"label": jnp.full(4, 9)})
+    guided = make(denoise, denoise.schedule, null=NULL, **options)(X, 0.4, COND)
+    return denoise(X, 0.4, COND), without, guided
+
+
+def test_projected_guidance_without_projection_is_classifier_free():
+    given, without, guided = guided_by(diffjax.apg, weight=3.0, eta=1.0)
+    for a, b, c in zip(given, without, guided, strict=True):
+        np.testing.assert_allclose(c, b + 3 * (a - b), rtol=1e-4, atol=1e-4)
+
+
+def test_projected_guidance_moves_at_right_angles_and_no_further_than_its_radius():
+    given, without, guided = guided_by(diffjax.apg, weight=4.0)
+    moved = guided.x_0 - given.x_0
+    size = jnp.linalg.norm(moved, axis=1) * jnp.linalg.norm(given.x_0, axis=1)
+    assert (jnp.abs((moved * given.x_0).sum(1)) < 1e-5 * size).all() and (size > 0.01).all()
+    full = jnp.linalg.norm(3 * (given.x_0 - without.x_0), axis=1)
+    assert (jnp.linalg.norm(moved, axis=1) < full).all()
+
+    radius = float(full.min()) / 30
+    given, _, guided = guided_by(diffjax.apg, weight=4.0, eta=1.0, radius=radius)
+    moved = jnp.linalg.norm(guided.x_0 - given.x_0, axis=1)
+    np.testing.assert_allclose(moved, 3 * radius, rtol=1e-4)
+    with pytest.raises(ValueError, match="radius=0: must be positive"):
+        guided_by(diffjax.apg, weight=4.0, radius=0)
+
+
+def test_the_rescaled_unconditional_velocity_is_the_nearest_to_the_conditional_one():
+    """What guidance then adds is at right angles to the unconditional velocity."""
+    given, without, guided = guided_by(diffjax.cfg_zero, weight=3.0)
+    v_c, v_u, v = (p.eps - p.x_0 for p in (given, without, guided))
+    added = (v - v_c) / 2
+    size = jnp.linalg.norm(added, axis=1) * jnp.linalg.norm(v_u, axis=1)
+    assert (jnp.abs((added * v_u).sum(1)) < 1e-4 * size).all() and (size > 0.01).all()
+    at_1 = guided_by(diffjax.cfg_zero, weight=1.0)
+    for a, b in zip(at_1[0], at_1[2], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_where_the_velocity_is_zero_a_rectified_flow_stands_still():
+    schedule = diffjax.rectified_flow()
+    denoise = diffjax.denoiser(labelled, schedule, "v")
+    guided = diffjax.cfg_zero(denoise, schedule, 2.0, NULL, zero_below=-2.0)
+    ts = jnp.array([1.0, 0.95, 0.9, 0.8])  # log-SNR -2 is at t = 0.73
+    bound = functools.partial(guided, cond=COND)
+    still, _ = diffjax.sample(jax.random.key(0), diffjax.ddim(bound, schedule), X, ts)
+    np.testing.assert_allclose(still, X, rtol=1e-5)
+    moving, _ = diffjax.sample(jax.random.key(0), diffjax.ddim(bound, schedule), X, ts - 0.4)
+    assert (jnp.abs(moving - X).max(axis=1) > 1e-3).all()
+
+
 def test_guidance_without_a_condition_is_refused():
     denoise = diffjax.denoiser(labelled, diffjax.cosine(), "v")
     guided = diffjax.classifier_free(denoise, 2.0, {"label": jnp.int32(9)})
@@ -322,6 +379,8 @@ def test_binding_the_condition_composes_in_any_order():
         "clip": lambda d: diffjax.clip_x_0(d, schedule),
         "pigdm": lambda d: diffjax.inverse.pigdm(d, schedule, mask, mask(x_t)),
         "cfg": lambda d: diffjax.classifier_free(d, 1.5, {"label": jnp.float32(0.125)}),
+        "apg": lambda d: diffjax.apg(d, schedule, 1.5, {"label": jnp.float32(0.125)}),
+        "cfg zero": lambda d: diffjax.cfg_zero(d, schedule, 1.5, {"label": jnp.float32(0.125)}),
         "auto": lambda d: diffjax.autoguidance(d, d, 1.5),
         "classifier": lambda d: diffjax.classifier_guidance(
             d, schedule, lambda x, t, c: c["label"] * x.sum(-1)
