@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import diffjax
 from diffjax.models import (
     MLP,
     MLPConfig,
@@ -364,3 +365,54 @@ def test_mlp_takes_labels_and_drops_out():
     assert (apply(MLP(config), params, x, log_snr, label, dropout=keys)[0] != out[0]).any()
     with pytest.raises(ValueError, match="an MLP needs vectors"):
         config.check_input((8, 8, 1))
+
+
+@pytest.mark.parametrize("null_label", [False, True])
+@pytest.mark.parametrize(
+    ("module", "config", "shape"),
+    [
+        (UNet, SMALL, (8, 8, 1)),
+        (SongUNet, TINY_SONG, (8, 8, 1)),
+        (MLP, MLPConfig(width=8, blocks=1), (2,)),
+    ],
+    ids=["unet", "song_unet", "mlp"],
+)
+def test_a_label_that_has_no_row_is_refused_by_every_network(module, config, shape, null_label):
+    """Also as the null of guidance, and inside the scan of `sample`."""
+    config = dataclasses.replace(config, labels=3, null_label=null_label)
+    x, log_snr = inputs(shape)
+    cond = lambda *label: {"label": np.array(label)}
+    made = jax.eval_shape(module(config).init, jax.random.key(0), x, log_snr, cond(0, 2))["params"]
+    params = jax.tree.map(lambda p: jnp.ones(p.shape), made)
+    network = functools.partial(apply, module(config), params)
+    most = 3 if null_label else 2
+    for bad in (-1, most + 1):
+        with pytest.raises(
+            ValueError, match="the network has classes 0 to 2" + ", or 3" * null_label
+        ):
+            jax.eval_shape(lambda x, bad=bad: network(x, log_snr, cond(0, bad)), x)
+    jax.eval_shape(lambda x: network(x, log_snr, cond(0, most)), x)
+
+    schedule = diffjax.cosine()
+    denoise = diffjax.denoiser(network, schedule, "v")
+    for null in (-1, most):
+        guided = diffjax.classifier_free(denoise, 2.0, {"label": null})
+        bound = functools.partial(guided, cond=cond(0, 1))
+        draw = lambda x, bound=bound: diffjax.sample(
+            jax.random.key(0), diffjax.ddim(bound), x, diffjax.uniform_times(2)
+        )
+        if null == most:
+            jax.eval_shape(draw, x)
+        else:
+            with pytest.raises(ValueError, match="labels from -1 to 1"):
+                jax.eval_shape(draw, x)
+
+
+def test_a_traced_label_below_zero_is_not_that_of_the_last_row():
+    config = MLPConfig(width=8, blocks=1, labels=3, null_label=True)
+    x, log_snr = inputs((2,))
+    network = lambda label: MLP(config).init_with_output(
+        jax.random.key(0), x, log_snr, {"label": label}, capture_intermediates=True
+    )[1]["intermediates"]["Embed_0"]["__call__"][0]
+    found = jax.jit(network)(jnp.array([-1, 3]))
+    assert jnp.isnan(found[0]).all() and jnp.isfinite(found[1]).all()

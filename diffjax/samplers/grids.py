@@ -1,8 +1,9 @@
 """Grids of times for samplers. `SAMPLERS` gives the best grid for each sampler.
 
-A grid that takes a schedule is for the walks of that schedule: along another one it is a valid grid,
-but its steps are not even in what its docstring says. No grid repeats a time: where a schedule falls
-so steeply that a float cannot tell two times of a grid apart, they are neighbouring floats.
+A grid that takes a schedule is for the walks of that schedule: along another one it is a valid
+grid, but its steps are not even in what its docstring says. No grid repeats a time: where a
+schedule falls so steeply that a float cannot tell two times of a grid apart, they are neighbouring
+floats.
 """
 
 from collections.abc import Callable
