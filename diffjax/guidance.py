@@ -35,9 +35,9 @@ def classifier_free(denoise: Denoiser, weight: Time, null: Cond) -> Denoiser:
       weight: w, `[]` or `[batch]`; 0 is unconditional, 1 is conditional, and more than 1 amplifies
         the effect of the condition (Ho & Salimans 2022, section 3.2, whose w is this w - 1).
       null: the conditioning that means "no condition", a pytree like `cond` whose leaves broadcast
-        against those of `cond`, such as the label after the last class for the networks of `models`,
-        which refuse any other; or None, if the network takes None for this, which is then called
-        twice.
+        against those of `cond`, such as the label after the last class for the networks of
+        `models`, which refuse any other; or None, if the network takes None for this, which is then
+        called twice.
 
     Raises:
       ValueError: when called, if `cond` is not a pytree like `null`.

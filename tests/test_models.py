@@ -28,6 +28,7 @@ from diffjax.models.unet import (
     unfold,
 )
 
+COSINE = diffjax.cosine()
 TINY = UNetConfig(width=8, mults=(1, 2), blocks=1, attention=(4,), groups=4, dropout=0.0)
 
 
@@ -367,45 +368,45 @@ def test_mlp_takes_labels_and_drops_out():
         config.check_input((8, 8, 1))
 
 
-@pytest.mark.parametrize("null_label", [False, True])
 @pytest.mark.parametrize(
-    ("module", "config", "shape"),
+    ("module", "config", "shape", "null_label"),
     [
-        (UNet, SMALL, (8, 8, 1)),
-        (SongUNet, TINY_SONG, (8, 8, 1)),
-        (MLP, MLPConfig(width=8, blocks=1), (2,)),
+        (UNet, SMALL, (8, 8, 1), True),
+        (SongUNet, TINY_SONG, (8, 8, 1), False),
+        (MLP, MLPConfig(width=8, blocks=1), (2,), True),
+        (MLP, MLPConfig(width=8, blocks=1), (2,), False),
     ],
-    ids=["unet", "song_unet", "mlp"],
+    ids=["unet", "song_unet", "mlp", "mlp_without_null"],
 )
 def test_a_label_that_has_no_row_is_refused_by_every_network(module, config, shape, null_label):
-    """Also as the null of guidance, and inside the scan of `sample`."""
     config = dataclasses.replace(config, labels=3, null_label=null_label)
-    x, log_snr = inputs(shape)
-    cond = lambda *label: {"label": np.array(label)}
-    made = jax.eval_shape(module(config).init, jax.random.key(0), x, log_snr, cond(0, 2))["params"]
-    params = jax.tree.map(lambda p: jnp.ones(p.shape), made)
-    network = functools.partial(apply, module(config), params)
-    most = 3 if null_label else 2
+    most, null = (3, ", or 3") if null_label else (2, "")
+    make = lambda *label: jax.eval_shape(
+        module(config).init, jax.random.key(0), *inputs(shape), {"label": np.array(label)}
+    )
+    make(0, most)
     for bad in (-1, most + 1):
-        with pytest.raises(
-            ValueError, match="the network has classes 0 to 2" + ", or 3" * null_label
-        ):
-            jax.eval_shape(lambda x, bad=bad: network(x, log_snr, cond(0, bad)), x)
-    jax.eval_shape(lambda x: network(x, log_snr, cond(0, most)), x)
+        with pytest.raises(ValueError, match=f"the network has classes 0 to 2{null}$"):
+            make(0, bad)
 
-    schedule = diffjax.cosine()
-    denoise = diffjax.denoiser(network, schedule, "v")
-    for null in (-1, most):
+
+def test_a_null_label_that_has_no_row_is_refused_inside_the_scan_of_a_walk():
+    config = MLPConfig(width=8, blocks=1, labels=3, null_label=True)
+    x, log_snr = inputs((2,))
+    cond = {"label": jnp.array([0, 1])}
+    like = jax.eval_shape(MLP(config).init, jax.random.key(0), x, log_snr, cond)["params"]
+    params = jax.tree.map(lambda p: np.ones(p.shape, p.dtype), like)
+    denoise = diffjax.denoiser(functools.partial(apply, MLP(config), params), COSINE, "v")
+
+    def draw(null):
         guided = diffjax.classifier_free(denoise, 2.0, {"label": null})
-        bound = functools.partial(guided, cond=cond(0, 1))
-        draw = lambda x, bound=bound: diffjax.sample(
-            jax.random.key(0), diffjax.ddim(bound), x, diffjax.uniform_times(2)
-        )
-        if null == most:
-            jax.eval_shape(draw, x)
-        else:
-            with pytest.raises(ValueError, match="labels from -1 to 1"):
-                jax.eval_shape(draw, x)
+        walk = diffjax.ddim(functools.partial(guided, cond=cond))
+        ts = diffjax.uniform_times(2)
+        return jax.eval_shape(lambda: diffjax.sample(jax.random.key(0), walk, x, ts))
+
+    draw(3)
+    with pytest.raises(ValueError, match="labels from -1 to 1: the network has classes 0 to 2"):
+        draw(-1)
 
 
 def test_a_traced_label_below_zero_is_not_that_of_the_last_row():
