@@ -385,7 +385,7 @@ def test_a_label_that_has_no_row_is_refused_by_every_network(module, config, sha
     make = lambda *label: jax.eval_shape(lambda: of(np.array(label)))
     make(0, most)
     for bad in (-1, most + 1):
-        with pytest.raises(ValueError, match=f"the network has classes 0 to 2{null}$"):
+        with pytest.raises(ValueError, match=f"the network has classes 0 to 2{null}"):
             make(0, bad)
 
 
