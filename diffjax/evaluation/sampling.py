@@ -407,7 +407,8 @@ def upgraded(settings: dict[str, Any]) -> dict[str, Any]:
     config = config_lib.from_tree(parsing.field(settings, "config", dict))
     known_name("sampler", samplers.SAMPLERS, config.sampling.sampler)
     # Version 0.1 stored images of any data as bytes, and said nothing.
-    images = len(settings.get("shape", ())) == 3
+    shape = settings.get("shape")
+    images = isinstance(shape, list) and len(shape) == 3
     dtype = {"dtype": "uint8" if images else "float32"}
     new = _walk_settings(config) | {"config": config_lib.to_tree(config)}
     return dtype | settings | _as_json(new)
