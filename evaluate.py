@@ -15,7 +15,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,10 @@ from diffjax.experiment.config import require, to_json
 from diffjax.experiment.dataset import load_data
 from diffjax.training import runners
 from diffjax.training.distributed import Distributed, check_batch, failing_fast, setup
-from diffjax.training.files import digest, flatten, write_text
+from diffjax.training.files import digest, flatten, replacing, write_text
+
+FEWEST = 20
+"""The fewest samples, and examples, whose distance can be measured (see `kernel_distance`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +86,8 @@ def evaluate(args: Arguments) -> dict[str, Any]:
     e = resolve(checkpoint.read_config(args.workdir))
     config = e.config
     given = None if args.samples is None else sampling.read(args.samples)
+    if given is not None and len(given[0].x) < FEWEST:
+        raise ValueError(f"{args.samples} holds {len(given[0].x)} samples: need {FEWEST} or more")
     drawn = sampling.drawn_by(config, args.drawing) if args.drawing.n and not given else e
     # Nothing would be saved, so SIGTERM may end the process at once.
     jax.config.update("jax_enable_preemption_service", False)
@@ -90,38 +95,59 @@ def evaluate(args: Arguments) -> dict[str, Any]:
     check_batch(config.batch_size)
     dataset = load_data(config)
     part = dataset.train if args.reference == "train" else dataset.test
+    measures = bool(given or args.drawing.n)
+    require(
+        (
+            not measures or len(part.x) >= FEWEST,
+            f"reference={args.reference}: has {len(part.x)} examples: distances need {FEWEST} or "
+            "more; n=0 measures none",
+        ),
+        (
+            args.held_out == 0 or len(dataset.test.x) >= 2,
+            "one example is held out: bits need 2 or more for their standard error; held_out=0 "
+            "counts none",
+        ),
+    )
     reference = data.take(part, np.arange(len(part.x)))["x"]
-    space = features.named(args.features, reference) if given or args.drawing.n else None
+    space = features.named(args.features, reference) if measures else None
     _, params, _ = checkpoint.load(args.workdir)
+    sampling.check_parameters(params, args.workdir)
     runner = runners.RUNNERS[config.parallel](1)
     made_by = {"parameters": sampling.parameters(config, params), "program": provenance.program()}
     found = made_by | {"config": json.loads(to_json(config))}
+    if given is not None and given[1]["parameters"] != found["parameters"]:
+        raise ValueError(
+            f"{args.samples} holds samples of other parameters than {args.workdir}'s newest"
+        )
 
     if args.held_out != 0:
         found |= count_bits(args, e, runner, params, dataset.test)
     if space is None:
         return found
 
-    samples, settings = given or draw(drawn, args.drawing, runner, params, reference.shape[1:])
-    if settings["parameters"] != found["parameters"]:
-        raise ValueError(
-            f"{args.samples} holds samples of other parameters than {args.workdir}'s newest"
-        )
+    shape, dtype = reference.shape[1:], part.x.dtype.type
+    samples, settings = given or draw(drawn, args.drawing, runner, params, shape, dtype)
     x = data.take(samples, np.arange(len(samples.x)))["x"]
     elsewhere = (
         "parameters",
         "config",
         "program",
         "shape",
+        "dtype",
         "sha256",
     )  # a file has them, or `found` does
     recorded = {k: v for k, v in settings.items() if k not in elsewhere}
+    ours, theirs = space.features(x), space.features(reference)
     return (
         found
-        | distances.measure(space.features(x), space.features(reference))
+        | distances.measure(ours, theirs)
         | {
             "samples": recorded,
-            "features": {"name": space.name, "sha256": space.sha256},
+            "features": {
+                "name": space.name,
+                "sha256": space.sha256,
+                "dimension": theirs.shape[1],
+            },
             "reference": {
                 "data": config.data.name,
                 "part": args.reference,
@@ -143,8 +169,8 @@ def check(args: Arguments) -> None:
             f"held_out={args.held_out}: must be at least 2, or 0",
         ),
         (
-            args.drawing.n == 0 or args.drawing.n >= 20,
-            f"n={args.drawing.n}: must be at least 20, or 0",
+            args.drawing.n == 0 or args.drawing.n >= FEWEST,
+            f"n={args.drawing.n}: must be at least {FEWEST}, or 0",
         ),
         (
             args.reference in ("train", "test"),
@@ -163,11 +189,12 @@ def draw(
     runner: runners.Runner,
     params: Any,
     shape: tuple[int, ...],
+    dtype: type,
 ) -> tuple[data.Examples, dict[str, Any]]:
-    """Samples of a shape, and their settings, as `sampling.read` returns those of a file."""
+    """Samples like some data, and their settings, as `sampling.read` returns those of a file."""
     generate, label = sampling.make_generate(e, shape), sampling.labels(e.config, wanted)
     indices, size = range(wanted.n), e.config.batch_size
-    parts = sampling.draw(runner, generate, params, label, indices, size)
+    parts = sampling.draw(runner, generate, params, label, indices, size, dtype)
     samples = np.concatenate(list(sampling.with_progress(parts, "samples", wanted.n)))
     return data.Examples(samples), sampling.settings(e, wanted, params)
 
@@ -190,7 +217,9 @@ def count_bits(
     found: dict[str, Any] = {}
     for name, measure in measures.items():
         mapped = runner.map(measure)
-        nats = runners.in_batches(runner, mapped, params, batch, config.batch_size)
+        parts = in_parts(runner, mapped, params, batch, config.batch_size)
+        shown = sampling.with_progress(parts, f"{name} of held-out examples", n)
+        nats = np.concatenate(list(shown))
         bits = np.asarray(likelihood.bits_per_dim(nats, batch["x"].shape[1:]), np.float64)
         found[f"{name}_bits_per_dim"] = float(bits.mean())
         found[f"{name}_standard_error"] = float(bits.std(ddof=1) / math.sqrt(n))
@@ -207,17 +236,28 @@ def count_bits(
     }
 
 
+def in_parts(
+    runner: runners.Runner, mapped: Callable, params: Any, batch: dict[str, np.ndarray], size: int
+) -> Iterator[np.ndarray]:
+    """Yield what `runners.in_batches` returns, one batch at a time."""
+    for start in range(0, len(batch["index"]), size):
+        part = jax.tree.map(lambda x, start=start: x[start : start + size], batch)
+        yield runners.in_batches(runner, mapped, params, part, size)
+
+
 def compare(args: Arguments) -> None:
     """Print a table of runs that were evaluated, and draw it."""
     results = comparison.read(args.compare)
     Console().print(comparison.table(results))
-    comparison.figure(results).savefig(args.picture, dpi=120)
+    kind = args.picture.suffix.removeprefix(".") or "png"
+    with replacing(args.picture) as new:
+        comparison.figure(results).savefig(new, dpi=120, format=kind)
     print(f"drawn: {args.picture}")
 
 
 def run(args: Arguments) -> None:
     """Evaluate, print and write; or compare."""
-    with error_exit(ValueError, OSError, ImportError):
+    with error_exit(ValueError, OSError, ImportError, FloatingPointError):
         if args.compare:
             compare(args)
             return

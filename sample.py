@@ -5,10 +5,10 @@
     python sample.py --workdir=digits --guidance classifier_free:weight=3 within:low=-2,high=4
     python sample.py --help
 
-Writes OUT.npz, with `x` (images as uint8, vectors as float32), `index`, `label` if there are
-classes, and `settings`, JSON of everything that the samples depend on; and OUT.png. The same
-command continues one that was stopped. Sample i does not depend on how many are drawn, on how many
-at a time, or on how many devices.
+Writes OUT.npz, with `x` (uint8 if the data are bytes, else float32 in the data's range), `index`,
+`label` if there are classes, and `settings`, JSON of everything that the samples depend on; and
+OUT.png. The same command continues one that was stopped. Sample i does not depend on how many are
+drawn, on how many at a time, or on how many devices.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from diffjax.evaluation import provenance, sampling
 from diffjax.evaluation.command_line import parse_with_run
 from diffjax.evaluation.sampling import Drawing
 from diffjax.experiment.command_line import error_exit
-from diffjax.experiment.dataset import example_shape
+from diffjax.experiment.dataset import example_dtype, example_shape
 from diffjax.training import parsing, runners
 from diffjax.training.distributed import Distributed, failing_fast, setup
 from diffjax.training.files import digest, flatten, replacing, unequal, write_text
@@ -45,7 +45,8 @@ class Arguments:
     shape: tuple[int, ...] | None = None
     """Shape of a sample; None: that of the run's data, which must then be there."""
     out: Path | None = None
-    """The file of samples; None: generated.npz in the run's directory."""
+    """The file of samples, which ends with .npz; None: generated.npz in the run's directory. The
+    picture has the same name with .png."""
     picture: int = 100
     """Largest number of samples in the picture."""
     batch_size: int | None = None
@@ -58,6 +59,8 @@ def sample(args: Arguments) -> None:
     """Draw what is not there yet, in each process of a pod alike."""
     with error_exit():
         # Everything that is wrong with the input is reported before anything is loaded or compiled.
+        out = args.out or checkpoint.home(args.workdir) / "generated.npz"
+        check_out(out)
         e = sampling.drawn_by(checkpoint.read_config(args.workdir), args.drawing)
         size = e.config.batch_size if args.batch_size is None else args.batch_size
         if args.picture < 1 or size < 1:
@@ -66,21 +69,23 @@ def sample(args: Arguments) -> None:
         jax.config.update("jax_enable_preemption_service", False)
         setup(args.distributed, size)
         shape = args.shape or example_shape(e.config)
+        dtype = example_dtype(e.config)
         _, params, _ = checkpoint.load(args.workdir)
         sampling.check_shape(e, params, shape)
+        sampling.check_parameters(params, args.workdir)
         generate = sampling.make_generate(e, shape)
         runner = runners.RUNNERS[e.config.parallel](1)
 
-        out = args.out or checkpoint.home(args.workdir) / "generated.npz"
-        settings = sampling.settings(e, args.drawing, params) | {"shape": list(shape)}
+        settings = sampling.settings(e, args.drawing, params)
+        settings |= {"shape": list(shape), "dtype": dtype.__name__}
         parts = out.with_suffix(".parts")
         done = open_parts(parts, out, settings)
 
     n, label = args.drawing.n, sampling.labels(e.config, args.drawing)
     first = jax.process_index() == 0
-    with error_exit(OSError):
-        drawn = sampling.draw(runner, generate, params, label, range(done, n), size)
-        for x in sampling.with_progress(drawn, f"{n:,} samples", n, done):
+    with error_exit(OSError, FloatingPointError):
+        drawn = sampling.draw(runner, generate, params, label, range(done, n), size, dtype)
+        for x in sampling.with_progress(drawn, "samples", n, done):
             if first:
                 sampling.save_part(parts, done, x)
             done += len(x)
@@ -91,8 +96,17 @@ def sample(args: Arguments) -> None:
         if parts.exists():
             join(parts, out, label, settings)
         classes = e.config.model.labels if args.drawing.label is None else 0
-        save_picture(out, args.picture, classes)
-    print(f"{out} and {out.with_suffix('.png').name}: {n:,} samples")
+        picture = save_picture(out, args.picture, classes)
+    print(f"{out} and {picture}: {n:,} samples")
+
+
+def check_out(out: Path) -> None:
+    """Raise a ValueError unless samples and their picture can be written under these names."""
+    if out.suffix != ".npz":
+        raise ValueError(f"out={out}: must end with .npz, as {out}.npz; the picture is beside it")
+    for file in (out, out.with_suffix(".png")):
+        if file.is_dir():
+            raise ValueError(f"out={out}: {file} is a directory")
 
 
 def open_parts(parts: Path, out: Path, settings: dict[str, Any]) -> int:
@@ -107,6 +121,9 @@ def open_parts(parts: Path, out: Path, settings: dict[str, Any]) -> int:
     elif known.exists():
         found = sampling.upgraded(parsing.read(known))
         done = sampling.count_parts(parts)
+        written = sampling.count_written(parts)
+        if done < written and jax.process_index() == 0:
+            print(f"{parts}: samples {done} to {written - 1} are damaged, and are drawn again")
     else:
         found, done = settings, 0
         if jax.process_index() == 0:
@@ -135,15 +152,25 @@ def join(parts: Path, out: Path, label: np.ndarray | None, settings: dict[str, A
     shutil.rmtree(parts)
 
 
-def save_picture(out: Path, most: int, classes: int) -> None:
-    """Draw the first samples of a file, with a row for each class if there are several."""
+def save_picture(out: Path, most: int, classes: int) -> str:
+    """Draw the first samples of a file, with a row for each class if there are several.
+
+    Returns:
+      The name of the picture, or why there is none.
+    """
     examples, _ = sampling.read(out)
     n = min(most, len(examples.x))
     if classes > n:
         classes = 0
     n -= n % (classes or 1)
     x = data.take(examples, np.arange(n))["x"]
-    plots.samples(x, classes).save(out.with_suffix(".png"))
+    try:
+        picture = plots.samples(x, classes)
+    except ValueError as error:
+        return f"no picture ({error})"
+    with replacing(out.with_suffix(".png")) as new:
+        picture.save(new, format="PNG")
+    return out.with_suffix(".png").name
 
 
 def main(argv: Sequence[str]) -> None:

@@ -29,6 +29,7 @@ from diffjax.experiment.run_directory import open_run
 from diffjax.training import Batch, Losses, LossFn, metrics, preemption, telemetry, train_step
 from diffjax.training.checkpoints import UnwrittenError
 from diffjax.training.distributed import ALONE, Distributed, check_batch, failing_fast, setup
+from diffjax.training.files import write_text
 from diffjax.training.recorder import Recorder
 from diffjax.training.runners import RUNNERS, in_batches
 from diffjax.training.step import several_steps
@@ -167,6 +168,8 @@ def train(
             recorder.say(f"resumed from the checkpoint of step {start} of {config.steps}")
         if advice := telemetry.advice():
             recorder.say(advice)
+        for line in dataset.doubts(config, e.schedule, train_set):
+            recorder.say(line)
 
         for taken, batch in zip(steps, recorder.meter.waited(batches), strict=True):
             if should_stop(taken // steps.step):
@@ -210,7 +213,7 @@ def train(
                 batch = sampling.request(config, test_set, config.sampling.eval_samples)
                 x = mapped(generate_fn, batch)
                 scores = sampling.evaluate(config, data.Dataset(train_set, test_set), batch, x)
-                recorder.attempt((workdir / "scores.json").write_text, json.dumps(scores) + "\n")
+                recorder.attempt(write_text, workdir / "scores.json", json.dumps(scores) + "\n")
                 recorder.say("  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
         recorder.say(f"{time.perf_counter() - began:.0f} s in all; see {workdir}/samples.png")
 

@@ -42,7 +42,10 @@ def denoiser(
     Args:
       network: (x_t `[batch, ...]`, log_snr `[batch]`, cond) -> an estimate of the target.
       schedule: the `Schedule` it was trained with.
-      target: the target it was trained on, a name in `TARGETS` or a row function.
+      target: the target it was trained on, a name in `TARGETS` or a row function. For "eps" and
+        "score" the estimate of x_0 divides by alpha: at a log-SNR of -24, as at the end of a table
+        with zero terminal SNR, an error of the network is multiplied by 160,000. v and x_0 have no
+        such factor.
       learned_variance: whether the last axis of its output is twice as long, and the second half
         gives the decoder's variance: v in [-1, 1], where (v + 1) / 2 is the `fraction` of a
         `LearnedPrediction` (improved-diffusion's convention).

@@ -38,8 +38,9 @@ def classifier_free(denoise: Denoiser, weight: Time, null: Cond) -> Denoiser:
       weight: w, `[]` or `[batch]`; 0 is unconditional, 1 is conditional, and more than 1 amplifies
         the effect of the condition (Ho & Salimans 2022, section 3.2, whose w is this w - 1).
       null: the conditioning that means "no condition", a pytree like `cond` whose leaves broadcast
-        against those of `cond`; or None, if the network takes None for this, which is then called
-        twice.
+        against those of `cond`, such as the label after the last class for the networks of
+        `models`, which refuse any other; or None, if the network takes None for this, which is then
+        called twice.
 
     Raises:
       ValueError: when called, if `cond` is not a pytree like `null`.
@@ -148,7 +149,9 @@ def _with_and_without(denoise, null):
         # The two copies of an example are neighbours, so that a batch split over devices stays in
         # place.
         twice = lambda a, b: jnp.stack([a, b], 1).reshape(2 * len(a), *a.shape[1:])
-        conds = jax.tree.map(lambda c, n: twice(c, jnp.broadcast_to(n, jnp.shape(c))), cond, null)
+        with jax.ensure_compile_time_eval():  # so that the network can check what is concrete
+            pair = lambda c, n: twice(c, jnp.broadcast_to(n, jnp.shape(c)))
+            conds = jax.tree.map(pair, cond, null)
         both = denoise(twice(x_t, x_t), t if jnp.ndim(t) == 0 else twice(t, t), cond=conds)
         given, without = (jax.tree.map(lambda a, i=i: a[i::2], both) for i in (0, 1))
         return without, given

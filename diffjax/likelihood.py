@@ -228,7 +228,8 @@ def elbo(
       key: one key, or one per example `[batch]`.
       denoise: a `Denoiser`.
       schedule: its `Schedule`.
-      x_0: clean data `[batch, ...]`.
+      x_0: clean data `[batch, ...]`; pixels must be in [-1, 1], on the grid of `levels` values,
+        which is not checked.
       steps: T for the discrete bound, a sum over i = 2..T and reconstruction from t = 1/T; None for
         continuous time, an integral and reconstruction from t = 0.
       variance: variance of the discrete decoder, "posterior", "beta" or "learned".
@@ -359,7 +360,8 @@ def flow_log_likelihood(
 
     The ODE carries x to t = 1, where the density is N(0, sigma_1^2 I), and log p changes by the
     integral of the divergence (Song et al. 2021, section 4.3 and appendix D.2). The data must be
-    continuous; see `dequantise` for pixels.
+    continuous; see `dequantise` for pixels. The divergence is a derivative of reverse mode, so that
+    it takes the memory of a training step on the same batch.
 
     Args:
       denoise: a `Denoiser` without clipping, whose edges the divergence does not account for.
@@ -435,14 +437,18 @@ def _from_first_step(schedule, prediction, x_0, steps, variance, levels):
     return -_sum(_log_cell(x_0, prediction.x_0, log_std, levels))
 
 
+# Both divergences are of reverse mode, as training is: some layers, such as cuDNN's attention, have
+# no derivative of forward mode. The zeros give a vector the type of y, which under shard_map varies
+# over the devices.
+
+
 def _exact_divergence(f, y):
-    value, derivative = jax.linearize(f, y)
+    value, pull_back = jax.vjp(f, y)
     size = math.prod(y.shape[1:])
 
     def one(i):
         along = jax.nn.one_hot(i, size, dtype=y.dtype).reshape(1, *y.shape[1:])
-        # The zeros give it the type of y, which under shard_map varies over the devices.
-        return _sum(along * derivative(along + jnp.zeros_like(y)))
+        return _sum(along * pull_back(along + jnp.zeros_like(y))[0])
 
     return value, jax.lax.map(one, jnp.arange(size)).sum(0)
 
@@ -452,8 +458,8 @@ def _hutchinson(key, like):
     signs = jax.vmap(draw)(keys.per_example(key, len(like))) + jnp.zeros_like(like)
 
     def divergence(f, y):
-        value, change = jax.jvp(f, (y,), (signs,))
-        return value, _sum(signs * change)
+        value, pull_back = jax.vjp(f, y)
+        return value, _sum(signs * pull_back(signs)[0])
 
     return divergence
 

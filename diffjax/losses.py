@@ -170,7 +170,8 @@ def diffusion_loss(
       network: (x_t, log_snr `[batch]`, cond) -> an estimate of the target.
       schedule: a `Schedule`.
       target: the target that the network regresses, a name in `TARGETS` or a row function.
-      x_0: clean data `[batch, ...]`; pixels are in [-1, 1] by convention.
+      x_0: clean data `[batch, ...]`. Pixels are in [-1, 1] by convention, which is not checked: for
+        those in [0, 255] the loss is a number, too, and a useless one.
       cond: conditioning passed to the network.
       weight: a weighting of the eps error (see `weightings`); None for 1 / (a^2 + b^2), which
         gives every target unit variance (1 for x_0, eps and v; Song's sigma^2 for the score).

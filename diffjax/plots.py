@@ -8,7 +8,7 @@ In a notebook, after `%matplotlib inline`, a figure is shown as the value of a c
 A function that takes `ax` draws into existing axes, so that pictures can be combined; `panels`
 makes a figure of empty axes in the common style.
 
-Images are `[n, height, width, 1 or 3]` in [-1, 1], and points are `[n, 2]`. A walk is a sampling
+Images are `[n, height, width, 1, 3 or 4]` in [-1, 1], and points are `[n, 2]`. A walk is a sampling
 trajectory that `sample` records with `observe=lambda state, t: (state.x, state.x_0, t)`: x_t and
 the estimates of x_0 `[steps, n, ...]`, and times `[steps]`.
 """
@@ -46,7 +46,7 @@ def image_grid(x: np.ndarray, columns: int, height: int = 56) -> Image.Image:
     """Arrange images in a grid, row by row.
 
     Args:
-      x: images `[n, height, width, 1 or 3]` in [-1, 1]; values outside are clipped.
+      x: images `[n, height, width, 1, 3 or 4]` in [-1, 1]; values outside are clipped.
       columns: images per row.
       height: small images are enlarged by an integer factor, to at most this height in pixels.
     """
@@ -76,11 +76,20 @@ def samples(x: np.ndarray, classes: int = 0) -> Image.Image:
     """Draw samples: a grid of images, or a scatter plot of points.
 
     Args:
-      x: images, or points.
+      x: images `[n, height, width, 1, 3 or 4]`, or points `[n, 2 or more]`, of which the first two
+        features are drawn.
       classes: if sample i is of class i modulo this number, the grid has one row per class.
+
+    Raises:
+      ValueError: if x is neither, such as signals `[n, length, channels]`.
     """
-    if x.ndim != 4:
+    if x.ndim == 2 and x.shape[1] >= 2:
         return scatter(x)
+    if x.ndim != 4 or x.shape[-1] not in (1, 3, 4):
+        raise ValueError(
+            f"samples of shape {x.shape}: need images [n, height, width, 1, 3 or 4] or points "
+            "[n, 2 or more] for a picture"
+        )
     if not classes:
         return image_grid(x, int(len(x) ** 0.5))
     columns = len(x) // classes

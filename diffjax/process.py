@@ -207,7 +207,9 @@ def prior_sample(key: Key, schedule: Schedule, shape: tuple[int, ...]) -> Data:
 
     Args:
       key: one key, or one per example `[batch]`.
-      schedule: a `Schedule`.
+      schedule: the `Schedule` of the denoiser and of the sampler. The sample does not know it, so
+        that nothing can refuse the prior of another schedule: 80 eps for `log_uniform`, where
+        variance-preserving scales need about 1 eps.
       shape: `[batch, ...]`.
     """
     eps = keys.normal(key, shape)

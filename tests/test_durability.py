@@ -27,7 +27,8 @@ from diffjax.experiment import run_directory
 from diffjax.experiment.command_line import error_exit
 from diffjax.training import checkpoints, launch, metrics, orbax, preemption
 from diffjax.training.checkpoints import Checkpoints
-from diffjax.training.files import Lock
+from diffjax.training.files import Lock, replacing
+from diffjax.training.recorder import Recorder
 
 ROOT = Path(__file__).parents[1]
 STATE = {"step": jnp.int32(5), "w": jnp.arange(12.0).reshape(3, 4)}
@@ -187,7 +188,7 @@ def test_what_a_seal_relies_on_is_on_the_disk_before_it(tmp_path, monkeypatch):
     with Checkpoints(tmp_path / "checkpoints") as saving:
         saving.save(5, STATE)
     path = tmp_path / "checkpoints/5"
-    seal = order.index(path / "seal.json.tmp")
+    seal = next(i for i, p in enumerate(order) if p.name.startswith("seal.json."))
     for name in json.loads((path / "seal.json").read_text())["files"]:
         assert order.index(path / name) < seal
         assert order.index((path / name).parent) < seal
@@ -221,7 +222,9 @@ def spoil(parts, how):
 
 
 @pytest.mark.parametrize("how", ["deleted", "renamed", "cut", "flipped", "no manifest", "nothing"])
-def test_parts_that_do_not_tile_are_drawn_again(finished, drawn, tmp_path, monkeypatch, how):
+def test_parts_that_do_not_tile_are_drawn_again(
+    finished, drawn, tmp_path, monkeypatch, capsys, how
+):
     out = tmp_path / "a.npz"
     part = sampling.draw
 
@@ -236,7 +239,55 @@ def test_parts_that_do_not_tile_are_drawn_again(finished, drawn, tmp_path, monke
         draw(finished, out)
     monkeypatch.setattr(sampling, "draw", part)
     spoil(out.with_suffix(".parts"), how)
+    capsys.readouterr()
     np.testing.assert_array_equal(draw(finished, out), drawn)
+    said = [line for line in capsys.readouterr().out.splitlines() if "drawn again" in line]
+    first = {"nothing": None, "cut": 8}.get(how, 0)
+    which = "" if first is None else f"a.parts: samples {first} to 15 are damaged, and are drawn"
+    assert len(said) == (first is not None) and which in "".join(said)
+
+
+def test_a_damaged_part_is_replaced_by_one_of_another_size(tmp_path):
+    x = np.arange(24, dtype=np.float32)[:, None]
+    for start in (0, 8, 16):
+        sampling.save_part(tmp_path, start, x[start : start + 8])
+    assert sampling.count_parts(tmp_path) == sampling.count_written(tmp_path) == 24
+    (tmp_path / "000000016.npy").write_bytes(b"cut")
+    assert sampling.count_parts(tmp_path) == 8 and sampling.count_written(tmp_path) == 24
+    sampling.save_part(tmp_path, 8, x[8:20])
+    assert sampling.count_parts(tmp_path) == 20
+    sampling.save_part(tmp_path, 20, x[20:])
+    np.testing.assert_array_equal(np.concatenate([*sampling.read_parts(tmp_path)]), x)
+
+
+def test_two_writers_at_once_each_leave_a_whole_file(tmp_path):
+    path = tmp_path / "numbers.txt"
+    with replacing(path) as one, replacing(path) as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert path.read_text() == "one" and [*tmp_path.iterdir()] == [path]
+
+
+class Cut:
+    """A picture whose file is cut off in the middle of being written."""
+
+    def save(self, path, **_):
+        Path(path).write_bytes(b"half of it")
+        raise OSError("No space left on device")
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(finished, tmp_path, monkeypatch):
+    with Recorder(tmp_path, 0, 9) as recorder:
+        (tmp_path / "loss.png").write_bytes(b"old")
+        recorder.picture(9, "loss", Cut)
+    assert (tmp_path / "loss.png").read_bytes() == b"old"
+    out = tmp_path / "a.npz"
+    (tmp_path / "a.png").write_bytes(b"old")
+    monkeypatch.setattr(plots, "samples", lambda *_: Cut())
+    with pytest.raises(SystemExit, match="No space left"):
+        draw(finished, out)
+    assert (tmp_path / "a.png").read_bytes() == b"old"
+    assert len(sampling.read(out)[0].x) == 20
 
 
 def test_a_finished_file_is_checked_wherever_it_is_read(finished, drawn, tmp_path):

@@ -9,7 +9,13 @@ import pytest
 
 from diffjax import data
 from diffjax.evaluation import classifier, comparison, distances, features
+from diffjax.experiment import Config, Sampling, resolve
+from diffjax.experiment.dataset import check_data, doubts
+from diffjax.models import UNetConfig
+from diffjax.schedules import SCHEDULES
 from diffjax.training import files
+
+MODEL = UNetConfig(width=8, mults=(1, 2), blocks=1, attention=(4,), groups=4)
 
 
 def normal(seed, n, mean=0.0, std=1.0, d=1):
@@ -185,6 +191,32 @@ def test_runs_are_compared_and_the_best_are_marked(tmp_path):
     assert [len(panel.containers) for panel in panels] == [2, 1, 2, 2]
 
 
+def test_a_frechet_distance_of_few_samples_says_so():
+    found = {"frechet": 0.5, "features.dimension": 24, "features.name": "pca24"}
+    found |= {"samples.n": 119, "reference.n": 1497}
+    line, *more = comparison.lines(found)
+    assert line == "Frechet distance: 0.5 (n=119, features=pca24)"
+    assert len(more) == 1 and "mostly its own bias: 119 samples" in more[0]
+    assert "120 or more" in more[0]
+    assert len(comparison.lines(found | {"samples.n": 120})) == 1
+    assert len(comparison.lines(found | {"samples.n": 120, "reference.n": 30})) == 2
+    # As sampling shows: of sets from one distribution, the few are far apart.
+    near = lambda n: distances.frechet_distance(normal(0, n, d=24), normal(1, 1000, d=24))
+    assert near(30) > 3 * near(120) > 0
+
+
+def test_the_distances_of_one_example_are_refused():
+    for a, b in ((1, 30), (30, 1)):
+        with pytest.raises(ValueError, match=f"distance of {a} and {b} examples: need at least 2"):
+            distances.frechet_distance(normal(0, a, d=2), normal(1, b, d=2))
+    with pytest.raises(ValueError, match=r"sampling.eval_samples=1: a distance needs at least 2"):
+        resolve(Config(sampling=Sampling(eval_samples=1)))
+    digits = data.load("digits")
+    one = data.Examples(digits.test.x[:1])
+    with pytest.raises(ValueError, match="at least 2 examples to train on and 2 held out, not 14"):
+        check_data(Config(sampling=Sampling(eval_samples=9), model=MODEL), digits.train, one)
+
+
 def test_what_is_not_comparable_is_refused_by_name(tmp_path):
     a = result(tmp_path / "a")
     for i, (changes, message) in enumerate(
@@ -220,3 +252,24 @@ def test_distances_of_features_of_any_dtype_are_those_of_the_same_numbers_in_flo
     expected = metric(a.astype(np.float64), b.astype(np.float64))
     for dtype in (np.uint8, np.float16, np.float32, np.int32):
         np.testing.assert_array_equal(metric(a.astype(dtype), b.astype(dtype)), expected)
+
+
+def test_what_is_hardly_meant_gets_a_line():
+    digits = data.load("digits").train
+    ramp = np.linspace(0, 1, 20, dtype=np.float32).reshape(10, 2)
+    said = lambda x, **changes: doubts(
+        config := Config(**changes), resolve(config).schedule, data.Examples(x)
+    )
+    zero_terminal = {"schedule": "cosine_betas", "schedule_options": {"max_beta": 1.0}}
+    assert said(digits.x) == said(2 * ramp - 1) == []
+    (line,) = said(ramp)
+    assert "[0, 1]" in line and "store 2 x - 1" in line
+    for target in ("eps", "score"):
+        (line,) = said(digits.x, target=target, **zero_terminal)
+        # 1 / alpha at the table's last log-SNR, -24.
+        assert f"target={target}" in line and f"{math.exp(12):.1e} times" in line
+    for target in ("x_0", "v", "flow", "F"):
+        assert said(digits.x, target=target, **zero_terminal) == []
+    for schedule in SCHEDULES:
+        assert said(digits.x, schedule=schedule) == []
+        assert said(digits.x, schedule=schedule, target="score") == []

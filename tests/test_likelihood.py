@@ -342,6 +342,24 @@ def test_hutchinsons_estimate_is_unbiased():
     np.testing.assert_allclose(got.mean(), exact, atol=4 * got.std() / math.sqrt(2000))
 
 
+@pytest.mark.parametrize("key", [None, 0])
+def test_the_flow_needs_no_derivative_of_forward_mode(key):
+    """Some layers have none: cuDNN's attention, and any function with a rule of reverse mode."""
+    schedule = diffjax.cosine()
+    oracle = oracles.gaussian(schedule, [0.3, -0.2], COV)
+
+    @jax.custom_vjp
+    def layer(x):
+        return x
+
+    layer.defvjp(lambda x: (x, None), lambda _, slope: (slope,))
+    denoise = lambda x_t, t, cond=None: oracle(layer(x_t), t)
+    x = jnp.array([[0.5, 0.1], [0.0, -1.0]])
+    key = None if key is None else jax.random.key(key)
+    flow = lambda d: likelihood.flow_log_likelihood(d, schedule, x, key, steps=4)
+    np.testing.assert_allclose(flow(denoise), flow(oracle), rtol=1e-5)
+
+
 def test_dequantised_density_bounds_the_probability_of_a_value():
     """Values of a Gaussian rounded to 17 levels, and the Gaussian as the model of densities."""
     levels, std = 17, 0.2

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import diffjax
 from diffjax.models import (
     MLP,
     MLPConfig,
@@ -27,6 +28,7 @@ from diffjax.models.unet import (
     unfold,
 )
 
+COSINE = diffjax.cosine()
 TINY = UNetConfig(width=8, mults=(1, 2), blocks=1, attention=(4,), groups=4, dropout=0.0)
 
 
@@ -364,3 +366,53 @@ def test_mlp_takes_labels_and_drops_out():
     assert (apply(MLP(config), params, x, log_snr, label, dropout=keys)[0] != out[0]).any()
     with pytest.raises(ValueError, match="an MLP needs vectors"):
         config.check_input((8, 8, 1))
+
+
+@pytest.mark.parametrize(
+    ("module", "config", "shape", "null_label"),
+    [
+        (UNet, SMALL, (8, 8, 1), True),
+        (SongUNet, TINY_SONG, (8, 8, 1), False),
+        (MLP, MLPConfig(width=8, blocks=1), (2,), True),
+        (MLP, MLPConfig(width=8, blocks=1), (2,), False),
+    ],
+    ids=["unet", "song_unet", "mlp", "mlp_without_null"],
+)
+def test_a_label_that_has_no_row_is_refused_by_every_network(module, config, shape, null_label):
+    config = dataclasses.replace(config, labels=3, null_label=null_label)
+    most, null = (3, ", or 3") if null_label else (2, "")
+    of = lambda label: module(config).init(jax.random.key(0), *inputs(shape), {"label": label})
+    make = lambda *label: jax.eval_shape(lambda: of(np.array(label)))
+    make(0, most)
+    for bad in (-1, most + 1):
+        with pytest.raises(ValueError, match=f"the network has classes 0 to 2{null}"):
+            make(0, bad)
+
+
+def test_a_null_label_that_has_no_row_is_refused_inside_the_scan_of_a_walk():
+    config = MLPConfig(width=8, blocks=1, labels=3, null_label=True)
+    x, log_snr = inputs((2,))
+    cond = {"label": jnp.array([0, 1])}
+    like = jax.eval_shape(MLP(config).init, jax.random.key(0), x, log_snr, cond)["params"]
+    params = jax.tree.map(lambda p: np.ones(p.shape, p.dtype), like)
+    denoise = diffjax.denoiser(functools.partial(apply, MLP(config), params), COSINE, "v")
+
+    def draw(null):
+        guided = diffjax.classifier_free(denoise, 2.0, {"label": null})
+        walk = diffjax.ddim(functools.partial(guided, cond=cond))
+        ts = diffjax.uniform_times(2)
+        return jax.eval_shape(lambda: diffjax.sample(jax.random.key(0), walk, x, ts))
+
+    draw(3)
+    with pytest.raises(ValueError, match="labels from -1 to 1: the network has classes 0 to 2"):
+        draw(-1)
+
+
+def test_a_traced_label_below_zero_is_not_that_of_the_last_row():
+    config = MLPConfig(width=8, blocks=1, labels=3, null_label=True)
+    x, log_snr = inputs((2,))
+    network = lambda label: MLP(config).init_with_output(
+        jax.random.key(0), x, log_snr, {"label": label}, capture_intermediates=True
+    )[1]["intermediates"]["Embed_0"]["__call__"][0]
+    found = jax.jit(network)(jnp.array([-1, 3]))
+    assert jnp.isnan(found[0]).all() and jnp.isfinite(found[1]).all()

@@ -53,6 +53,15 @@ def test_samples_of_a_class_share_a_row():
     assert image.get_clim() == (0, 255)  # black is black, however dark the samples are
 
 
+def test_a_picture_is_of_images_or_points_and_never_of_something_else():
+    colours = np.broadcast_to(np.array([1, -1, 0, 0.5], np.float32), (1, 2, 2, 4))
+    assert plots.samples(colours).mode == "RGBA"
+    assert plots.samples(colours).getpixel((9, 9)) == (255, 0, 128, grey(0.5))
+    for shape in ((9, 64, 2), (9, 1), (9, 8, 8, 2), (9, 8, 8, 8, 1)):
+        with pytest.raises(ValueError, match=f"samples of shape {re.escape(str(shape))}: need"):
+            plots.samples(np.zeros(shape))
+
+
 def test_a_strip_shows_the_walk_above_and_its_estimates_below():
     steps, n = 21, 2
     ts = np.linspace(0.95, 0, steps)

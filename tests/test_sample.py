@@ -8,17 +8,19 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 import evaluate
 import sample
-from diffjax import GUIDANCES, checkpoint, samplers
+from diffjax import GUIDANCES, checkpoint, data, plots, samplers
 from diffjax.evaluation import comparison, sampling
 from diffjax.evaluation.sampling import Drawing
-from diffjax.experiment import Config, Walk, command_line, resolve
+from diffjax.experiment import Config, Walk, command_line, dataset, resolve
 from diffjax.training import runners
+from diffjax.training.files import digest
 
 CONFIG = command_line.from_file("configs/digits.py:smoke")
 
@@ -127,7 +129,8 @@ def test_what_was_drawn_says_how(finished, drawn, tmp_path):
         assert picture.size == (2 * 58, 10 * 58)  # a row for each class
     chain = ("classifier_free:weight=2",)
     wanted = drawing(3, label=7, sampler="unipc", steps=2, guidance=chain)
-    examples, settings = draw(finished, tmp_path / "sevens.npz", 1, wanted)
+    examples, settings = draw(finished, tmp_path / "seven_w2.0.npz", 1, wanted)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["seven_w2.0.npz", "seven_w2.0.png"]
     assert examples.label.tolist() == [7, 7, 7]
     assert settings["times"] == "log_snr" and settings["guidance"] == [*chain]
     assert not np.array_equal(examples.x, drawn[1][0].x[:3])
@@ -317,6 +320,106 @@ def test_other_refusals_of_sample(finished, tmp_path):
         draw(finished, out)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("x.png", "must end with .npz, as .*/x.png.npz"),
+        ("gen_w1.0", "must end with .npz, as .*/gen_w1.0.npz"),
+        ("folder.npz", "folder.npz is a directory"),
+        ("picture.npz", "picture.png is a directory"),
+    ],
+)
+def test_a_name_for_samples_that_cannot_be_is_refused_before_drawing(
+    finished, tmp_path, monkeypatch, name, message
+):
+    (tmp_path / "folder.npz").mkdir()
+    (tmp_path / "picture.png").mkdir()
+    monkeypatch.setattr(checkpoint, "load", lambda *_: pytest.fail("went on"))
+    with pytest.raises(SystemExit, match=f"error: out=.*{message}"):
+        draw(finished, tmp_path / name)
+    assert len([*tmp_path.rglob("*")]) == 2
+
+
+def test_parameters_that_are_not_finite_draw_nothing(finished, tmp_path, monkeypatch):
+    step, params, config = checkpoint.load(finished)
+    params["conv_out"]["bias"] = params["conv_out"]["bias"] * np.nan
+    monkeypatch.setattr(checkpoint, "load", lambda _: (step, params, config))
+    message = r"error: .*run: 1 of \d+ arrays of parameters are not finite, such as conv_out/bias"
+    with pytest.raises(SystemExit, match=message):
+        draw(finished, tmp_path / "a.npz")
+    assert not [*tmp_path.iterdir()]
+    with pytest.raises(SystemExit, match=message):
+        evaluate_run(finished, held_out=0, drawing=FEW)
+
+
+def test_samples_that_are_not_finite_are_neither_stored_nor_measured(drawn, tmp_path):
+    generate = lambda nan_from, batch: (
+        jnp.where(batch["index"] < nan_from, 1.0, jnp.nan)[:, None] * jnp.ones((1, 2))
+    )
+    with on_devices(1):
+        parts = sampling.draw(runners.pmap(), generate, 6, None, range(12), 4)
+        assert next(parts).tolist() == [[1, 1]] * 4
+        with pytest.raises(FloatingPointError, match="2 of 4 samples are not finite, .* number 6"):
+            next(parts)
+    _, settings = drawn[1]
+    x = np.ones((20, 2), np.float32)
+    x[3, 1] = np.nan
+    arrays = {"x": x, "index": np.arange(20)}
+    np.savez(tmp_path / "b.npz", **arrays, settings=json.dumps(settings | {"sha256": digest(x)}))
+    with pytest.raises(ValueError, match=r"b\.npz: 1 of 20 samples are not finite.* number 3"):
+        sampling.read(tmp_path / "b.npz")
+    with pytest.raises(FloatingPointError, match="1 of 20 samples"):
+        sampling.evaluate(CONFIG, None, {}, x)
+
+
+def write_npz(path, dtype):
+    x = np.zeros((4, 8, 8, 1), dtype)
+    np.savez(path, x_train=x, x_test=x)
+    return path
+
+
+def test_samples_are_stored_as_the_data_is(finished, tmp_path, monkeypatch):
+    config = lambda **data: Config(data=dataclasses.replace(Config().data, **data))
+    for made, expected in (
+        (config(name="digits"), np.uint8),
+        (config(name="cifar10"), np.uint8),  # which is not there
+        (config(name="two_moons"), np.float32),
+        (config(name="npz", path=write_npz(tmp_path / "a.npz", np.uint8)), np.uint8),
+        (config(name="npz", path=write_npz(tmp_path / "b.npz", np.float32)), np.float32),
+        (config(name="npz", path=tmp_path / "c.npz", shape=(8, 8, 1)), np.float32),
+    ):
+        assert dataset.example_dtype(made) == expected
+    out = tmp_path / "out.npz"
+    monkeypatch.setattr(sample, "example_dtype", lambda _: np.float32)
+    examples, settings = draw(finished, out, 1, drawing(3, steps=3))
+    assert examples.x.dtype == np.float32 and settings["dtype"] == "float32"
+    assert len(np.unique(examples.x)) > 100
+    monkeypatch.undo()
+    with pytest.raises(SystemExit, match="dtype: it has 'float32', asked for 'uint8'"):
+        draw(finished, out, 1, drawing(3, steps=3))
+    # A file of version 0.1, which does not say it, holds bytes.
+    old = {k: v for k, v in settings.items() if k != "dtype"}
+    assert sampling.upgraded(old)["dtype"] == "uint8"
+
+
+def test_samples_that_no_picture_shows_are_stored_anyway(finished, tmp_path, monkeypatch, capsys):
+    draw_all = plots.samples
+    monkeypatch.setattr(plots, "samples", lambda x, classes: draw_all(x[..., 0], classes))
+    draw(finished, tmp_path / "a.npz", 1, drawing(3, steps=3))
+    assert "no picture (samples of shape (3, 8, 8): need images" in capsys.readouterr().out
+    assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_it_says_how_far_it_is_in_a_pipe_too(monkeypatch, capsys):
+    parts = [np.zeros(20), np.zeros(10)]
+    assert [*sampling.with_progress(parts, "samples", 1030, 1000)] == parts
+    assert capsys.readouterr().out == "samples: 1,000 of 1,030\n"  # the others come too soon
+    monkeypatch.setattr(sampling, "PATIENCE", -1.0)
+    [*sampling.with_progress(parts, "samples", 1030, 1000)]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"samples: {n} of 1,030" for n in ("1,000", "1,020", "1,030")]
+
+
 @pytest.fixture(scope="module")
 def evaluated(finished, tmp_path_factory):
     """A copy of the run, evaluated by all there is."""
@@ -345,6 +448,7 @@ def test_every_number_comes_with_what_it_depends_on(evaluated):
     assert result["held_out"]["n"] == 32 and result["held_out"]["levels"] == 17
     assert result["frechet"] > 1 and result["kernel"] > result["kernel_standard_error"] > 0
     assert 0 <= result["precision"] <= 1 and 0 <= result["recall"] <= 1
+    assert result["features"]["dimension"] == 24
     assert result["samples"]["n"] == 20 and result["samples"]["function_evaluations"] == 3
     assert result["features"]["name"] == "pca24" and result["reference"]["n"] == 1497
     hashes = [result[part]["sha256"] for part in ("held_out", "features", "reference")]
@@ -388,7 +492,7 @@ def test_runs_are_compared(evaluated, tmp_path, capsys):
         assert np.asarray(drawn).std() > 1
 
 
-def test_refusals_of_evaluate(finished, drawn):
+def test_refusals_of_evaluate(finished, drawn, tmp_path, monkeypatch):
     for options, message in (
         ({"bound_samples": 1}, "bound_samples=1: must be at least 2"),
         ({"flow_steps": 0}, "flow_steps=0: must be at least 1"),
@@ -403,6 +507,23 @@ def test_refusals_of_evaluate(finished, drawn):
     ):
         with pytest.raises(SystemExit, match=f"error: .*{re.escape(message)}"):
             evaluate.run(evaluate.Arguments(finished, **options))
+    monkeypatch.setattr(checkpoint, "load", lambda *_: pytest.fail("went on"))
+    x = np.ones((9, 8, 8, 1), np.uint8)
+    settings = json.dumps(drawn[1][1] | {"n": 9, "sha256": digest(x)})
+    np.savez(tmp_path / "nine.npz", x=x, index=np.arange(9), settings=settings)
+    train, test = data.load("digits")
+    few = lambda k: monkeypatch.setattr(
+        evaluate, "load_data", lambda _: data.Dataset(train, data.checked(test.x[:k]))
+    )
+    for k, options, message in (
+        (300, {"samples": tmp_path / "nine.npz"}, "nine.npz holds 9 samples: need 20 or more"),
+        (1, {}, "one example is held out: bits need 2 or more"),
+        (19, {"reference": "test"}, "reference=test: has 19 examples: distances need 20 or more"),
+    ):
+        few(k)
+        with pytest.raises(SystemExit, match=f"error: .*{re.escape(message)}"):
+            evaluate.run(evaluate.Arguments(finished, **options))
+    monkeypatch.undo()
     workdir, compare = f"--workdir={finished}", ["--compare", str(finished)]
     for argv, message in (
         ([workdir, f"--samples={drawn[0]}", "--n=20"], "they are drawn already; give no n"),

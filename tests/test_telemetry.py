@@ -1,10 +1,13 @@
 """The cost that a run reports, compared with known costs."""
 
 import gzip
+import importlib.util
 import json
 import os
+import pwd
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -15,7 +18,7 @@ import numpy as np
 import pytest
 
 from diffjax import data
-from diffjax.training import metrics, telemetry
+from diffjax.training import distributed, metrics, telemetry
 
 ROOT = Path(__file__).parents[1]
 
@@ -161,3 +164,24 @@ print(seen.count("/jax/compilation_cache/cache_hits"))
     hits, kept = found(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "chosen"))
     assert hits == 0 and kept == before
     assert len(list((tmp_path / "chosen").iterdir())) > 1
+
+
+def test_a_user_without_a_home_can_import_and_has_a_cache(monkeypatch):
+    """As in a container under a number that the table of users lacks."""
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def nobody(uid):
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    spec = importlib.util.spec_from_file_location("diffjax.training.again", distributed.__file__)
+    again = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, again)
+    spec.loader.exec_module(again)
+    assert again.cache() == Path(tempfile.gettempdir()) / "diffjax"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert again.cache() == Path("/somewhere/diffjax")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/a")
+    assert again.cache() == Path("/home/a/.cache/diffjax")

@@ -52,10 +52,12 @@ class Source(NamedTuple):
         parameters are the options that it takes: some of `path`, `size`, `channels`, `unreadable`
         and `workers`.
       levels: number of values that a pixel can take, if it is neither 256 (bytes) nor unlimited.
+      dtype: of all examples that it can read; None if its files decide.
     """
 
     read: Callable[..., tuple]
     levels: int | None = None
+    dtype: type | None = None
 
 
 def fingerprint(examples: Examples) -> dict[str, Any]:

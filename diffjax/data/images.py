@@ -249,5 +249,5 @@ def _pixels(image, side, channels):
     return np.atleast_3d(np.asarray(image))
 
 
-FOLDERS: dict[str, Source] = {"folder": Source(folder)}
+FOLDERS: dict[str, Source] = {"folder": Source(folder, dtype=np.uint8)}
 """The data sets that are folders of images, by name."""

@@ -143,10 +143,10 @@ def _channels(x):
 
 
 READERS: dict[str, Source] = {
-    "digits": Source(digits, levels=17),
-    "fashion_mnist": Source(fashion_mnist),
-    "mnist": Source(mnist),
-    "cifar10": Source(cifar10),
+    "digits": Source(digits, levels=17, dtype=np.uint8),
+    "fashion_mnist": Source(fashion_mnist, dtype=np.uint8),
+    "mnist": Source(mnist, dtype=np.uint8),
+    "cifar10": Source(cifar10, dtype=np.uint8),
     "npz": Source(npz),
 }
 """The data sets that are files of arrays, by name."""

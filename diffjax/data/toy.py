@@ -57,9 +57,9 @@ def _finish(rng, x, noise):
 
 
 TOYS: dict[str, Source] = {
-    "two_moons": Source(split(two_moons)),
-    "checkerboard": Source(split(checkerboard)),
-    "swiss_roll": Source(split(swiss_roll)),
-    "circles": Source(split(circles)),
+    "two_moons": Source(split(two_moons), dtype=np.float32),
+    "checkerboard": Source(split(checkerboard), dtype=np.float32),
+    "swiss_roll": Source(split(swiss_roll), dtype=np.float32),
+    "circles": Source(split(circles), dtype=np.float32),
 }
 """The two-dimensional sets, by name."""

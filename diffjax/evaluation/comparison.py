@@ -1,5 +1,6 @@
 """The results of evaluate.py, as lines for one run, or as a table and a figure for several runs."""
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,6 +37,15 @@ class Measure(NamedTuple):
 
 BITS = ("held_out.n", "held_out.levels", "held_out.sha256")
 DISTANCES = ("samples.n", "features.name", "features.sha256", "reference.sha256")
+FLAGS = {
+    "held_out.n": "held_out",
+    "held_out.levels": "levels",
+    "samples.n": "n",
+    "features.name": "features",
+}
+"""The flag of evaluate.py, if there is one, by the name of a setting in evaluation.json."""
+ENOUGH = 5
+"""Samples for each feature from which on a Frechet distance is not mostly its own bias."""
 MEASURES = {
     "bound_bits_per_dim": Measure("bound, bits/dim", min, BITS, "bound_standard_error"),
     "flow_bits_per_dim": Measure("flow, bits/dim", min, BITS, "flow_standard_error"),
@@ -51,16 +61,25 @@ Result = dict[str, Any]
 def lines(result: Result) -> list[str]:
     """Format the numbers of an evaluation, one line each.
 
+    What a number depends on has the name of its flag, if there is one.
+
     >>> lines({"bound_bits_per_dim": 2.069, "bound_standard_error": 0.017, "held_out.n": 300})
-    ['bound, bits/dim: 2.069 +- 0.017 (held_out.n=300)']
+    ['bound, bits/dim: 2.069 +- 0.017 (held_out=300)']
     """
     found = []
     for name, measure in MEASURES.items():
         if name in result:
             # Hashes are left out; the file has them.
             given = [c for c in measure.conditions if c in result and not c.endswith("sha256")]
-            conditions = ", ".join(f"{c}={result[c]}" for c in given)
+            conditions = ", ".join(f"{FLAGS[c]}={result[c]}" for c in given)
             found.append(f"{measure.title}: {shown(result, name)} ({conditions})")
+    dimension = result.get("features.dimension", 0)
+    few = min(result.get(f"{part}.n", math.inf) for part in ("samples", "reference"))
+    if few < ENOUGH * dimension:
+        found.append(
+            f"the Frechet distance is mostly its own bias: {few} samples or examples hardly give a "
+            f"covariance of {dimension} features; {ENOUGH * dimension} or more do"
+        )
     return found
 
 

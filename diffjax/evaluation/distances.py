@@ -30,12 +30,17 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), in squared units of the features (Dowson &
     Landau 1982; Heusel et al. 2017). Small samples bias it upwards, so compare at equal n.
 
+    Raises:
+      ValueError: if there are fewer than two examples in either.
+
     >>> rng = np.random.default_rng(0)
     >>> a = rng.standard_normal((1000, 3))
     >>> print(f"{frechet_distance(a, a + [1, 2, 0]):.4f}")
     5.0000
     """
     a, b = _float64(a, b)
+    if min(len(a), len(b)) < 2:
+        raise ValueError(f"Frechet distance of {len(a)} and {len(b)} examples: need at least 2")
     c_a, c_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     values, vectors = np.linalg.eigh(c_a)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T

@@ -8,7 +8,9 @@ product depends on the size of the matrix, and would otherwise depend on the num
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,8 @@ TILE = 64
 TILES = {"cpu": 16}
 """The same number on the platforms where it differs."""
 MANIFEST = "manifest.json"
+PATIENCE = 10.0
+"""Seconds between two lines that say how many samples are done, where there is no terminal."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +148,11 @@ def evaluate(
 
     In super-resolution they are the distance to 10,000 of the training images, `psnr`, in decibels,
     of one sample per image, and both numbers for bicubic enlargement, with the suffix `_bicubic`.
+
+    Raises:
+      FloatingPointError: if a sample is not finite.
     """
+    check_finite(x)
     if config.low_resolution is None:
         real, label = data.all_examples(dataset)
         return distances.from_halves(x, requested.get("label"), real, label)
@@ -230,6 +238,7 @@ def draw(
     label: np.ndarray | None,
     indices: range,
     size: int,
+    dtype: type = np.float32,
 ) -> Iterator[np.ndarray]:
     """Draw samples over all devices of all processes, with one compiled program.
 
@@ -240,9 +249,13 @@ def draw(
       label: the class of every sample, or None.
       indices: which samples to draw.
       size: samples per batch over all devices; rounded up to whole tiles on each device.
+      dtype: that of the data: uint8 rounds to bytes; float32 leaves the samples as they are.
 
     Yields:
-      The next samples, in every process: images as uint8, as files store them; vectors as float32.
+      The next samples, in every process.
+
+    Raises:
+      FloatingPointError: if a sample is not finite.
     """
     tile = TILES.get(jax.default_backend(), TILE)
     whole = tile * jax.device_count()
@@ -252,18 +265,56 @@ def draw(
         index = np.arange(start, min(start + size, indices.stop), dtype=np.int32)
         batch = {"index": index, "label": None if label is None else label[index]}
         x = in_batches(runner, mapped, params, batch, size)
-        yield data.to_bytes(x) if x.ndim == 4 else x
+        check_finite(x, start)
+        yield data.to_bytes(x) if dtype == np.uint8 else x
+
+
+def check_finite(x: np.ndarray, start: int = 0) -> None:
+    """Raise a FloatingPointError if a sample is not finite; `start` is the number of the first."""
+    bad = np.flatnonzero(~np.isfinite(x).reshape(len(x), -1).all(1))
+    if len(bad):
+        raise FloatingPointError(
+            f"{len(bad)} of {len(x)} samples are not finite, the first is number {start + bad[0]}"
+        )
+
+
+def check_parameters(params: Any, workdir: Path) -> None:
+    """Raise a ValueError if a parameter of the network is not finite."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    bad = [path for path, leaf in leaves if not np.isfinite(leaf).all()]
+    if bad:
+        name = jax.tree_util.keystr(bad[0], simple=True, separator="/")
+        raise ValueError(
+            f"{workdir}: {len(bad)} of {len(leaves)} arrays of parameters are not finite, such as "
+            f"{name}: nothing can be drawn with them"
+        )
 
 
 def with_progress(
-    parts: Iterator[np.ndarray], what: str, n: int, done: int = 0
+    parts: Iterable[np.ndarray], what: str, n: int, done: int = 0
 ) -> Iterator[np.ndarray]:
-    """Yield the parts of n samples, with a progress bar on the first process's terminal."""
-    console = Console(quiet=jax.process_index() > 0, highlight=False)
-    with Progress(console=console) as progress:
-        bar = progress.add_task(what, total=n, completed=done)
+    """Yield the parts of n samples or examples, and show how many are done.
+
+    The first process shows a bar on a terminal; elsewhere it prints a line at the beginning, and
+    then at most every `PATIENCE` seconds.
+    """
+    console = Console(quiet=jax.process_index() > 0, highlight=False, soft_wrap=True)
+    bar = Progress(console=console, disable=not console.is_terminal)
+    said = -math.inf
+
+    def say():
+        nonlocal said
+        if bar.disable and time.monotonic() - said > PATIENCE:
+            console.print(f"{what}: {done:,} of {n:,}")
+            said = time.monotonic()
+
+    with bar:
+        task = bar.add_task(what, total=n, completed=done)
+        say()
         for part in parts:
-            progress.advance(bar, len(part))
+            done += len(part)
+            bar.update(task, completed=done)
+            say()
             yield part
 
 
@@ -273,12 +324,20 @@ def save_part(parts: Path, start: int, x: np.ndarray) -> None:
     with replacing(file) as new, new.open("wb") as opened:
         np.save(opened, x)
     part = {"start": start, "stop": start + len(x), "sha256": file_digest(file)}
-    write_text(parts / MANIFEST, json.dumps(_manifest(parts) | {file.name: part}))
+    # What was damaged, and what follows it, is drawn again.
+    before = {name: p for name, p in _manifest(parts).items() if p["stop"] <= start}
+    write_text(parts / MANIFEST, json.dumps(before | {file.name: part}))
 
 
 def count_parts(parts: Path) -> int:
     """How many samples the parts hold, from number 0 on, up to the first that is missing or bad."""
     return sum(len(x) for x in read_parts(parts))
+
+
+def count_written(parts: Path) -> int:
+    """How many samples the parts held, by the names of their files, sound or not."""
+    stops = (file.stem for file in parts.iterdir() if file.suffix == ".npy")
+    return max((int(stop) for stop in stops if stop.isdecimal()), default=0)
 
 
 def read_parts(parts: Path) -> Iterator[np.ndarray]:
@@ -312,7 +371,7 @@ def read(path: Path) -> tuple[data.Examples, dict[str, Any]]:
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if sample.py did not write it, or it is damaged.
+      ValueError: if sample.py did not write it, it is damaged, or a sample is not finite.
     """
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a file of sample.py: it is not a regular file")
@@ -334,6 +393,10 @@ def read(path: Path) -> tuple[data.Examples, dict[str, Any]]:
     # Version 0.1 stored no hash.
     if not whole or digest(x) != settings.get("sha256", digest(x)):
         raise ValueError(f"{path} is damaged: its samples are not those that were drawn; delete it")
+    try:
+        check_finite(x)
+    except FloatingPointError as error:
+        raise ValueError(f"{path}: {error}") from error
     return data.Examples(x, label), settings
 
 
@@ -343,7 +406,12 @@ def upgraded(settings: dict[str, Any]) -> dict[str, Any]:
     parsing.field(settings, "parameters", dict)
     config = config_lib.from_tree(parsing.field(settings, "config", dict))
     known_name("sampler", samplers.SAMPLERS, config.sampling.sampler)
-    return settings | _as_json(_walk_settings(config) | {"config": config_lib.to_tree(config)})
+    # Version 0.1 stored images of any data as bytes, and said nothing.
+    shape = settings.get("shape")
+    images = isinstance(shape, list) and len(shape) == 3
+    dtype = {"dtype": "uint8" if images else "float32"}
+    new = _walk_settings(config) | {"config": config_lib.to_tree(config)}
+    return dtype | settings | _as_json(new)
 
 
 def _in_tiles(generate, tile, size):

@@ -273,6 +273,12 @@ class Sampling(Walk):
         """Raise a ValueError if the section is impossible whatever the other sections are."""
         super().check()
         at_least(self, "sampling.", columns=1, eval_samples=0)
+        require(
+            (
+                self.eval_samples != 1,
+                "sampling.eval_samples=1: a distance needs at least 2; 0 evaluates none",
+            )
+        )
 
 
 @dataclasses.dataclass(frozen=True)

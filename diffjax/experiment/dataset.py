@@ -10,7 +10,7 @@ from .. import data
 from ..data import Dataset, Examples, batch_indices, load, train_batch, train_batches
 from .config import Config
 from .functions import Experiment
-from .rules import check_data as check_data
+from .rules import check_data as check_data, doubts as doubts
 
 
 def load_data(config: Config) -> Dataset:
@@ -37,6 +37,17 @@ def example_shape(config: Config) -> tuple[int, ...]:
     if config.data.shape is not None:
         return config.data.shape
     return load_data(config).train.x.shape[1:]
+
+
+def example_dtype(config: Config) -> type:
+    """uint8 for data of bytes, else float32, as for a file of arrays that is not there."""
+    known = data.DATASETS[config.data.name].dtype
+    if known is not None:
+        return known
+    try:
+        return load_data(config).train.x.dtype.type
+    except FileNotFoundError:
+        return np.float32
 
 
 def make_steps(config: Config, start: int) -> range:

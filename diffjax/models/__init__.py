@@ -41,7 +41,10 @@ class ModelConfig(Protocol):
 
     @property
     def labels(self) -> int:
-        """Number of classes of `cond["label"]`; 0 for no label."""
+        """Number of classes of `cond["label"]`; 0 for no label.
+
+        Concrete labels outside the table are refused (see `unet.class_index`).
+        """
         ...
 
     @property

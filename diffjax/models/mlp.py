@@ -5,7 +5,7 @@ import dataclasses
 import flax.linen as nn
 
 from ..types import Array, Cond
-from .unet import noise_embedding
+from .unet import class_index, noise_embedding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,8 @@ class MLP(nn.Module):
         c.check_input(x_t.shape[1:])
         h = nn.Dense(c.width)(x_t) + nn.Dense(c.width)(noise_embedding(log_snr, c.width))
         if c.labels:
-            h += nn.Embed(c.labels + c.null_label, c.width)(cond["label"])
+            label = class_index(cond["label"], c.labels, c.null_label)
+            h += nn.Embed(c.labels + c.null_label, c.width)(label)
         for _ in range(c.blocks):
             r = nn.silu(nn.Dense(c.width)(nn.silu(nn.LayerNorm()(h))))
             r = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))(r)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from ..types import Array, Cond
-from .unet import Attention, Init, Zero, noise_embedding
+from .unet import Attention, Init, Zero, class_index, noise_embedding
 
 ROOT = math.sqrt(0.5)  # scales a sum of two branches, so that it is no larger than they are
 EPSILON = 1e-6  # added to the variance in each group normalisation
@@ -123,7 +123,8 @@ class SongUNet(nn.Module):
             emb = noise_embedding(noise, c.width, 10000 ** (c.width / (c.width - 2)))
         emb = emb.astype(x_t.dtype)
         if c.labels:
-            one_hot = nn.one_hot(cond["label"], c.labels, dtype=x_t.dtype)  # zeros for no label
+            label = class_index(cond["label"], c.labels, c.null_label)
+            one_hot = nn.one_hot(label, c.labels, dtype=x_t.dtype)  # zeros for no label
             emb += dense(emb.shape[-1], name="label")(math.sqrt(c.labels) * one_hot)
         emb = nn.silu(dense(4 * c.width, name="embed_0")(emb))
         emb = nn.silu(dense(4 * c.width, name="embed_1")(emb))

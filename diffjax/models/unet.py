@@ -13,8 +13,9 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from ..types import Array, Cond
+from ..types import Array, Cond, known
 
 Init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 Zero = nn.initializers.zeros_init()  # the last layer of every residual branch starts at zero
@@ -147,7 +148,8 @@ class UNet(nn.Module):
         emb = nn.Dense(4 * c.width, kernel_init=Init, dtype=dtype, name="embed_1")(nn.silu(emb))
         if c.labels:
             rows = c.labels + c.null_label
-            emb += nn.Embed(rows, 4 * c.width, dtype=dtype, name="label")(cond["label"])
+            label = class_index(cond["label"], c.labels, c.null_label)
+            emb += nn.Embed(rows, 4 * c.width, dtype=dtype, name="label")(label)
 
         x = x_t.astype(dtype)
         if c.image_cond:
@@ -322,6 +324,30 @@ def noise_embedding(noise: Array, width: int, period: float = 10000.0) -> Array:
     frequencies = jnp.exp(-jnp.log(period) * jnp.arange(width // 2) / (width // 2))
     angles = noise[:, None] * frequencies[None].astype(noise.dtype)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def class_index(label: Array, classes: int, null_label: bool) -> Array:
+    """Labels `[batch]` to look up in a table: those below 0 point beyond its end, not into it.
+
+    Args:
+      label: integers in [0, classes), or `classes` for no label, if there is a null label.
+      classes: number of classes.
+      null_label: whether there is a null label.
+
+    Raises:
+      ValueError: if a label is concrete and has no row in the table. Traced ones cannot be checked:
+        `flax.linen.Embed` turns those that have no row into NaN, which the output then is, and
+        `SongUNet` takes them for no label.
+    """
+    most = classes - (not null_label)
+    if known(label):
+        low, high = np.asarray(label).min(), np.asarray(label).max()
+        if not 0 <= low <= high <= most:
+            null = f", or {classes} for no label" if null_label else ""
+            raise ValueError(
+                f"labels from {low} to {high}: the network has classes 0 to {classes - 1}{null}"
+            )
+    return jnp.where(label < 0, most + 1, label)
 
 
 def halve(x: Array) -> Array:

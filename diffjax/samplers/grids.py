@@ -1,17 +1,27 @@
-"""Grids of times for samplers. `SAMPLERS` gives the best grid for each sampler."""
+"""Grids of times for samplers. `SAMPLERS` gives the best grid for each sampler.
+
+A grid that takes a schedule is for the walks of that schedule: along another one it is a valid
+grid, but its steps are not even in what its docstring says. No grid repeats a time: where a
+schedule falls so steeply that a float cannot tell two times of a grid apart, they are neighbouring
+floats.
+"""
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from ..schedules import Schedule, time_at
+from ..schedules import LONGEST, Schedule, time_at
 from ..types import Array
 
 
 def uniform_times(n: int) -> Float[np.ndarray, " times"]:
     """n steps of equal length: n + 1 times from exactly 1 to exactly 0.
+
+    Raises:
+      ValueError: unless `1 <= n <= 2**20`, as for all grids.
 
     >>> uniform_times(4).tolist()
     [1.0, 0.75, 0.5, 0.25, 0.0]
@@ -21,7 +31,12 @@ def uniform_times(n: int) -> Float[np.ndarray, " times"]:
 
 
 def log_snr_times(schedule: Schedule, n: int) -> Float[Array, " times"]:
-    """n steps of equal length in log-SNR, from exactly 1 to exactly 0 (Lu et al. 2022)."""
+    """n steps of equal length in log-SNR, from exactly 1 to exactly 0 (Lu et al. 2022).
+
+    Args:
+      schedule: the `Schedule` of the walk.
+      n: number of steps.
+    """
     _check_steps(n)
     ends = schedule.log_snr(1.0), schedule.log_snr(0.0)
     return _between(schedule, jnp.linspace(*ends, n + 1))
@@ -33,8 +48,13 @@ def karras_times(schedule: Schedule, n: int, rho: float = 7.0) -> Float[Array, "
     Karras et al. 2022, equation 5. Their grid is n times from sigma_max to sigma_min and then zero;
     this grid ends at the schedule's own finite end.
 
+    Args:
+      schedule: the `Schedule` of the walk.
+      n: number of steps.
+      rho: a larger one makes the steps at low noise shorter.
+
     Raises:
-      ValueError: if `n` is below 1 or `rho` is not positive.
+      ValueError: unless `1 <= n <= 2**20` and `rho` is positive.
     """
     _check_steps(n)
     if rho <= 0:
@@ -72,10 +92,22 @@ def _known(ts):
 
 
 def _check_steps(n):
-    if n < 1:
-        raise ValueError(f"{n} steps: need at least 1")
+    if not 1 <= n <= LONGEST:
+        raise ValueError(f"{n} steps: need at least 1, at most {LONGEST}")
 
 
 def _between(schedule, log_snr):
     """Times at falling values of log-SNR from end to end of a schedule, at exactly 1 and 0."""
-    return time_at(schedule, log_snr).at[0].set(1.0).at[-1].set(0.0)
+    return _apart(time_at(schedule, log_snr).at[0].set(1.0).at[-1].set(0.0))
+
+
+def _apart(ts):
+    """The nearest times that fall strictly: one that does not is moved to the next smaller float.
+
+    The floats from 0 on have the order of the integers with the same bits.
+    """
+    kind = jnp.int32 if ts.dtype == jnp.float32 else jnp.int64
+    bits, k = jax.lax.bitcast_convert_type(ts, kind), jnp.arange(len(ts), dtype=kind)
+    moved = jax.lax.bitcast_convert_type(jax.lax.cummin(bits + k) - k, ts.dtype)
+    # The sum is exact, and has the derivative of ts, which bits have not.
+    return ts + jax.lax.stop_gradient(moved - ts)

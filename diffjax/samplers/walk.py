@@ -51,9 +51,11 @@ def sample(
       key: one key, or one per example `[batch]`. Step k of example i draws from its own key folded
         with k, so a sample does not depend on what else is in the batch.
       sampler: a `Sampler`.
-      x_1: the start, `[batch, ...]`; usually `prior_sample`.
+      x_1: the start, `[batch, ...]`; usually `prior_sample` with the sampler's schedule. An array
+        does not say of which schedule it is: noise of another sigma_1 gives samples that are wrong.
       ts: strictly monotone times in [0, 1], `[n + 1]` for n steps; usually from 1 to 0. Rising
-        times encode: a deterministic sampler then takes data to its noise (DDIM inversion).
+        times encode: a deterministic sampler then takes data to its noise (DDIM inversion). A grid
+        made for another schedule is valid, but not as even as its docstring says.
       observe: (state, t) -> a pytree to record after each step, where t is the new time.
 
     Returns:
@@ -95,7 +97,11 @@ def check_times(ts: np.ndarray, stochastic: bool) -> None:
         raise ValueError(f"times of shape {ts.shape}: need one axis of at least two times")
     steps = np.diff(ts)
     if not ((steps < 0).all() or (steps > 0).all()):
-        raise ValueError(f"times must be strictly decreasing or strictly increasing, got {ts}")
+        k = int(np.argmin(steps * np.sign(ts[-1] - ts[0]) > 0))
+        raise ValueError(
+            "times must be strictly decreasing or strictly increasing, but "
+            f"ts[{k}] = {ts[k]} and ts[{k + 1}] = {ts[k + 1]}"
+        )
     if stochastic and ts[-1] > ts[0]:
         raise ValueError(
             f"times rise from {ts[0]} to {ts[-1]}: a stochastic sampler cannot encode, use a "

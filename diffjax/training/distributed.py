@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import os
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Iterator
@@ -14,8 +15,6 @@ import jax
 
 from .output import tolerated
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffjax"
-"""The folder of compiled programs; it may be deleted at any time."""
 GRACE = 8.0
 """Seconds that threads have to end after the program has."""
 CRASHED = 70
@@ -45,8 +44,8 @@ CLUSTER = {"JAX_COORDINATOR_ADDRESS", "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE"}
 def setup(distributed: Distributed, batch_size: int, accumulate: int = 1) -> None:
     """Find the other processes; for a single process on a CPU, turn its cores into devices.
 
-    Call it before JAX starts. Compiled programs are kept in `CACHE` for the next start, unless the
-    user has chosen another place (`JAX_COMPILATION_CACHE_DIR`) or none
+    Call it before JAX starts. Compiled programs are kept in `cache()` for the next start, unless
+    the user has chosen another place (`JAX_COMPILATION_CACHE_DIR`) or none
     (`JAX_ENABLE_COMPILATION_CACHE=false`).
 
     Two cores as two devices train 1.4 times faster than as one device with two threads. The number
@@ -60,11 +59,22 @@ def setup(distributed: Distributed, batch_size: int, accumulate: int = 1) -> Non
       RuntimeError: if the others cannot be reached.
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(CACHE))
+        jax.config.update("jax_compilation_cache_dir", str(cache()))
         if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if not _join(distributed):
         _make_cores_devices(batch_size, accumulate)
+
+
+def cache() -> Path:
+    """The folder of compiled programs, which may be deleted at any time.
+
+    It is in XDG_CACHE_HOME or in ~/.cache, or, for a user without a home, among temporary files.
+    """
+    chosen = os.environ.get("XDG_CACHE_HOME")
+    home = Path(os.path.expanduser("~"))  # which stays "~" where there is none
+    fallback = home / ".cache" if home.is_absolute() else Path(tempfile.gettempdir())
+    return (Path(chosen) if chosen else fallback) / "diffjax"
 
 
 def _join(distributed):

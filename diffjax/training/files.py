@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import hashlib
 import os
+import secrets
 import socket
 import weakref
 from collections.abc import Iterator
@@ -19,8 +20,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """Write to a temporary file, which then replaces `path`; after an error the old file stays.
 
     Yields:
-      The temporary path. It is always the same, so that the next attempt overwrites what a kill
-      left behind.
+      The temporary path, NAME.*.tmp. It is another one each time, so that of two processes that
+      write at once each replaces the file by a whole one. A kill may leave it behind; nothing reads
+      it.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "numbers.txt"
@@ -29,7 +31,7 @@ def replacing(path: Path) -> Iterator[Path]:
     >>> path.read_text(), [file.name for file in path.parent.iterdir()]
     ('1 2 3', ['numbers.txt'])
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         sync(temporary)

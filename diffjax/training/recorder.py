@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.live import Live
 
 from . import metrics
-from .files import write_text
+from .files import replacing, write_text
 from .metrics import Window
 from .telemetry import Meter
 from .writers import WRITERS, Writer
@@ -231,7 +231,8 @@ class Recorder:
         def write():
             image = draw(*args)
             self.writers.each(lambda writer: writer.picture(step, f"pictures/{name}", image))
-            image.save(self.workdir / f"{name}.png")
+            with replacing(self.workdir / f"{name}.png") as new:
+                image.save(new, format="PNG")
 
         self.attempt(write)
 
