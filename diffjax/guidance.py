@@ -14,6 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from . import checks
 from .denoisers import (
     add_score,
     bound_cond,
@@ -41,6 +42,7 @@ def classifier_free(denoise: Denoiser, weight: Time, null: Cond) -> Denoiser:
     Raises:
       ValueError: when called, if `cond` is not a pytree like `null`.
     """
+    checks.takes(denoise, None, None, cond=None)
     if null is None:
         return autoguidance(denoise, lambda x_t, t, cond=None: denoise(x_t, t, cond=None), weight)
 
@@ -52,7 +54,7 @@ def classifier_free(denoise: Denoiser, weight: Time, null: Cond) -> Denoiser:
         # place.
         twice = lambda a, b: jnp.stack([a, b], 1).reshape(2 * len(a), *a.shape[1:])
         conds = jax.tree.map(lambda c, n: twice(c, jnp.broadcast_to(n, jnp.shape(c))), cond, null)
-        both = denoise(twice(x_t, x_t), t if jnp.ndim(t) == 0 else twice(t, t), cond=conds)
+        both = predict(denoise, twice(x_t, x_t), t if jnp.ndim(t) == 0 else twice(t, t), conds)
         given, without = (jax.tree.map(lambda a, i=i: a[i::2], both) for i in (0, 1))
         return _extrapolate(without, given, expand(weight, x_t))
 

@@ -82,9 +82,13 @@ def at_least_float32(x: Any) -> Array:
     """
     x = jnp.asarray(x)
     if not (jnp.issubdtype(x.dtype, jnp.floating) or x.weak_type):
-        raise TypeError(f"times and data must be floating point, got {x.dtype}")
+        raise TypeError(_not_floating(x.dtype))
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     return x if x.dtype == dtype else x.astype(dtype)
+
+
+def _not_floating(dtype):
+    return f"times and data must be floating point, got {dtype}; pixels of bytes are x / 127.5 - 1"
 
 
 def check_times(t: Time, batch: int | None = None) -> None:
@@ -135,5 +139,5 @@ def expand(value: Any, like: Any) -> Array:
     """
     value, dtype = jnp.asarray(value), jnp.result_type(like)
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"data must be floating point, got {dtype}")
+        raise TypeError(_not_floating(dtype))
     return value.reshape(value.shape + (1,) * (like.ndim - value.ndim)).astype(dtype)

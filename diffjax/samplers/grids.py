@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from .. import checks
 from ..schedules import Schedule, time_at
 from ..types import Array
 
@@ -22,6 +23,7 @@ def uniform_times(n: int) -> Float[np.ndarray, " times"]:
 
 def log_snr_times(schedule: Schedule, n: int) -> Float[Array, " times"]:
     """n steps of equal length in log-SNR, from exactly 1 to exactly 0 (Lu et al. 2022)."""
+    checks.schedule(schedule)
     _check_steps(n)
     ends = schedule.log_snr(1.0), schedule.log_snr(0.0)
     return _between(schedule, jnp.linspace(*ends, n + 1))
@@ -36,6 +38,7 @@ def karras_times(schedule: Schedule, n: int, rho: float = 7.0) -> Float[Array, "
     Raises:
       ValueError: if `n` is below 1 or `rho` is not positive.
     """
+    checks.schedule(schedule)
     _check_steps(n)
     if rho <= 0:
         raise ValueError(f"{rho=}: must be positive")
