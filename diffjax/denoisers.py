@@ -147,7 +147,7 @@ def predict(
     return out
 
 
-def call(network: Network, x_t: Data, log_snr: Array, cond: Cond) -> Array:
+def call(network: Network, x_t: Data, log_snr: Array, cond: Cond) -> Data:
     """Call a network; its errors note it if it was given no condition.
 
     Raises:

@@ -27,6 +27,7 @@ from jaxtyping import Float
 
 from . import keys, ode
 from .denoisers import predict, schedule_of
+from .extras import install
 from .process import (
     check_variance,
     log_variance_ratio,
@@ -462,9 +463,7 @@ def _adaptive(tolerance):
     try:
         import diffrax
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "a tolerance needs diffrax: pip install 'diffjax[ode]'"
-        ) from error
+        raise ModuleNotFoundError(f"a tolerance needs diffrax: {install('ode')}") from error
 
     def solve(slope, schedule, y, t, s, steps):
         def field(log_snr, y, _):
