@@ -242,7 +242,7 @@ class Recorder:
 
 
 def _line(step, numbers, left):
-    """A line of metrics: the step, the losses, the time that is left, and what there is room for."""
+    """A line of metrics: the step, losses, the time that is left, and what there is room for."""
     losses = {name: value for name, value in numbers.items() if name.endswith("loss")}
     line = "  ".join([step, *_words(losses), left])
     for word in _words({name: value for name, value in numbers.items() if name not in losses}):
