@@ -91,7 +91,7 @@ def samples(x: np.ndarray, classes: int = 0) -> Image.Image:
 
 
 def _columns(n):
-    """Columns of a full grid at most eight times as wide as high, else of one that is nearly full."""
+    """Columns of a full grid, at most eight times as wide as high, or of one nearly full."""
     root = math.isqrt(max(n - 1, 0)) + 1  # rounded up
     return next((c for c in range(root, n + 1) if n % c == 0 and c * c <= 8 * n), root)
 
