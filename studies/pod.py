@@ -9,6 +9,7 @@ the errors of the process whose peer was killed.
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,8 @@ LOG = ROOT / "runs" / "pod.log"
 TRAIN = ["train.py", "--config=configs/digits.py:smoke", "--config.steps=120"]
 LAUNCH = [sys.executable, "-m", "diffjax.launch", "--processes=2", "--devices=4", "--"]
 VICTIM = 1
+GLOO = re.compile(r"\[Gloo\]|peer ranks|^\d*$")
+"""Lines that Gloo prints of each connection; those of two processes may be mixed."""
 
 
 def main() -> int:
@@ -72,7 +75,7 @@ def tell(output: Iterable[str], log: TextIO, killed: threading.Event) -> None:
         log.write(line)
         if line.startswith("launch:"):
             killed.clear()
-        if not (killed.is_set() or line.startswith("[Gloo]")):
+        if not (killed.is_set() or GLOO.search(line)):
             print(line, end="", flush=True)
 
 

@@ -201,6 +201,7 @@ def test_make_pod_tells_the_story_without_what_looks_like_failure(monkeypatch, c
 
     def output():
         yield "[Gloo] Rank 1 is connected to 1 peer ranks.\n"
+        yield from ("1[Gloo] Rank  is connected to 1 peer ranks. Expected: 0\n", "1\n")
         yield "step 40/120  loss 0.6\n"
         killed.set()
         yield from ("Traceback (most recent call last):\n", "  jaxlib: connection closed\n")
