@@ -61,10 +61,12 @@ def tensorboard(workdir: Path, step: int) -> Writer:
         for name, value in metrics.numbers(row).items():
             whole.MergeFrom(summary.scalar(name, value))
         for name, heights in metrics.by_log_snr(row).items():
-            total, middles = sum(heights), (EDGES[:-1] + EDGES[1:]) / 2
-            moments = [float(heights @ middles**k) for k in (1, 2)]
-            ends = EDGES[0], EDGES[-1], total, *moments
-            whole.MergeFrom(summary.histogram_raw(name, *ends, EDGES[1:], heights))
+            middles = (EDGES[:-1] + EDGES[1:]) / 2
+            total, first, second = (float(heights @ middles**k) for k in (0, 1, 2))
+            low, high = EDGES[0], EDGES[-1]
+            whole.MergeFrom(
+                summary.histogram_raw(name, low, high, total, first, second, EDGES[1:], heights)
+            )
         write(row["step"], summary=whole)
 
     write(step + 1, session_log=SessionLog(status=SessionLog.START))
