@@ -94,18 +94,26 @@ def batched(x: Any, name: str) -> None:
 
 def note_cond(error: Exception) -> None:
     """Add a note to the error of a network that was called without a condition."""
-    error.add_note(
+    _note(
+        error,
         "The network was called as network(x_t, log_snr, cond) with cond=None. If it needs a "
-        "condition, pass cond=... to a loss, and functools.partial(denoise, cond=...) to a sampler."
+        "condition, pass cond=... to a loss, and give a sampler's denoiser its own by "
+        "functools.partial(denoise, cond=...).",
     )
 
 
 def note_denoiser(error: Exception) -> None:
     """Add a note to the error of a denoiser that may be a network."""
-    error.add_note(
+    _note(
+        error,
         "It was called as denoise(x_t, t, cond=None), with one time t for the batch. If it is a "
-        "network, make a denoiser of it: diffjax.denoiser(network, schedule, target)."
+        "network, make a denoiser of it: diffjax.denoiser(network, schedule, target).",
     )
+
+
+def _note(error, text):
+    if text not in getattr(error, "__notes__", ()):  # of a denoiser within a denoiser
+        error.add_note(text)
 
 
 def _told(value):

@@ -28,6 +28,7 @@ from .types import (
     LearnedPrediction,
     Network,
     Prediction,
+    Real,
     Scalar,
     Time,
     check_times,
@@ -147,7 +148,7 @@ def predict(
     return out
 
 
-def call(network: Network, x_t: Data, log_snr: Array, cond: Cond) -> Data:
+def call(network: Network, x_t: Data, log_snr: Array, cond: Cond) -> Real:
     """Call a network; its errors note it if it was given no condition.
 
     Raises:

@@ -21,8 +21,8 @@ from .types import (
     Scale,
     Time,
     at_least_float32,
+    check_floating,
     check_times,
-    expand,
 )
 from .weightings import Weighting
 
@@ -243,7 +243,7 @@ def draw(
 ) -> tuple[Float[Array, " batch"], Data]:
     """Draw the times `[batch]`, unless they are given, and the noise of a loss."""
     checks.batched(x_0, "x_0")
-    expand(1.0, x_0)  # raises now if the data is not floating point
+    check_floating(jnp.result_type(x_0))
     batch, key = x_0.shape[0], keys.typed(key)
     if t is not None:
         check_times(t, batch)
