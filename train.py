@@ -151,7 +151,7 @@ def train(
         state = checkpoints.restore(state) or state
         start = int(state.step)
         steps = dataset.make_steps(config, start)
-        recorder = Recorder(workdir, start, config.steps, f"{devices}  ", config.writers)
+        recorder = Recorder(workdir, start, config.steps, config.writers)
     make_batch = dataset.make_batch(config, train_set, runner.slots(config.batch_size))
     made = data.in_order(make_batch, steps, config.data.workers)
     batches = data.prefetch(lambda _: runner.put(next(made)), steps)
@@ -163,13 +163,16 @@ def train(
     with errors, checkpoints, recorder, traced as trace, preemption.watch() as should_stop:
         count = sum(x.size for x in jax.tree.leaves(state.params))
         what = f"{config.data.name}, target {config.target}, {count:,} parameters"
-        recorder.say(f"{workdir}: {what}, {devices} by {config.parallel}")
+        recorder.say(f"{what}, {devices} by {config.parallel}")
+        recorder.say(f"the run is in {workdir}")
         if start:
             recorder.say(f"resumed from the checkpoint of step {start} of {config.steps}")
         if advice := telemetry.advice():
             recorder.say(advice)
         for line in dataset.doubts(config, e.schedule, train_set):
             recorder.say(line)
+        if start < config.steps:
+            recorder.say("compiling ...")
 
         for taken, batch in zip(steps, recorder.meter.waited(batches), strict=True):
             if should_stop(taken // steps.step):
@@ -185,6 +188,7 @@ def train(
                 jax.block_until_ready(window[-AHEAD])
 
             done = taken + steps.step
+            recorder.show(done)
             last = done == config.steps
             row = {}
             trace(done, step_metrics)

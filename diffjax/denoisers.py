@@ -16,16 +16,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from . import checks
 from .process import scales_at
 from .schedules import Schedule, time_at
 from .targets import Row, decode, row, unit_variance
 from .types import (
+    Array,
     Cond,
     Data,
     Denoiser,
     LearnedPrediction,
     Network,
     Prediction,
+    Real,
     Scalar,
     Time,
     check_times,
@@ -51,6 +54,7 @@ def denoiser(
         `LearnedPrediction` (improved-diffusion's convention).
 
     Raises:
+      TypeError: if the network or the schedule is something else, such as the other one.
       ValueError: if the target is unknown; when called, if the network's output has a wrong shape.
 
     >>> import diffjax
@@ -60,12 +64,14 @@ def denoiser(
     >>> denoise(jnp.ones((1, 2)), 0.5).x_0  # x_t / alpha_t
     Array([[1.4142135, 1.4142135]], dtype=float32)
     """
+    checks.network(network)
+    checks.schedule(schedule)
     row(target)
 
     def denoise(x_t, t, cond=None):
         check_times(t, len(x_t))
         log_snr = jnp.broadcast_to(schedule.log_snr(t), x_t.shape[:1])
-        out = network(x_t, log_snr, cond).astype(jnp.result_type(x_t))
+        out = call(network, x_t, log_snr, cond).astype(jnp.result_type(x_t))
         scales = scales_at(schedule, t, x_t)
         if not learned_variance:
             return decode(target, _shaped(out, x_t, 1), x_t, *scales)
@@ -85,8 +91,11 @@ def schedule_of(denoise: Denoiser, schedule: Schedule | None = None) -> Schedule
     """The schedule that a denoiser carries, or `schedule` if it carries none.
 
     Raises:
+      TypeError: if `schedule` is no schedule.
       ValueError: if there is neither, or the two differ (where neither is traced).
     """
+    if schedule is not None:
+        checks.schedule(schedule)
     own = known_schedule(denoise)
     if own is None or schedule is None:
         either = own or schedule
@@ -122,9 +131,40 @@ def _same(a, b):
     return np.allclose(*curves, rtol=1e-4, atol=1e-5)
 
 
-def predict(denoise: Denoiser, x_t: Data, t: Time, cond: Cond) -> Prediction | LearnedPrediction:
-    """Call a denoiser. A `cond` of None leaves it with the one that `functools.partial` bound."""
-    return denoise(x_t, t) if cond is None else denoise(x_t, t, cond=cond)
+def predict(
+    denoise: Denoiser, x_t: Data, t: Time, cond: Cond = None
+) -> Prediction | LearnedPrediction:
+    """Call a denoiser. A `cond` of None leaves it with the one that `functools.partial` bound.
+
+    Raises:
+      TypeError: if it cannot be called, or returns something else, as a network does.
+    """
+    given = {} if cond is None else {"cond": cond}
+    checks.takes(denoise, x_t, t, **given)
+    try:
+        out = denoise(x_t, t, **given)
+    except Exception as error:
+        if known_schedule(denoise) is None:
+            checks.note_denoiser(error)
+        raise
+    checks.prediction(out)
+    return out
+
+
+def call(network: Network, x_t: Data, log_snr: Array, cond: Cond) -> Real:
+    """Call a network; its errors note it if it was given no condition.
+
+    Raises:
+      TypeError: if it returns something else than an array.
+    """
+    try:
+        out = network(x_t, log_snr, cond)
+    except (AttributeError, TypeError) as error:
+        if cond is None:
+            checks.note_cond(error)
+        raise
+    checks.output(out, x_t)
+    return out
 
 
 def bound_cond(denoise: Denoiser) -> Cond:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from . import checks
 from .denoisers import (
     add_score,
     bound_cond,
@@ -45,6 +46,7 @@ def classifier_free(denoise: Denoiser, weight: Time, null: Cond) -> Denoiser:
     Raises:
       ValueError: when called, if `cond` is not a pytree like `null`.
     """
+    checks.takes(denoise, None, None, cond=None)
     both = _with_and_without(denoise, null)
 
     def guided(x_t, t, cond=None):
@@ -152,7 +154,7 @@ def _with_and_without(denoise, null):
         with jax.ensure_compile_time_eval():  # so that the network can check what is concrete
             pair = lambda c, n: twice(c, jnp.broadcast_to(n, jnp.shape(c)))
             conds = jax.tree.map(pair, cond, null)
-        both = denoise(twice(x_t, x_t), t if jnp.ndim(t) == 0 else twice(t, t), cond=conds)
+        both = predict(denoise, twice(x_t, x_t), t if jnp.ndim(t) == 0 else twice(t, t), conds)
         given, without = (jax.tree.map(lambda a, i=i: a[i::2], both) for i in (0, 1))
         return without, given
 

@@ -16,7 +16,15 @@ from .types import Array, Key, Real
 
 
 def typed(key: Key) -> Key:
-    """Return `key` as typed keys, wrapping the raw `uint32` data of `jax.random.PRNGKey`."""
+    """Return `key` as typed keys, wrapping the raw `uint32` data of `jax.random.PRNGKey`.
+
+    Raises:
+      TypeError: if it is no key, such as an integer.
+    """
+    if getattr(key, "dtype", None) is None or not (
+        key.dtype == jnp.uint32 or jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    ):
+        raise TypeError(f"need a key, such as jax.random.key(0), got {key!r}: pass a key first")
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
     return jax.random.wrap_key_data(key)

@@ -26,7 +26,8 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from . import keys, ode
-from .denoisers import schedule_of
+from .denoisers import predict, schedule_of
+from .extras import install
 from .process import (
     check_variance,
     log_variance_ratio,
@@ -118,7 +119,7 @@ def denoising_term(
     """
     x_0, eps = at_least_float32(x_0), at_least_float32(eps)
     x_t = q_sample(schedule, x_0, t, eps)
-    return _kl(schedule, denoise(x_t, t), x_0, eps, t, s, variance)
+    return _kl(schedule, predict(denoise, x_t, t), x_0, eps, t, s, variance)
 
 
 def reconstruction_term(
@@ -162,7 +163,7 @@ def reconstruction_term(
         if levels is None:
             return -_sum(_log_normal(x_0, mean, log_std))
         return -_sum(_log_categorical(x_0, mean, log_std, levels))
-    prediction = denoise(q_sample(schedule, x_0, 1 / steps, eps), 1 / steps)
+    prediction = predict(denoise, q_sample(schedule, x_0, 1 / steps, eps), 1 / steps)
     return _from_first_step(schedule, prediction, x_0, steps, variance, levels)
 
 
@@ -468,9 +469,7 @@ def _adaptive(tolerance):
     try:
         import diffrax
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "a tolerance needs diffrax: pip install 'diffjax[ode]'"
-        ) from error
+        raise ModuleNotFoundError(f"a tolerance needs diffrax: {install('ode')}") from error
 
     def solve(slope, schedule, y, t, s, steps):
         def field(log_snr, y, _):

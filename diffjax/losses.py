@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from . import keys
+from . import checks, keys
+from .denoisers import call
 from .densities import Density, relative
 from .process import scales_at
 from .schedules import Schedule, rate_at, time_at
@@ -21,6 +22,7 @@ from .types import (
     Scale,
     Time,
     at_least_float32,
+    check_floating,
     check_times,
 )
 from .weightings import Weighting
@@ -91,6 +93,7 @@ def loss_weight(
     Returns:
       Weights of the shape of t.
     """
+    checks.weighting(weight)
     alpha, sigma = schedule(t)
     if weight is None:
         return 1 / unit_variance(target, alpha, sigma)
@@ -184,6 +187,7 @@ def diffusion_loss(
       dimension.
 
     Raises:
+      TypeError: if the data is not floating point, or an argument is none of what it should be.
       ValueError: if the target is unknown, the network's output has another shape than `x_0`, or t
         has another shape than `[]` and `[batch]` or is concrete and outside [0, 1].
 
@@ -195,9 +199,11 @@ def diffusion_loss(
     >>> diffusion_loss(jax.random.key(1), zero, diffjax.cosine(), "eps", x_0).shape
     (8,)
     """
+    checks.network(network)
+    checks.schedule(schedule)
     t, eps = draw(key, x_0, t, steps)
     alpha, sigma = scales_at(schedule, t, x_0)
-    out = network(alpha * x_0 + sigma * eps, schedule.log_snr(t), cond)
+    out = call(network, alpha * x_0 + sigma * eps, schedule.log_snr(t), cond)
     if out.shape != x_0.shape:
         raise ValueError(f"the network gave {out.shape} for data {x_0.shape}: must be equal")
     return weighted_error(schedule, target, out, x_0, eps, t, weight, steps)
@@ -246,6 +252,8 @@ def draw(
     key: Key, x_0: Data, t: Time | None = None, steps: int | None = None
 ) -> tuple[Float[Array, " batch"], Data]:
     """Draw the times `[batch]`, unless they are given, and the noise of a loss."""
+    checks.batched(x_0, "x_0")
+    check_floating(jnp.result_type(x_0))
     batch, key = x_0.shape[0], keys.typed(key)
     if t is not None:
         check_times(t, batch)

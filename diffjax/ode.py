@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .denoisers import predict
 from .process import scales_at
 from .schedules import Schedule, time_at
 from .types import Array, Data, Denoiser, Scale, Time, expand
@@ -43,7 +44,7 @@ def velocity(denoise: Denoiser, schedule: Schedule, y: Data, t: Time) -> tuple[D
     """
     alpha, sigma = scales_at(schedule, t, y)
     r = radius(schedule, t, y)
-    prediction = denoise(y * r, t)
+    prediction = predict(denoise, y * r, t)
     return (alpha * prediction.eps - sigma * prediction.x_0) / r, prediction.x_0
 
 

@@ -16,6 +16,7 @@ the estimates of x_0 `[steps, n, ...]`, and times `[steps]`.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -25,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 from .data import to_bytes
+from .extras import install
 from .losses import LOG_SNR_EDGES
 
 if TYPE_CHECKING:
@@ -91,10 +93,16 @@ def samples(x: np.ndarray, classes: int = 0) -> Image.Image:
             "[n, 2 or more] for a picture"
         )
     if not classes:
-        return image_grid(x, int(len(x) ** 0.5))
+        return image_grid(x, _columns(len(x)))
     columns = len(x) // classes
     by_class = x.reshape(columns, classes, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
     return image_grid(by_class, columns)
+
+
+def _columns(n):
+    """Columns of a full grid, at most eight times as wide as high, or of one nearly full."""
+    root = math.isqrt(max(n - 1, 0)) + 1  # rounded up
+    return next((c for c in range(root, n + 1) if n % c == 0 and c * c <= 8 * n), root)
 
 
 def walk_frames(x_t: np.ndarray, x_0: np.ndarray, classes: int = 0) -> list[Image.Image]:
@@ -159,9 +167,7 @@ def panels(
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "figures need matplotlib: pip install 'diffjax[plots]'"
-        ) from error
+        raise ModuleNotFoundError(f"figures need matplotlib: {install('plots')}") from error
     figure = Figure(figsize=(columns * width, rows * height), layout="constrained", dpi=120)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     dashes = [dash for dash in ("-", "--", ":") for _ in COLOURS]
@@ -328,12 +334,15 @@ def training_curves(
 def progress(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
     """Plot the progress of a run: its training curve, and its loss by log-SNR early and late.
 
+    The loss of training is that of the parameters, and the held-out loss that of their moving
+    average.
+
     Args:
       rows: rows of metrics, as `metrics.read` returns them.
     """
     figure, (left, right) = panels(1, 2)
     training_curves({"training": rows}, ax=left)
-    left.plot([], [], "o", markersize=3.5, color=COLOURS[0], label="held out")
+    left.plot([], [], "o", markersize=3.5, color=COLOURS[0], label="held out, by the average")
     _legend(left)
     some = dict.fromkeys(rows[i]["step"] for i in (0, len(rows) // 4, -1) if rows)
     by_step = {row["step"]: row for row in rows}

@@ -11,7 +11,7 @@ towards x_0; its variance depends only on the two times. DDPM's posterior is the
 
 import jax.numpy as jnp
 
-from . import keys
+from . import checks, keys
 from .schedules import Schedule
 from .types import (
     Array,
@@ -44,6 +44,7 @@ def scales_at(schedule: Schedule, t: Time, like: Data) -> tuple[Array, Array]:
     >>> alpha.shape
     (4, 1, 1, 1)
     """
+    checks.schedule(schedule)
     check_times(t, len(like))
     alpha, sigma = schedule(t)
     return expand(alpha, like), expand(sigma, like)

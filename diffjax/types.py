@@ -81,10 +81,18 @@ def at_least_float32(x: Any) -> Array:
       TypeError: if `x` is an array of integers.
     """
     x = jnp.asarray(x)
-    if not (jnp.issubdtype(x.dtype, jnp.floating) or x.weak_type):
-        raise TypeError(f"times and data must be floating point, got {x.dtype}")
+    if not x.weak_type:
+        check_floating(x.dtype)
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     return x if x.dtype == dtype else x.astype(dtype)
+
+
+def check_floating(dtype: Any) -> None:
+    """Raise a TypeError unless this is the dtype of times or data."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"times and data must be floating point, got {dtype}; pixels of bytes are x / 127.5 - 1"
+        )
 
 
 def check_times(t: Time, batch: int | None = None) -> None:
@@ -134,6 +142,5 @@ def expand(value: Any, like: Any) -> Array:
     (4, 1, 1, 1)
     """
     value, dtype = jnp.asarray(value), jnp.result_type(like)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"data must be floating point, got {dtype}")
+    check_floating(dtype)
     return value.reshape(value.shape + (1,) * (like.ndim - value.ndim)).astype(dtype)

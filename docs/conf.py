@@ -1,8 +1,15 @@
 """The site: `make docs` builds it into build/site. It imports modules, and executes no page."""
 
+import ast
+import itertools
 import re
+import textwrap
 
+from docutils import nodes
+from latex2mathml.converter import convert
 from sphinx import addnodes
+from sphinx.util.logging import getLogger
+from sphinx.util.math import get_node_equation_number
 
 import diffjax
 
@@ -16,6 +23,10 @@ nb_execution_mode = "off"
 suppress_warnings = ["misc.highlighting_failure"]  # a shell's line in a notebook is not Python
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
+# Formulas are MathML, which browsers render without a network.
+html_math_renderer = "mathml"
+# A literal block of a docstring is text, unless `as_rst` finds that it is Python.
+highlight_language = "text"
 
 # Annotations of shapes are long, and the docstrings have the shapes.
 autodoc_typehints = "none"
@@ -35,11 +46,12 @@ nitpick_ignore_regex = [("py:.*", ".*")]
 def as_rst(app, what, name, obj, options, lines):
     """Make a docstring reST: an indented block is literal, and a bar or a lone star is itself."""
     out, inside = [], False
-    for line in lines:
+    for i, line in enumerate(lines):
         indented = line.startswith("    ")
         if indented and not inside and out and not out[-1]:
             inside = True
-            out += ["::", ""]
+            rest = itertools.takewhile(lambda x: not x or x.startswith("    "), lines[i:])
+            out += [".. code-block:: python" if is_python("\n".join(rest)) else "::", ""]
         elif line and not indented:
             inside = False
         literal = r"(`[^`]*`)|\||\*(?=,)"
@@ -47,6 +59,44 @@ def as_rst(app, what, name, obj, options, lines):
     # Napoleon would take what stands before a colon in a field's first line for its type.
     empty_comment = ["..", ""] if what in ("attribute", "data", "property") else []
     lines[:] = empty_comment + out
+
+
+def is_python(block):
+    """Whether an indented block parses as Python, as a table or a formula does not."""
+    try:
+        ast.parse(textwrap.dedent(block))
+    except SyntaxError:
+        return False
+    return True
+
+
+def mathml(formula, display):
+    """A formula of TeX as MathML; a command that the converter does not know is a warning."""
+    text = formula.replace("\\\n", "\\ ")  # a backslash at the end of a line is a space
+    if "\\\\" in text and "\\begin" not in text:
+        text = rf"\begin{{aligned}}{text}\end{{aligned}}"
+    made = convert(text, display=display)
+    if "\\" in made:
+        getLogger(__name__).warning("not converted to MathML: %s", formula)
+    return made
+
+
+def visit_math(self, node):
+    """Write a formula in a line of text."""
+    self.body.append(mathml(node.astext(), "inline"))
+    raise nodes.SkipNode
+
+
+def visit_math_block(self, node):
+    """Write a formula on lines of its own, with its number and a link to it."""
+    self.body.append(self.starttag(node, "div", CLASS="math"))
+    if node["number"]:
+        number = get_node_equation_number(self, node)
+        self.body.append(f'<span class="eqno">({number})')
+        self.add_permalink_ref(node, "Link to this equation")
+        self.body.append("</span>")
+    self.body.append(mathml(node.astext(), "block") + "</div>\n")
+    raise nodes.SkipNode
 
 
 def is_field(app, what, name, obj, skip, options):
@@ -83,6 +133,7 @@ def readme(app, path, parent, content):
 
 def setup(app):
     """Connect the functions above to the events of Sphinx."""
+    app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
     app.connect("include-read", readme)
     app.connect("autodoc-process-docstring", as_rst, priority=400)  # before napoleon
     app.connect("autodoc-skip-member", is_field)

@@ -22,7 +22,7 @@
 # $\bar\alpha_t$ of the DDPM paper is $\alpha_t^2$, and its $t - 1$ is our $s$.
 
 # %%
-# !python -c "import diffjax" || pip install -q "diffjax[plots]"
+# !python -c "import diffjax" || pip install -q "..[plots]"
 # %matplotlib inline
 import jax
 import jax.numpy as jnp

@@ -18,7 +18,7 @@
 # a sampler. No trainer hides anything. At the end the same step runs on two devices.
 
 # %%
-# !python -c "import diffjax" || pip install -q "diffjax[plots]"
+# !python -c "import diffjax" || pip install -q "..[plots]"
 # %matplotlib inline
 import functools
 

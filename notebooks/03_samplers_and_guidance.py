@@ -18,7 +18,7 @@
 # handwritten digits.
 
 # %%
-# !python -c "import diffjax" || pip install -q "diffjax[plots]"
+# !python -c "import diffjax" || pip install -q "..[plots]"
 # %matplotlib inline
 import functools
 

@@ -17,7 +17,7 @@
 # need? These are three questions about one quantity, log-SNR.
 
 # %%
-# !python -c "import diffjax" || pip install -q "diffjax[plots]"
+# !python -c "import diffjax" || pip install -q "..[plots]"
 # %matplotlib inline
 import functools
 

@@ -18,7 +18,7 @@
 # with any library. Here are four networks, all trained by the same function.
 
 # %%
-# !python -c "import diffjax, equinox" || pip install -q "diffjax[plots]" equinox
+# !python -c "import diffjax, equinox" || pip install -q "..[plots]" equinox
 # %matplotlib inline
 import equinox as eqx
 import flax.linen as nn

@@ -1,9 +1,12 @@
 """The launcher, with scripts in place of train.py: it never hangs, and prints why it ends."""
 
+import importlib
+import io
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -189,3 +192,28 @@ def test_processes_that_something_else_stopped_start_again(launched):
 def test_bad_options_are_refused(argv, message, capsys):
     assert launch.main(argv) == 2
     assert message in capsys.readouterr().out
+
+
+def test_make_pod_tells_the_story_without_what_looks_like_failure(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "studies")
+    pod = importlib.import_module("pod")
+    killed, log = threading.Event(), io.StringIO()
+
+    def output():
+        yield "[Gloo] Rank 1 is connected to 1 peer ranks.\n"
+        yield from ("1[Gloo] Rank  is connected to 1 peer ranks. Expected: 0\n", "1\n")
+        yield "step 40/120  loss 0.6\n"
+        killed.set()
+        yield from ("Traceback (most recent call last):\n", "  jaxlib: connection closed\n")
+        yield from ("launch: process 1 of 2 was ended by SIGKILL\n", "launch: restart 1 of 3\n")
+        yield from ("Traceback (most recent call last):\n", "ValueError: a failure\n")
+
+    pod.tell(output(), log, killed)
+    assert log.getvalue() == "".join(output())
+    assert capsys.readouterr().out.splitlines() == [
+        "step 40/120  loss 0.6",
+        "launch: process 1 of 2 was ended by SIGKILL",
+        "launch: restart 1 of 3",
+        "Traceback (most recent call last):",
+        "ValueError: a failure",
+    ]

@@ -1,16 +1,19 @@
 """Rows of metrics, compared with the numbers that went into them."""
 
 import functools
+import io
 import json
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from rich.console import Console
 
 from diffjax.losses import LOG_SNR_EDGES, by_log_snr
-from diffjax.training import Losses, init_state, metrics, train_step
+from diffjax.training import Losses, init_state, metrics, recorder, train_step
 from diffjax.training.recorder import Recorder
 
 
@@ -108,6 +111,51 @@ def test_a_row_is_the_mean_over_examples_not_over_steps(tmp_path):
     skipped = metrics.summary(window + broken, 3, lambda step: 0.1)
     assert skipped == row | {"skipped": 1}
     assert "loss" not in metrics.summary(broken, 1, lambda step: 0.1)
+
+
+def screen(written):
+    """The lines that a terminal shows after what was written to it, without colours."""
+    lines, row = [""], 0
+    for part in re.split(r"(\x1b\[[?0-9;]*[A-Za-z]|\n|\r)", written):
+        if part == "\n":
+            row += 1
+            lines += [""] * (row == len(lines))
+        elif re.fullmatch(r"\x1b\[\d*A", part):
+            row -= int(part[2:-1] or 1)
+        elif part == "\x1b[2K":
+            lines[row] = ""
+        elif not part.startswith("\x1b") and part != "\r":
+            lines[row] += part
+    return [line for line in lines if line]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_keeps_the_history_and_its_last_line_is_what_is_said_last(
+    tmp_path, monkeypatch, terminal
+):
+    written = io.StringIO()
+    console = functools.partial(Console, file=written, force_terminal=terminal, width=100)
+    monkeypatch.setattr(recorder, "Console", console)
+    values = {"grad_norm": 0.123456, "eval_loss": 0.0123456, "memory": 1.5, "other": 1.234e-5}
+    with Recorder(tmp_path, 0, 10**6) as record:
+        record.say("compiling ...")
+        for step in (10**5, 10**6):
+            record.show(step - 1)
+            if terminal:
+                record.terminal._live.refresh()  # which it does four times a second
+                assert screen(written.getvalue())[-1] == f"step {step - 1}/1000000 ..."
+            record.write(step, 16, loss=1e-3 * step**0.5, **values)
+        record.say("1 s in all")
+    lines = screen(written.getvalue())
+    assert [line[:40].split("  ")[:2] for line in lines] == [
+        ["compiling ..."],
+        ["step 100000/1000000", "loss 0.3162"],
+        ["step 1000000/1000000", "loss 1"],
+        ["1 s in all"],
+    ]
+    for line in lines[1:3]:
+        assert 60 < len(line) <= 100
+        assert "  eval_loss 0.01235  " in line and " left  img_per_s " in line
 
 
 def test_the_rows_of_a_run_divide_its_loss_over_noise_levels(finished):

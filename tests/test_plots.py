@@ -62,6 +62,19 @@ def test_a_picture_is_of_images_or_points_and_never_of_something_else():
             plots.samples(np.zeros(shape))
 
 
+@pytest.mark.parametrize("n", [1, 2, 4, 7, 10, 12, 40, 64, 100])
+def test_a_grid_of_samples_has_no_holes(n):
+    drawn = np.asarray(plots.samples(np.full((n, 56, 56, 1), -1.0)))[29::58, 29::58]
+    assert drawn.size == n and not drawn.any()
+    assert drawn.shape[0] <= drawn.shape[1] <= 8 * drawn.shape[0]
+
+
+def test_a_grid_of_samples_of_a_prime_number_is_nearly_full():
+    assert (
+        plots.samples(np.zeros((97, 8, 8, 1))).size == plots.samples(np.zeros((100, 8, 8, 1))).size
+    )
+
+
 def test_a_strip_shows_the_walk_above_and_its_estimates_below():
     steps, n = 21, 2
     ts = np.linspace(0.95, 0, steps)
@@ -285,7 +298,5 @@ def test_only_figures_need_matplotlib_and_they_say_so(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     importlib.reload(plots)
     plots.samples(np.zeros((4, 8, 8, 1)))
-    with pytest.raises(
-        ModuleNotFoundError, match=r"need matplotlib: pip install 'diffjax\[plots\]'"
-    ):
+    with pytest.raises(ModuleNotFoundError, match=r"need matplotlib: pip install '\.\[plots\]' in"):
         plots.sample_grid(np.zeros((4, 8, 8, 1)))

@@ -10,6 +10,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 import typing
 from pathlib import Path
 
@@ -43,11 +44,12 @@ PACKAGE = ROOT / "diffjax"
 STUDIES = ROOT / "studies"
 
 MAY_IMPORT = {
-    "mathematics": {"mathematics"},
+    "mathematics": {"mathematics", "extras"},
     "models": {"mathematics", "models"},
-    "data": {"data"},
-    "training": {"mathematics", "training"},
-    "plots": {"mathematics", "data"},
+    "data": {"data", "extras"},
+    "extras": {"extras"},
+    "training": {"mathematics", "training", "extras"},
+    "plots": {"mathematics", "data", "extras"},
     "experiment": {"mathematics", "models", "data", "training", "experiment"},
     "published": {"mathematics", "models", "training", "experiment", "published"},
     "evaluation": {
@@ -255,7 +257,9 @@ def test_the_switch_between_targets_is_written_once():
 
 
 def test_the_readmes_quickstart_runs(capsys):
-    block, second = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 128
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
     assert len(block.strip().splitlines()) <= 30
     scope = {}
     exec(block, scope)
@@ -265,11 +269,28 @@ def test_the_readmes_quickstart_runs(capsys):
         "eps",
         "score",
     ]
-    exec(second, scope)
-    known = scope["data"].log_density(scope["x_0"], 0.0)
-    error = abs(scope["log_p"] - known)
+
+
+def test_what_the_first_page_says_of_an_oracle(capsys):
+    page = (ROOT / "docs" / "start.md").read_text()
+    *_, block = re.findall(r"```python\n(.*?)```", page, re.S)
+    scope = {"jax": jax, "jnp": jnp, "diffjax": diffjax}
+    exec(block, scope)
+    error = scope["error"]
     # Between the modes the flow parts, and 100 steps are coarse for it.
     assert np.median(error) < 1e-3 and error.max() < 0.05
+    assert re.search(r"first mode: 0\.(2[7-9]|3[0-3]), where", capsys.readouterr().out)
+
+
+def test_every_message_that_says_how_to_install_an_extra_holds():
+    """The words are in one place, and the extras that it is asked for are those of the package."""
+    sources = {path: path.read_text() for path in [*PACKAGE.rglob("*.py"), *ROOT.glob("*.py")]}
+    assert [path.name for path, text in sources.items() if "pip install" in text] == ["extras.py"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    asked = {name for text in sources.values() for name in re.findall(r"install\('(\w+)'\)", text)}
+    assert asked and asked | {row.extra for row in WRITERS.values()} <= set(extras)
 
 
 def test_every_link_of_the_readme_leads_somewhere():

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pwd
+import re
 import subprocess
 import sys
 import tempfile
@@ -73,7 +74,7 @@ def test_advice_is_given_only_where_the_user_has_chosen_no_allocator(monkeypatch
     monkeypatch.delenv("LD_PRELOAD", raising=False)
     monkeypatch.delenv(telemetry.TUNABLES, raising=False)
     glibc = "glibc" in (os.confstr("CS_GNU_LIBC_VERSION") or "")
-    assert (telemetry.ALLOCATOR in (telemetry.advice() or "")) == glibc
+    assert (telemetry.advice() is not None) == glibc
     monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libjemalloc.so.2")
     assert telemetry.advice() is None
     monkeypatch.delenv("LD_PRELOAD")
@@ -81,7 +82,13 @@ def test_advice_is_given_only_where_the_user_has_chosen_no_allocator(monkeypatch
     assert telemetry.advice() is None
 
 
-def test_the_makefile_gives_the_same_advice():
+def test_the_page_and_the_makefile_give_the_advice(monkeypatch):
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    monkeypatch.delenv(telemetry.TUNABLES, raising=False)
+    if advice := telemetry.advice():
+        section, page = re.search(r'"(.*)" in (docs/\S+)', advice).groups()
+        _, text = (ROOT / page).read_text().split(f"## {section}\n")
+        assert len(advice) <= 90 and f"{telemetry.TUNABLES}={telemetry.ALLOCATOR}" in text
     assert f"export GLIBC_TUNABLES ?= {telemetry.ALLOCATOR}\n" in (ROOT / "Makefile").read_text()
 
 

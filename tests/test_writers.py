@@ -11,6 +11,7 @@ from PIL import Image
 from test_train import TINY, run
 
 from diffjax import plots
+from diffjax.losses import LOG_SNR_EDGES
 from diffjax.training import metrics, writers
 from diffjax.training.recorder import Recorder
 
@@ -37,18 +38,26 @@ def shown(workdir):
         if event.HasField("session_log"):
             found = {k: v for k, v in found.items() if k[1] < event.step}
         for value in event.summary.value:
-            picture = value.HasField("image")
-            size = (value.image.width, value.image.height)
-            found[value.tag, event.step] = size if picture else value.simple_value
+            if value.HasField("image"):
+                shown = value.image.width, value.image.height
+            elif value.HasField("histo"):
+                assert list(value.histo.bucket_limit) == list(LOG_SNR_EDGES[1:])
+                shown = list(value.histo.bucket)
+            else:
+                shown = value.simple_value
+            found[value.tag, event.step] = shown
     return found
+
+
+def as_shown(value):
+    return [x or 0.0 for x in value] if isinstance(value, list) else value
 
 
 def expected_of(workdir):
     return {
-        (name, row["step"]): pytest.approx(value, rel=1e-6)
+        (name, row["step"]): pytest.approx(as_shown(value), rel=1e-6)
         for row in metrics.read(workdir)
         for name, value in row.items()
-        if not isinstance(value, list)
     }
 
 
@@ -58,7 +67,7 @@ def record(workdir, names, start, steps, picture=None):
     (workdir / "config.json").write_text('{"seed": 3}')
     with Recorder(workdir, start, 9, writers=names) as recorder:
         for step in range(start + 1, steps + 1):
-            recorder.write(step, 8, loss=1 / (start + step), loss_by_log_snr=[None] * 24)
+            recorder.write(step, 8, loss=1 / (start + step), loss_by_log_snr=[None, *range(23)])
         recorder.picture(steps, "samples", lambda: picture or Image.new("L", (30, 20)))
 
 
@@ -133,8 +142,12 @@ def test_wandb_gets_the_rows_and_pictures_under_one_id(tmp_path, monkeypatch):
     expected = metrics.read(workdir)
     assert [row["step"] for row in expected] == [1, 2, 3, 4]
     for row in expected:
-        numbers = {k: v for k, v in row.items() if not isinstance(v, list)}
-        assert rows[row["step"]] == pytest.approx(numbers)
+        logged_row = rows[row["step"]]
+        assert logged_row.pop("loss_by_log_snr/_type") == "histogram"
+        assert logged_row.pop("loss_by_log_snr/bins") == list(LOG_SNR_EDGES)
+        values = logged_row.pop("loss_by_log_snr/values")
+        assert values == as_shown(row.pop("loss_by_log_snr"))
+        assert logged_row == pytest.approx(row)
 
 
 def broken(when):
@@ -185,7 +198,7 @@ def test_a_writer_without_its_package_is_refused_before_the_run_starts(tmp_path,
         run(tmp_path / "run", *TINY, "--config.writers", "tensorbord")
     kind = writers.Kind(writers.wandb, "no_such_package", "wandb")
     monkeypatch.setitem(writers.WRITERS, "wandb", kind)
-    with pytest.raises(SystemExit, match=r"wandb needs no_such_package: .*'diffjax\[wandb\]'"):
+    with pytest.raises(SystemExit, match=r"wandb needs no_such_package: .*'\.\[wandb\]'"):
         run(tmp_path / "run", *TINY, "--config.writers", "wandb")
     # A folder with the package's name, such as W&B creates, is no package.
     (tmp_path / "no_such_package").mkdir()

@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
+from ..extras import install
+
 S = TypeVar("S")
 T = TypeVar("T")
 
@@ -87,4 +89,4 @@ def check_workers(workers: int) -> None:
     if workers < 0:
         raise ValueError(f"data.workers={workers}: must be at least 0")
     if workers and importlib.util.find_spec("grain") is None:
-        raise ValueError(f"data.workers={workers}: needs Grain: pip install 'diffjax[data]'")
+        raise ValueError(f"data.workers={workers}: needs Grain: {install('data')}")

@@ -282,7 +282,7 @@ def _guide(config, schedule):
             guided = make(guided, **{n: v for n, v in available.items() if n in parameters})
         return guided
 
-    guide(lambda *_: None)  # which refuses options out of range
+    guide(lambda x_t, t, cond=None: None)  # which refuses options out of range
     return guide
 
 

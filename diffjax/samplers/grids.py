@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from .. import checks
 from ..schedules import LONGEST, Schedule, time_at
 from ..types import Array
 
@@ -37,6 +38,7 @@ def log_snr_times(schedule: Schedule, n: int) -> Float[Array, " times"]:
       schedule: the `Schedule` of the walk.
       n: number of steps.
     """
+    checks.schedule(schedule)
     _check_steps(n)
     ends = schedule.log_snr(1.0), schedule.log_snr(0.0)
     return _between(schedule, jnp.linspace(*ends, n + 1))
@@ -56,6 +58,7 @@ def karras_times(schedule: Schedule, n: int, rho: float = 7.0) -> Float[Array, "
     Raises:
       ValueError: unless `1 <= n <= 2**20` and `rho` is positive.
     """
+    checks.schedule(schedule)
     _check_steps(n)
     if rho <= 0:
         raise ValueError(f"{rho=}: must be positive")

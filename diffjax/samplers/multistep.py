@@ -24,7 +24,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from .. import keys
-from ..denoisers import schedule_of
+from ..denoisers import predict, schedule_of
 from ..process import scales_at
 from ..schedules import Schedule
 from ..types import Array, Data, Denoiser, Scalar, expand, known, select
@@ -113,7 +113,7 @@ def unipc(denoise: Denoiser, schedule: Schedule | None = None, *, order: int = 2
 
     def step(key, state, t, s):
         before, base, predicted = state.memory
-        x_0 = denoise(state.x, t).x_0
+        x_0 = predict(denoise, state.x, t).x_0
         here = Node(schedule.log_snr(t), x_0)
         redone = _exponential_step(
             base, schedule, (before.nodes[0], here, *before.nodes[1:]), before.used + 1, here
@@ -152,7 +152,7 @@ def lms(denoise: Denoiser, schedule: Schedule | None = None, *, order: int = 4) 
 
     def step(key, state, t, s):
         x = state.x
-        x_0, eps = denoise(x, t)[:2]
+        x_0, eps = predict(denoise, x, t)[:2]
         log_snr_s = schedule.log_snr(s)
         history = _after(state.memory, Node(schedule.log_snr(t), eps), log_snr_s, order)
         ratio = lambda log_snr: jnp.exp(-log_snr / 2)
@@ -175,7 +175,7 @@ def _dpm_solver_pp(denoise, schedule, order, eta: Scalar = 0.0):
     schedule = schedule_of(denoise, schedule)
 
     def step(key, state, t, s):
-        x_0 = denoise(state.x, t).x_0
+        x_0 = predict(denoise, state.x, t).x_0
         there = Node(schedule.log_snr(s), x_0)
         history = _after(state.memory, Node(schedule.log_snr(t), x_0), there.log_snr, order)
         x = _exponential_step(state.x, schedule, history.nodes, history.used, there, eta)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from .. import keys, ode
-from ..denoisers import schedule_of
+from ..denoisers import predict, schedule_of
 from ..process import check_variance, decoder, scales_at
 from ..schedules import Schedule, time_at
 from ..types import Denoiser, Scalar, expand, known
@@ -35,7 +35,7 @@ def ancestral(
 
     def step(key, state, t, s):
         x = state.x
-        prediction = denoise(x, t)
+        prediction = predict(denoise, x, t)
         mean, std = decoder(schedule, prediction, x, t, s, variance)
         if variance != "posterior":
             std = std * expand(s > 0, x)
@@ -68,7 +68,7 @@ def ddim(denoise: Denoiser, schedule: Schedule | None = None, *, eta: Scalar = 0
 
     def step(key, state, t, s):
         x = state.x
-        x_0, eps = denoise(x, t)[:2]
+        x_0, eps = predict(denoise, x, t)[:2]
         alpha_s, sigma_s = scales_at(schedule, s, x)
         if in_use(eta):
             # 1 - eta^2 (1 - c) could round to 0 for a small c, and its root would have no gradient.
@@ -99,7 +99,7 @@ def euler_maruyama(denoise: Denoiser, schedule: Schedule | None = None) -> Sampl
 
     def step(key, state, t, s):
         x = state.x
-        prediction = denoise(x, t)
+        prediction = predict(denoise, x, t)
         (alpha_t, sigma_t), (alpha_s, sigma_s) = (scales_at(schedule, u, x) for u in (t, s))
         drift = jnp.log(alpha_s / alpha_t)
         diffusion = sigma_t**2 - sigma_s**2 + (sigma_t**2 + sigma_s**2) * drift
@@ -201,10 +201,10 @@ def edm(
             x, t = churn(key, x, t, s)
         alpha_s = scales_at(schedule, s, x)[0]
         ratio_t, ratio_s = (jnp.exp(-schedule.log_snr(u) / 2) for u in (t, s))
-        x_0, first = denoise(x, t)[:2]
+        x_0, first = predict(denoise, x, t)[:2]
         # x/alpha_t + (ratio_s - ratio_t) first, without the difference of large numbers.
         euler = x_0 + expand(ratio_s, x) * first
-        second = denoise(alpha_s * euler, s).eps
+        second = predict(denoise, alpha_s * euler, s).eps
         # Where the noise dwarfs the data at t and no longer does at s, the slope at s is not that
         # of the step: half of their difference would miss by half of sigma_t / alpha_t.
         long = ratio_t > jnp.maximum(3, 10 * ratio_s)
@@ -252,7 +252,7 @@ def predictor_corrector(
         for i in range(corrections):
             z = keys.normal(keys.fold_in(example_keys, 1 + i), state.x.shape, state.x.dtype)
             # h score = -2 (snr sigma)^2 eps / sigma, and sqrt(2 h) = 2 snr sigma.
-            drift = -2 * snr**2 * sigma * denoise(state.x, s).eps
+            drift = -2 * snr**2 * sigma * predict(denoise, state.x, s).eps
             state = state._replace(x=state.x + drift + 2 * snr * sigma * z)
         return state
 

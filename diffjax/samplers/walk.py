@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from .. import keys
+from .. import checks, keys
 from ..types import Array, Data, Key, Real, Time, known
 
 
@@ -63,8 +63,9 @@ def sample(
       (None without `observe`).
 
     Raises:
-      ValueError: if the times are concrete and not strictly monotone within [0, 1], or rise and
-        the sampler is stochastic.
+      TypeError: if `sampler` is no sampler, or `key` no key.
+      ValueError: if `x_1` has no axis of examples, or the times are concrete and not strictly
+        monotone within [0, 1], or rise and the sampler is stochastic.
 
     >>> import diffjax
     >>> schedule = diffjax.cosine()
@@ -76,6 +77,8 @@ def sample(
     >>> x_0.mean(0).round(1)
     Array([3., 4.], dtype=float32)
     """
+    checks.sampler(sampler)
+    checks.batched(x_1, "x_1")
     if known(ts):
         check_times(np.asarray(ts), sampler.stochastic)
     example_keys = keys.per_example(key, x_1.shape[0])
@@ -94,7 +97,10 @@ def sample(
 def check_times(ts: np.ndarray, stochastic: bool) -> None:
     """Raise a ValueError unless `sample` can step along these times."""
     if ts.ndim != 1 or len(ts) < 2:
-        raise ValueError(f"times of shape {ts.shape}: need one axis of at least two times")
+        raise ValueError(
+            f"times of shape {ts.shape}: need one axis of at least two times, "
+            "such as uniform_times(50)"
+        )
     steps = np.diff(ts)
     if not ((steps < 0).all() or (steps > 0).all()):
         k = int(np.argmin(steps * np.sign(ts[-1] - ts[0]) > 0))
@@ -104,8 +110,8 @@ def check_times(ts: np.ndarray, stochastic: bool) -> None:
         )
     if stochastic and ts[-1] > ts[0]:
         raise ValueError(
-            f"times rise from {ts[0]} to {ts[-1]}: a stochastic sampler cannot encode, use a "
-            "deterministic one such as ddim"
+            f"times rise from {ts[0]} to {ts[-1]}: a stochastic sampler cannot encode. To "
+            "sample, give times from 1 to 0 (ts[::-1]); to encode, use a deterministic sampler"
         )
     if not (ts.min() >= 0 and ts.max() <= 1):
         raise ValueError(f"times must lie in [0, 1], got {ts.min()} to {ts.max()}")

@@ -81,6 +81,12 @@ def numbers(row: Row) -> dict[str, float]:
     return {name: value for name, value in row.items() if not isinstance(value, list)}
 
 
+def by_log_snr(row: Row) -> dict[str, np.ndarray]:
+    """The entries of a row that are lists over the bins of log-SNR; 0 where a bin is empty."""
+    filled = lambda parts: np.array([0.0 if part is None else part for part in parts])
+    return {name: filled(value) for name, value in row.items() if isinstance(value, list)}
+
+
 def read(workdir: Path) -> list[Row]:
     """The rows of a run's metrics, oldest first, without lines that were cut off or damaged."""
     path = workdir / ROWS

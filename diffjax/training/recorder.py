@@ -17,6 +17,7 @@ import jax
 from PIL.Image import Image
 from rich.console import Console
 from rich.live import Live
+from rich.text import Text
 
 from . import metrics
 from .files import replacing, write_text
@@ -51,8 +52,12 @@ class Appender:
         self.waiting = b""
 
 
+WIDTH = 100
+"""Columns that a line of metrics has at most, so that it does not wrap."""
+
+
 class Terminal:
-    """Lines that stay, and below them, on a terminal, one line that is replaced.
+    """Lines that stay, and below them, on a terminal, a line of what is being done.
 
     Args:
       quiet: print nothing, as in all processes but the first.
@@ -60,7 +65,7 @@ class Terminal:
 
     def __init__(self, quiet: bool) -> None:
         self._console = Console(quiet=quiet)
-        self._live = Live(console=self._console)
+        self._live = Live(console=self._console, transient=True)
 
     def __enter__(self) -> "Terminal":
         if self._console.is_terminal:
@@ -75,11 +80,9 @@ class Terminal:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def show(self, text: str) -> None:
-        """Replace the newest line; print a line that stays if this is not a terminal."""
+        """Replace the last line of a terminal; elsewhere, print nothing."""
         if self._live.is_started:
-            self._live.update(text)
-        else:
-            self.say(text)
+            self._live.update(Text(text, no_wrap=True, overflow="ellipsis"))
 
 
 class Writers:
@@ -126,7 +129,6 @@ class Recorder:
       step: the step at which the run starts; rows of later steps, of a run that was cut off, are
         removed.
       steps: the step at which the run ends, for the time that is left.
-      title: the beginning of every line of metrics.
       writers: names in `WRITERS`, which also get the rows and pictures.
 
     Attributes:
@@ -134,10 +136,8 @@ class Recorder:
       meter: measures what the run spends; each row includes its reading.
     """
 
-    def __init__(
-        self, workdir: Path, step: int, steps: int, title: str = "", writers: Sequence[str] = ()
-    ) -> None:
-        self.workdir, self.steps, self.title = workdir, steps, title
+    def __init__(self, workdir: Path, step: int, steps: int, writers: Sequence[str] = ()) -> None:
+        self.workdir, self.steps = workdir, steps
         self.first = jax.process_index() == 0
         self.terminal = Terminal(quiet=not self.first)
         self.writers = Writers(writers if self.first else (), self.say)
@@ -166,6 +166,10 @@ class Recorder:
         """Print a line that stays."""
         self.terminal.say(text)
 
+    def show(self, step: int) -> None:
+        """Show how many steps the host has started, on a terminal's last line."""
+        self.terminal.show(f"step {step}/{self.steps} ...")
+
     def write(self, step: int, batch_size: int, **values: Any) -> None:
         """Write a row: the metrics given, and the speed since the row before."""
         # If no step was made since `start`, the speed is measured from the run's beginning.
@@ -173,13 +177,14 @@ class Recorder:
         self.at = step, now = step, time.perf_counter()
         speed = (step - last_step) / (now - last_time)
         spent = self.meter.read(step - last_step, now - last_time)
-        row = {"step": step, **values, "img_per_s": speed * batch_size}
+        rate = {"img_per_s": speed * batch_size}
+        row = {"step": step, **values, **rate}
         self.skipped += int(values.get("skipped", 0))
         self.attempt(self.rows.append, json.dumps(row | spent).encode() + b"\n")
-        self.writers.each(lambda writer: writer.row(metrics.numbers(row | spent)))
-        shown = [f"{k} {v:.4g}" for k, v in metrics.numbers(row).items() if k != "step"]
+        self.writers.each(lambda writer: writer.row(row | spent))
+        shown = metrics.numbers(rate | values)
         left = f"{_clock((self.steps - step) / speed)} left"
-        self.terminal.show("  ".join([f"{self.title}step {step}/{self.steps}", *shown, left]))
+        self.say(_line(f"step {step}/{self.steps}", shown, left))
 
     def start(self, step: int) -> None:
         """Measure the speed of the next row from here, so that it leaves out what came before."""
@@ -235,6 +240,20 @@ class Recorder:
                 image.save(new, format="PNG")
 
         self.attempt(write)
+
+
+def _line(step, numbers, left):
+    """A line of metrics: the step, losses, the time that is left, and what there is room for."""
+    losses = {name: value for name, value in numbers.items() if name.endswith("loss")}
+    line = "  ".join([step, *_words(losses), left])
+    for word in _words({name: value for name, value in numbers.items() if name not in losses}):
+        longer = f"{line}  {word}"
+        line = longer if len(longer) <= WIDTH else line
+    return line
+
+
+def _words(numbers):
+    return [f"{name} {value:.4g}" for name, value in numbers.items()]
 
 
 def _clock(seconds: float) -> str:

@@ -143,7 +143,7 @@ def peak_memory() -> float:
 
 
 def advice() -> str | None:
-    """A setting that would make this CPU faster, to be made before the process starts; or None.
+    """Where to read of a setting that would make this CPU faster, in one line; or None.
 
     XLA allocates large buffers at every step, and glibc by default returns them to the kernel.
     """
@@ -153,7 +153,7 @@ def advice() -> str | None:
         libc = os.confstr("CS_GNU_LIBC_VERSION") or ""
         other = "malloc" in os.environ.get("LD_PRELOAD", "")  # jemalloc, tcmalloc, mimalloc
         if libc.startswith("glibc") and not other and TUNABLES not in os.environ:
-            return f"for speed, start with {TUNABLES}={ALLOCATOR} (`make train` does)"
+            return 'for speed on a CPU, see "On a CPU" in docs/start.md (`make train` does it)'
     return None
 
 

@@ -16,17 +16,24 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from ..extras import install
+from ..losses import LOG_SNR_EDGES
+from . import metrics
+
+EDGES = np.array(LOG_SNR_EDGES, float)
+
 
 class Writer(NamedTuple):
     """Three functions.
 
     Attributes:
-      row: writes the numbers of a row of metrics.
+      row: writes a row of metrics: numbers, and the lists by log-SNR as histograms over
+        `losses.LOG_SNR_EDGES`.
       picture: writes (step, name, picture).
       close: called when the run has ended.
     """
 
-    row: Callable[[dict[str, float]], Any]
+    row: Callable[[metrics.Row], Any]
     picture: Callable[[int, str, Image.Image], Any]
     close: Callable[[], Any]
 
@@ -51,8 +58,15 @@ def tensorboard(workdir: Path, step: int) -> Writer:
 
     def row(row):
         whole = summary.Summary()
-        for name, value in row.items():
+        for name, value in metrics.numbers(row).items():
             whole.MergeFrom(summary.scalar(name, value))
+        for name, heights in metrics.by_log_snr(row).items():
+            middles = (EDGES[:-1] + EDGES[1:]) / 2
+            total, first, second = (float(heights @ middles**k) for k in (0, 1, 2))
+            low, high = EDGES[0], EDGES[-1]
+            whole.MergeFrom(
+                summary.histogram_raw(name, low, high, total, first, second, EDGES[1:], heights)
+            )
         write(row["step"], summary=whole)
 
     write(step + 1, session_log=SessionLog(status=SessionLog.START))
@@ -83,7 +97,14 @@ def wandb(workdir: Path, step: int) -> Writer:
     def picture(step, name, image):
         run.log({"step": step, name: wandb.Image(image)})
 
-    return Writer(lambda row: run.log(row), picture, run.finish)
+    def row(row):
+        histograms = {
+            name: wandb.Histogram(np_histogram=(heights, EDGES))
+            for name, heights in metrics.by_log_snr(row).items()
+        }
+        run.log(metrics.numbers(row) | histograms)
+
+    return Writer(row, picture, run.finish)
 
 
 class Kind(NamedTuple):
@@ -107,4 +128,4 @@ def check(name: str) -> None:
     _, package, extra = WRITERS[name]
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:  # a folder of that name, such as W&B creates
-        raise ValueError(f"writer {name} needs {package}: pip install 'diffjax[{extra}]'")
+        raise ValueError(f"writer {name} needs {package}: {install(extra)}")
