@@ -46,10 +46,13 @@ def image_grid(x: np.ndarray, columns: int, height: int = 56) -> Image.Image:
     """Arrange images in a grid, row by row.
 
     Args:
-      x: images `[n, height, width, 1 or 3]` in [-1, 1]; values outside are clipped.
+      x: images `[n, height, width, channels]` in [-1, 1]; values outside are clipped. One channel
+        is grey, three are RGB, and other numbers of channels are drawn side by side in grey.
       columns: images per row.
       height: small images are enlarged by an integer factor, to at most this height in pixels.
     """
+    if x.shape[3] not in (1, 3):
+        x = np.moveaxis(x, 3, 2).reshape(*x.shape[:2], -1, 1)
     n, h, w, c = x.shape
     scale = max(1, height // h)
     rows = -(-n // columns)
@@ -64,9 +67,10 @@ def image_grid(x: np.ndarray, columns: int, height: int = 56) -> Image.Image:
 def scatter(x: np.ndarray, size: int = 480) -> Image.Image:
     """Draw points `[n, 2]` as a picture that is darker where there are more points.
 
-    Points outside [-1.25, 1.25] are drawn on the border.
+    Points outside [-1.25, 1.25] are drawn on the border, and points `[n, 1]` on the middle line.
     """
     x = np.clip(x, -1.25, 1.25)
+    x = np.c_[x, 0 * x] if x.shape[1] == 1 else x
     counts, _, _ = np.histogram2d(-x[:, 1], x[:, 0], bins=size // 4, range=[[-1.25, 1.25]] * 2)
     ink = 255 * np.exp(-3 * counts / max(counts.max(), 1))
     return Image.fromarray(ink.astype(np.uint8).repeat(4, 0).repeat(4, 1))

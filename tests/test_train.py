@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -17,10 +18,17 @@ from PIL import Image
 from test_images import draw_folder
 
 import evaluate
+import sample
 import train
-from diffjax import TARGETS, checkpoint, data
+from diffjax import TARGETS, checkpoint, data, plots
 from diffjax.evaluation.sampling import Drawing
-from diffjax.experiment import command_line, config as config_lib, resolve, run_directory
+from diffjax.experiment import (
+    command_line,
+    config as config_lib,
+    dataset,
+    resolve,
+    run_directory,
+)
 from diffjax.models import MODELS, MLPConfig, SongUNetConfig
 from diffjax.training import checkpoints, metrics, runners
 from diffjax.training.distributed import Distributed
@@ -447,6 +455,38 @@ def test_held_out_data_is_checked_too(tmp_path):
         np.savez(tmp_path / "a.npz", x_train=x, y_train=y, **held_out)
         with pytest.raises(SystemExit, match=re.escape(message)):
             run(tmp_path, *TINY, "--config.data.name=npz", f"--config.data.path={tmp_path}/a.npz")
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 2), (8, 8, 4), (1,), (3,)])
+def test_data_that_a_network_takes_is_trained_and_drawn(shape):
+    model = resolve(config_lib.Config()).config.model if len(shape) == 3 else MLPConfig()
+    model = dataclasses.replace(model, attention=()) if len(shape) == 3 else model
+    part = data.Examples(np.zeros((128, *shape), np.float32))
+    dataset.check_data(config_lib.Config(model=model), part, part)
+    x = np.linspace(-1, 1, 6 * math.prod(shape), dtype=np.float32).reshape(6, *shape)
+    assert np.asarray(plots.samples(x)).std() > 1
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 8, 1), (64, 2)])
+def test_data_that_no_network_takes_is_refused(shape):
+    part = data.Examples(np.zeros((128, *shape), np.float32))
+    for row in MODELS.values():
+        with pytest.raises(ValueError, match=f"examples of shape {re.escape(str(shape))}"):
+            dataset.check_data(config_lib.Config(model=row.config()), part, part)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("shape", [(8, 8, 2), (8, 8, 4), (1,)])
+def test_arrays_of_other_channels_are_trained_sampled_and_evaluated(shape, tmp_path):
+    x = np.random.default_rng(0).uniform(-1, 1, (64, *shape)).astype(np.float32)
+    np.savez(tmp_path / "a.npz", x_train=x, x_test=x[:32])
+    name = "folder" if len(shape) == 3 else "two_moons"
+    argv = ["--config.data.name=npz", f"--config.data.path={tmp_path}/a.npz"]
+    argv += ["--config.data.size=None", "--config.data.channels=None"] * (len(shape) == 3)
+    run(tmp_path / "run", f"--config=configs/{name}.py:smoke", *argv, "--config.steps=20")
+    sample.main([f"--workdir={tmp_path}/run", "--n=20", "--steps=2"])
+    assert np.load(tmp_path / "run/generated.npz")["x"].shape == (20, *shape)
+    evaluate.main([f"--workdir={tmp_path}/run", "--n=20", "--steps=2", "--held_out=4"])
 
 
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path):

@@ -49,8 +49,8 @@ class Source(NamedTuple):
 
     Attributes:
       read: a function that returns ((x, label), (x, label)), for training and held out. Its
-        parameters are the options that it takes: some of `path`, `size`, `channels`, `unreadable`
-        and `workers`.
+        parameters are the options that it takes: some of `path`, `size`, `channels`, `unreadable`,
+        `workers` and `shape`.
       levels: number of values that a pixel can take, if it is neither 256 (bytes) nor unlimited.
     """
 

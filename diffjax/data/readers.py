@@ -65,10 +65,13 @@ def cifar10(path: Path | None) -> tuple:
     return (x, label), parts[-1]
 
 
-def npz(path: Path | None) -> tuple:
+def npz(path: Path | None, shape: tuple[int, ...] | None = None) -> tuple:
     """A NumPy archive with arrays x_train and x_test, and y_train and y_test if it has labels.
 
-    Images are uint8 or float32 in [-1, 1], `[n, height, width]` or `[n, height, width, channels]`.
+    Args:
+      path: the archive.
+      shape: of an example. Without it, arrays of three axes are read as grey images,
+        `[n, height, width]`.
     """
     if path is None or not path.is_file():
         raise FileNotFoundError(f"npz: --config.data.path={path} must be the archive's path")
@@ -76,7 +79,17 @@ def npz(path: Path | None) -> tuple:
         arrays = limits.read_npz(path, ("x_train", "x_test"), ("y_train", "y_test"))
     except Exception as error:  # untrusted input may raise anything
         raise ValueError(f"{path}: not a readable npz archive ({error})") from error
-    return tuple((_channels(arrays[f"x_{p}"]), arrays.get(f"y_{p}")) for p in ("train", "test"))
+    x = arrays["x_train"]
+    as_it_is = x.shape[1:] == shape
+    if x.ndim == 3 and x.dtype != np.uint8 and shape is None:
+        height, width = x.shape[1:]
+        print(
+            f"{path}: read as grey images of {height} x {width} pixels; data.shape={height} "
+            f"{width} leaves the examples as they are",
+            flush=True,
+        )
+    given = lambda x: x if as_it_is else _channels(x)
+    return tuple((given(arrays[f"x_{p}"]), arrays.get(f"y_{p}")) for p in ("train", "test"))
 
 
 _IDX_FILES = [

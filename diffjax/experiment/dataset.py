@@ -20,7 +20,7 @@ def load_data(config: Config) -> Dataset:
       ValueError, FileNotFoundError: as `data.load` does.
     """
     d = config.data
-    return load(d.name, d.path, d.size, d.channels, d.unreadable, d.workers)
+    return load(d.name, d.path, d.size, d.channels, d.unreadable, d.workers, d.shape)
 
 
 def fingerprint(train: Examples, test: Examples) -> dict[str, Any]:
