@@ -1,7 +1,7 @@
 """Train a diffusion model: one story, from a command to a picture. Fork it, change one thing.
 
     python train.py                                              # the handwritten digits
-    python train.py --config=configs/fashion_mnist.py --workdir=runs/fashion
+    python train.py --config=fashion_mnist --workdir=runs/fashion   # configs/fashion_mnist.py
     python train.py --config.target=score --config.steps=4000    # any field of the config
     python train.py --help                                       # all of them
 
@@ -216,4 +216,4 @@ def train(
 
 if __name__ == "__main__":
     with failing_fast():
-        train(*parse(sys.argv[1:]))
+        train(*parse(sys.argv[1:], Path(__file__).with_name("configs")))

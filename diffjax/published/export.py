@@ -7,13 +7,15 @@ The second command converts a network that others published; `diffjax.published`
 """
 
 import dataclasses
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import tyro
 
 from .. import published
-from ..experiment.command_line import error_exit
+from ..experiment.command_line import error_exit, read_flags
 from ..experiment.run_directory import CHECKPOINTS
 from . import weights
 from .trained import load
@@ -41,8 +43,8 @@ def export(source: Path, file: Path) -> str:
     )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    args = tyro.cli(Arguments, description=__doc__)
+    args = read_flags(Arguments, sys.argv[1:] if argv is None else argv, __doc__)
     with error_exit():
         print(export(args.source, args.file))
