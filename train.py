@@ -28,7 +28,14 @@ from diffjax.experiment.functions import initial_state
 from diffjax.experiment.run_directory import open_run
 from diffjax.training import Batch, Losses, LossFn, metrics, preemption, telemetry, train_step
 from diffjax.training.checkpoints import UnwrittenError
-from diffjax.training.distributed import ALONE, Distributed, check_batch, failing_fast, setup
+from diffjax.training.distributed import (
+    ALONE,
+    Distributed,
+    check_batch,
+    failing_fast,
+    idle_cores,
+    setup,
+)
 from diffjax.training.recorder import Recorder
 from diffjax.training.runners import RUNNERS, in_batches
 from diffjax.training.step import several_steps
@@ -104,16 +111,18 @@ def train(
     # Everything that is wrong with the input is reported before anything is compiled.
     with error_exit():
         e = resolve(config)
-        setup(distributed, config.batch_size, config.optimizer.accumulate)
-        check_batch(config.batch_size, config.optimizer.accumulate)
+        accumulate = config.optimizer.accumulate
+        setup(distributed, config.batch_size, accumulate)
+        check_batch(config.batch_size, accumulate)
         runner = RUNNERS[config.parallel](config.fsdp)
         train_set, test_set = dataset.load_data(config)
         dataset.check_data(config, train_set, test_set)
         e.grid()
+        config = dataset.recorded(config, train_set)
         checkpoints = open_run(workdir, config, dataset.fingerprint(train_set, test_set))
 
     # Pure functions: the loss, the step, and a sample.
-    levels, shape = data.levels(config.data.name, train_set), train_set.x.shape[1:]
+    levels, shape = data.levels(config.data.name, train_set), dataset.example_shape(config)
     step = make_step(e, make_loss(e, levels))
     held_out = data.first(test_set, 1024)
     held_out_loss = make_loss(e, levels, len(held_out["index"]))
@@ -164,8 +173,9 @@ def train(
         recorder.say(f"{workdir}: {what}, {devices} by {config.parallel}")
         if start:
             recorder.say(f"resumed from the checkpoint of step {start} of {config.steps}")
-        if advice := telemetry.advice():
-            recorder.say(advice)
+        for advice in (telemetry.advice(), idle_cores(config.batch_size, accumulate)):
+            if advice:
+                recorder.say(advice)
 
         for taken, batch in zip(steps, recorder.meter.waited(batches), strict=True):
             if should_stop(taken // steps.step):

@@ -497,6 +497,16 @@ def test_a_directory_that_cannot_be_written_is_refused(tmp_path):
         run(tmp_path / "file" / "run", *TINY)
 
 
+def test_a_run_records_where_its_data_is_and_its_shape(finished, tmp_path, monkeypatch):
+    assert run_directory.read_config(finished).data.shape == (8, 8, 1)
+    monkeypatch.chdir(tmp_path)
+    part = data.Examples(np.zeros((4, 8, 8, 2), np.float32))
+    config = config_lib.Config(data=config_lib.Data("npz", path=Path("here/a.npz")))
+    recorded = dataset.recorded(config, part)
+    assert recorded.data == config_lib.Data("npz", tmp_path / "here/a.npz", shape=(8, 8, 2))
+    assert not config_lib.differences(config, recorded)  # earlier runs are resumed
+
+
 def test_checkpoints_without_a_config_are_refused(tmp_path):
     (tmp_path / "checkpoints" / "7").mkdir(parents=True)
     with pytest.raises(SystemExit, match=r"holds no config\.json"):
@@ -516,7 +526,9 @@ def test_checkpoints_without_a_config_are_refused(tmp_path):
 )
 def test_an_unknown_flag_gets_a_suggestion(flag, meant):
     with pytest.raises(SystemExit) as stop:
-        command_line.parse(["--config.steps=3", flag, "--config.schedule_options", "log_snr_min=-8"])
+        command_line.parse(
+            ["--config.steps=3", flag, "--config.schedule_options", "log_snr_min=-8"]
+        )
     word = flag.partition("=")[0]
     assert str(stop.value).startswith(f"error: unknown {word}: did you mean {meant}?")
     assert "--help" in str(stop.value)

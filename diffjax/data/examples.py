@@ -6,6 +6,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+FLAG = "--config.data.path of train.py, --data_path of other commands"
+"""The flags that say where data is, for messages."""
+
 
 class Rows(Protocol):
     """The array interface that batches need, which NumPy arrays and `images.Images` have."""

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from . import limits
-from .examples import Source
+from .examples import FLAG, Source
 from .workers import in_order
 
 FORMATS = {
@@ -127,7 +127,7 @@ def folder(
         which.
     """
     if path is None or not path.is_dir():
-        raise FileNotFoundError(f"folder: --config.data.path={path} must be a folder of images")
+        raise FileNotFoundError(f"folder: data.path={path} must be a folder of images ({FLAG})")
     if size is not None and size < 1:
         raise ValueError(f"data.size={size}: must be at least 1")
     if channels not in (None, 1, 3):
