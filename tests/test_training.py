@@ -42,6 +42,26 @@ def test_a_step_is_gradient_descent_on_the_mean_and_follows_it_with_an_average()
     assert int(new.step) == 1
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_optimiser_that_needs_the_loss_gets_its_mean(accumulate):
+    """A loss that stays at 2 is a plateau: the learning rate falls tenfold with each step."""
+    plateau = optax.contrib.reduce_on_plateau(factor=0.1, patience=1)
+    tx = optax.chain(optax.sgd(1.0), plateau)
+    loss_fn = lambda key, params, batch: jnp.array([1.0, 3.0])[batch["index"] % 2] + 0 * params
+    state = init_state(jax.random.key(0), jnp.zeros(()), tx)
+    batch = {"index": jnp.arange(4)}
+    options = dict(loss_fn=loss_fn, tx=tx, ema_decay=0.9, accumulate=accumulate)
+    for _ in range(4):
+        state, _ = train_step(state, batch, **options)
+    (found,) = [
+        leaf
+        for leaf in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "best_value"))
+        if hasattr(leaf, "best_value")
+    ]
+    assert float(found.best_value) == 2.0
+    np.testing.assert_allclose(found.scale, 1e-3, rtol=1e-5)
+
+
 def test_the_average_converges_to_constant_parameters_without_bias():
     tx = optax.sgd(0.0)
     state = init_state(jax.random.key(0), jnp.ones(2), tx)

@@ -120,11 +120,9 @@ def _start():
     except (RuntimeError, AssertionError) as error:  # JAX asserts that it has found a platform
         if not platforms:
             raise
-        why = str(error).partition("\n")[0]
+        why = str(error).partition("\n")[0] or "unset it, to use what there is"
         raise ValueError(
-            f"JAX_PLATFORMS={platforms}: JAX finds no such device, or lacks its plugin"
-            + (f" ({why})" if why else "")
-            + "; without JAX_PLATFORMS it takes the best that there is"
+            f"JAX_PLATFORMS={platforms}: JAX finds no such device, or lacks its plugin: {why}"
         ) from error
 
 
