@@ -160,7 +160,8 @@ def train_step(
         order = jnp.argsort(index)
         extra = remember(extra, jax.tree.map(lambda x: x[order], seen))
     update = optax.with_extra_args_support(tx).update  # some need the loss, as reduce_on_plateau
-    updates, opt_state = update(grads, state.opt_state, state.params, value=loss)
+    with jax.numpy_dtype_promotion("standard"):  # which optax's Adam relies on
+        updates, opt_state = update(grads, state.opt_state, state.params, value=loss)
     params = optax.apply_updates(state.params, updates)
     decay = ema_decay(state.step) if callable(ema_decay) else ema_decay
     new = state.replace(
