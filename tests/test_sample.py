@@ -140,7 +140,7 @@ def test_function_evaluations_are_counted(name):
     e = sampling.drawn_by(Config(), drawing(config=Config(), sampler=name, steps=5))
     text = " ".join(samplers.SAMPLERS[name].make.__doc__.split())
     twice = re.search(r"[Tt]wo evaluations (a|per) step|1 \+ `corrections` evaluations", text)
-    with jax.checking_leaks():
+    with jax.checking_leaks(), jax.numpy_dtype_promotion("strict"):
         assert sampling.function_evaluations(e) == (10 if twice else 5)
     # The default grid is the one that the docstring recommends.
     assert e.config.sampling.grid == re.search(r"Use `(\w+)_times`", text)[1]

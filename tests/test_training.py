@@ -10,8 +10,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 import train
 from diffjax import data, keys, models
+from diffjax.evaluation.likelihoods import variational_bound
 from diffjax.evaluation.sampling import make_generate
 from diffjax.experiment import Config, command_line, resolve
+from diffjax.experiment.functions import initial_state
 from diffjax.training import Losses, ema_warmup, init_state, train_step
 from diffjax.training.step import several_steps
 
@@ -60,6 +62,19 @@ def test_an_optimiser_that_needs_the_loss_gets_its_mean(accumulate):
     ]
     assert float(found.best_value) == 2.0
     np.testing.assert_allclose(found.scale, 1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("time_steps", [None, 4])
+def test_no_dtype_is_promoted_by_chance(time_steps):
+    """With `JAX_NUMPY_DTYPE_PROMOTION=strict`."""
+    model = models.MLPConfig(width=8, blocks=1)
+    e = resolve(Config(model=model, batch_size=8, time_steps=time_steps))
+    batch = {"index": jnp.arange(8), "x": jnp.zeros((8, 2))}
+    with jax.numpy_dtype_promotion("strict"):
+        state = jax.eval_shape(initial_state(e, (2,)))
+        jax.eval_shape(train.make_step(e, train.make_loss(e, None)), state, batch)
+        jax.eval_shape(variational_bound(e, 17, 4), state.params, batch)
+        jax.eval_shape(make_generate(e, (2,)), state.params, batch)
 
 
 def test_the_average_converges_to_constant_parameters_without_bias():
