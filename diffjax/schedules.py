@@ -364,9 +364,7 @@ def rate_at(schedule: Schedule, t: Time, steps: int | None = None) -> Array:
     return steps * jnp.expm1(schedule.log_snr(s) - schedule.log_snr(t))
 
 
-def from_betas(
-    betas: Real, log_snr_max: Scalar = 24.0, log_snr_min: Scalar = -24.0
-) -> Schedule:
+def from_betas(betas: Real, log_snr_max: Scalar = 24.0, log_snr_min: Scalar = -24.0) -> Schedule:
     """A discrete schedule of T steps: step i of DDPM at t = i/T, and linear log-SNR in between.
 
     Node i holds log(abar_i / (1 - abar_i)) with abar_i = prod_{j<=i} (1 - beta_j), i = 1..T. The

@@ -258,7 +258,7 @@ def _identity(folder):
     return found.st_dev, found.st_ino
 
 
-def _splits(path, names):
+def _splits(path: Path, names: list[str]) -> tuple[str, ...]:
     """The top-level folders that are splits: to train on, held out, then others; () if none are.
 
     Raises:
