@@ -1,6 +1,6 @@
 """Train a small classifier of Fashion-MNIST, whose activations are a feature space for images.
 
-    python -m diffjax.evaluation.classifier --data-path=/usr/share/datasets/fashion-mnist
+    python -m diffjax.evaluation.classifier --data_path=/usr/share/datasets/fashion-mnist
 
 prints the classifier's accuracy on held-out images. This command, with its defaults, made the
 weights that come with the package (`WEIGHTS`).

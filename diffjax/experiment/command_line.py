@@ -1,6 +1,6 @@
 """From words on the command line to a config, and errors as one line.
 
-A choice on which other defaults depend is read first: `--config=FILE` for every field, the name of
+A choice on which other defaults depend is read first: `--config=NAME` for every field, the name of
 a network, schedule, weighting or sampler for its options. Options of the config that the new choice
 does not have are dropped. The rest of the words override fields of the result.
 """
