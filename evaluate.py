@@ -38,9 +38,9 @@ from diffjax.evaluation.sampling import Drawing
 from diffjax.experiment import Experiment, resolve
 from diffjax.experiment.command_line import error_exit
 from diffjax.experiment.config import require, to_json
-from diffjax.experiment.dataset import load_data
+from diffjax.experiment.dataset import load_data, located
 from diffjax.training import runners
-from diffjax.training.distributed import Distributed, check_batch, failing_fast, setup
+from diffjax.training.distributed import Distributed, failing_fast, setup
 from diffjax.training.files import digest, flatten, replacing, write_text
 
 FEWEST = 20
@@ -53,6 +53,8 @@ class Arguments:
 
     workdir: Path = Path("runs/digits")
     """A run's directory, an exported file, or the name of a network that comes with diffjax."""
+    data_path: Path | None = None
+    """The folder or file of the run's data; None: where the run says."""
     held_out: int | None = None
     """Number of held-out examples whose bits are counted, from the first; None: all; 0: none."""
     bound_samples: int = 32
@@ -91,9 +93,8 @@ def evaluate(args: Arguments) -> dict[str, Any]:
     drawn = sampling.drawn_by(config, args.drawing) if args.drawing.n and not given else e
     # Nothing would be saved, so SIGTERM may end the process at once.
     jax.config.update("jax_enable_preemption_service", False)
-    setup(args.distributed, config.batch_size)
-    check_batch(config.batch_size)
-    dataset = load_data(config)
+    setup(args.distributed)
+    dataset = load_data(located(config, args.data_path))
     part = dataset.train if args.reference == "train" else dataset.test
     measures = bool(given or args.drawing.n)
     require(

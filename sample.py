@@ -28,7 +28,7 @@ from diffjax.evaluation import provenance, sampling
 from diffjax.evaluation.command_line import parse_with_run
 from diffjax.evaluation.sampling import Drawing
 from diffjax.experiment.command_line import error_exit
-from diffjax.experiment.dataset import example_dtype, example_shape
+from diffjax.experiment.dataset import example_dtype, example_shape, located
 from diffjax.training import parsing, runners
 from diffjax.training.distributed import Distributed, failing_fast, setup
 from diffjax.training.files import digest, flatten, replacing, unequal, write_text
@@ -43,7 +43,9 @@ class Arguments:
     drawing: tyro.conf.OmitArgPrefixes[Drawing] = Drawing()  # noqa: RUF009, it is frozen
     """Which samples, and how they are drawn."""
     shape: tuple[int, ...] | None = None
-    """Shape of a sample; None: that of the run's data, which must then be there."""
+    """Shape of a sample; None: that of the run's data."""
+    data_path: Path | None = None
+    """Where that data is, if the run is of version 0.1, which did not record the shape."""
     out: Path | None = None
     """The file of samples, which ends with .npz; None: generated.npz in the run's directory. The
     picture has the same name with .png."""
@@ -68,8 +70,9 @@ def sample(args: Arguments) -> None:
         # What is drawn is on the disk, so SIGTERM may end the process at once.
         jax.config.update("jax_enable_preemption_service", False)
         setup(args.distributed, size)
-        shape = args.shape or example_shape(e.config)
-        dtype = example_dtype(e.config)
+        config = located(e.config, args.data_path)
+        shape = args.shape or example_shape(config)
+        dtype = example_dtype(config)
         _, params, _ = checkpoint.load(args.workdir)
         sampling.check_shape(e, params, shape)
         sampling.check_parameters(params, args.workdir)

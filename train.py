@@ -1,7 +1,7 @@
 """Train a diffusion model: one story, from a command to a picture. Fork it, change one thing.
 
     python train.py                                              # the handwritten digits
-    python train.py --config=configs/fashion_mnist.py --workdir=runs/fashion
+    python train.py --config=fashion_mnist --workdir=runs/fashion   # configs/fashion_mnist.py
     python train.py --config.target=score --config.steps=4000    # any field of the config
     python train.py --help                                       # all of them
 
@@ -28,7 +28,14 @@ from diffjax.experiment.functions import initial_state
 from diffjax.experiment.run_directory import open_run
 from diffjax.training import Batch, Losses, LossFn, metrics, preemption, telemetry, train_step
 from diffjax.training.checkpoints import UnwrittenError
-from diffjax.training.distributed import ALONE, Distributed, check_batch, failing_fast, setup
+from diffjax.training.distributed import (
+    ALONE,
+    Distributed,
+    check_batch,
+    failing_fast,
+    idle_cores,
+    setup,
+)
 from diffjax.training.files import write_text
 from diffjax.training.recorder import Recorder
 from diffjax.training.runners import RUNNERS, in_batches
@@ -105,17 +112,19 @@ def train(
     # Everything that is wrong with the input is reported before anything is compiled.
     with error_exit():
         e = resolve(config)
-        setup(distributed, config.batch_size, config.optimizer.accumulate)
-        check_batch(config.batch_size, config.optimizer.accumulate)
+        accumulate = config.optimizer.accumulate
+        setup(distributed, config.batch_size, accumulate)
+        check_batch(config.batch_size, accumulate)
         runner = RUNNERS[config.parallel](config.fsdp)
         train_set, test_set = dataset.load_data(config)
         dataset.check_data(config, train_set, test_set)
         e.grid()
         e.times.check()
+        config = dataset.recorded(config, train_set)
         checkpoints = open_run(workdir, config, dataset.fingerprint(train_set, test_set))
 
     # Pure functions: the loss, the step, and a sample.
-    levels, shape = data.levels(config.data.name, train_set), train_set.x.shape[1:]
+    levels, shape = data.levels(config.data.name, train_set), dataset.example_shape(config)
     step = make_step(e, make_loss(e, levels))
     held_out = data.first(test_set, 1024)
     held_out_loss = make_loss(e, levels, len(held_out["index"]))
@@ -167,9 +176,8 @@ def train(
         recorder.say(f"the run is in {workdir}")
         if start:
             recorder.say(f"resumed from the checkpoint of step {start} of {config.steps}")
-        if advice := telemetry.advice():
-            recorder.say(advice)
-        for line in dataset.doubts(config, e.schedule, train_set):
+        advice = telemetry.advice(), idle_cores(config.batch_size, accumulate)
+        for line in (*filter(None, advice), *dataset.doubts(config, e.schedule, train_set)):
             recorder.say(line)
         if start < config.steps:
             recorder.say("compiling ...")
@@ -224,4 +232,4 @@ def train(
 
 if __name__ == "__main__":
     with failing_fast():
-        train(*parse(sys.argv[1:]))
+        train(*parse(sys.argv[1:], Path(__file__).with_name("configs")))

@@ -273,13 +273,14 @@ def elbo(
         part = keys.fold_in(example_keys, k if draw is None else draw)
         eps = keys.normal(keys.fold_in(part, 1), x_0.shape, x_0.dtype)
         offset = jax.vmap(jax.random.uniform)(keys.fold_in(part, 0))
-        t = time_at(schedule, high - (high - low) * (k + offset) / parts)
+        place = jnp.asarray(k).astype(offset.dtype)
+        t = time_at(schedule, high - (high - low) * (place + offset) / parts)
         if steps is None:
             density = rate_at(schedule, t) / (high - low)
             return denoising_term(denoise, schedule, x_0, eps, t, None, variance) / density
         i = jnp.clip(jnp.ceil(t * steps), 2, steps)
         if samples is None:
-            i = jnp.full_like(i, 2) + k // 2
+            i = jnp.full_like(i, 2) + jnp.floor(place / 2)
         t, s = i / steps, (i - 1) / steps
         probability = (schedule.log_snr(s) - schedule.log_snr(t)) / (high - low)
         term = denoising_term(denoise, schedule, x_0, eps, t, s, variance)
@@ -288,7 +289,8 @@ def elbo(
     def look_again(j):
         key = keys.fold_in(example_keys, parts + RECONSTRUCTIONS + j)
         # One part from each equal share of the parts, so that each part is as likely as any other.
-        place = (j + jax.vmap(jax.random.uniform)(keys.fold_in(key, 2))) / repeats
+        offset = jax.vmap(jax.random.uniform)(keys.fold_in(key, 2))
+        place = (jnp.asarray(j).astype(offset.dtype) + offset) / repeats
         k = jnp.minimum((place * parts).astype(int), parts - 1)
         return terms[k, jnp.arange(len(x_0))], look(k, parts + RECONSTRUCTIONS + j)
 

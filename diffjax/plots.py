@@ -48,10 +48,13 @@ def image_grid(x: np.ndarray, columns: int, height: int = 56) -> Image.Image:
     """Arrange images in a grid, row by row.
 
     Args:
-      x: images `[n, height, width, 1, 3 or 4]` in [-1, 1]; values outside are clipped.
+      x: images `[n, height, width, channels]` in [-1, 1]; values outside are clipped. One channel
+        is grey, three are RGB, and other numbers of channels are drawn side by side in grey.
       columns: images per row.
       height: small images are enlarged by an integer factor, to at most this height in pixels.
     """
+    if x.shape[3] not in (1, 3):
+        x = np.moveaxis(x, 3, 2).reshape(*x.shape[:2], -1, 1)
     n, h, w, c = x.shape
     scale = max(1, height // h)
     rows = -(-n // columns)
@@ -66,9 +69,10 @@ def image_grid(x: np.ndarray, columns: int, height: int = 56) -> Image.Image:
 def scatter(x: np.ndarray, size: int = 480) -> Image.Image:
     """Draw points `[n, 2]` as a picture that is darker where there are more points.
 
-    Points outside [-1.25, 1.25] are drawn on the border.
+    Points outside [-1.25, 1.25] are drawn on the border, and points `[n, 1]` on the middle line.
     """
     x = np.clip(x, -1.25, 1.25)
+    x = np.c_[x, 0 * x] if x.shape[1] == 1 else x
     counts, _, _ = np.histogram2d(-x[:, 1], x[:, 0], bins=size // 4, range=[[-1.25, 1.25]] * 2)
     ink = 255 * np.exp(-3 * counts / max(counts.max(), 1))
     return Image.fromarray(ink.astype(np.uint8).repeat(4, 0).repeat(4, 1))
@@ -78,19 +82,19 @@ def samples(x: np.ndarray, classes: int = 0) -> Image.Image:
     """Draw samples: a grid of images, or a scatter plot of points.
 
     Args:
-      x: images `[n, height, width, 1, 3 or 4]`, or points `[n, 2 or more]`, of which the first two
-        features are drawn.
+      x: images `[n, height, width, channels]` (see `image_grid`), or points `[n, features]`, of
+        which the first two features are drawn.
       classes: if sample i is of class i modulo this number, the grid has one row per class.
 
     Raises:
       ValueError: if x is neither, such as signals `[n, length, channels]`.
     """
-    if x.ndim == 2 and x.shape[1] >= 2:
+    if x.ndim == 2:
         return scatter(x)
-    if x.ndim != 4 or x.shape[-1] not in (1, 3, 4):
+    if x.ndim != 4:
         raise ValueError(
-            f"samples of shape {x.shape}: need images [n, height, width, 1, 3 or 4] or points "
-            "[n, 2 or more] for a picture"
+            f"samples of shape {x.shape}: need images [n, height, width, channels] or points "
+            "[n, features] for a picture"
         )
     if not classes:
         return image_grid(x, _columns(len(x)))

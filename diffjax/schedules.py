@@ -24,7 +24,7 @@ at 20 is 1.9e-6).
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -364,14 +364,13 @@ def rate_at(schedule: Schedule, t: Time, steps: int | None = None) -> Array:
     return steps * jnp.expm1(schedule.log_snr(s) - schedule.log_snr(t))
 
 
-def from_betas(
-    betas: np.ndarray, log_snr_max: float = 24.0, log_snr_min: float = -24.0
-) -> Schedule:
+def from_betas(betas: Real, log_snr_max: Scalar = 24.0, log_snr_min: Scalar = -24.0) -> Schedule:
     """A discrete schedule of T steps: step i of DDPM at t = i/T, and linear log-SNR in between.
 
     Node i holds log(abar_i / (1 - abar_i)) with abar_i = prod_{j<=i} (1 - beta_j), i = 1..T. The
     papers define no node 0; here it is `log_snr_max`. The last node is `log_snr_min` if it would be
-    infinite (beta_T = 1, zero terminal SNR). The table is computed and stored in float64.
+    infinite (beta_T = 1, zero terminal SNR). The table is computed and stored in float64, that of
+    traced betas in their own dtype, at least float32; traced values are not checked.
 
     Args:
       betas: `[T]`, each in (0, 1); the last may be 1. `betas[i - 1]` is the papers' beta_i.
@@ -386,20 +385,23 @@ def from_betas(
     >>> print(f"{alpha**2:.4f}")  # 1 - beta_1
     0.9999
     """
-    betas = np.asarray(betas, np.float64)
+    checked = known(betas, log_snr_max, log_snr_min)
+    xp: Any = np if checked else jnp
+    betas = np.asarray(betas, np.float64) if checked else at_least_float32(betas)
     if betas.ndim != 1 or betas.size == 0:
         raise ValueError(f"betas of shape {betas.shape}: need one axis of at least one step")
-    inside = (betas > 0) & (betas < 1)
-    inside[-1] |= betas[-1] == 1
-    if not inside.all():
-        i = int(np.argmin(inside))
-        raise ValueError(f"betas[{i}] = {betas[i]}: need 0 < beta < 1 (the last may be 1)")
-    with np.errstate(divide="ignore"):
-        log_abar = np.cumsum(np.log1p(-betas))
-        table = np.concatenate([[log_snr_max], log_abar - np.log(-np.expm1(log_abar))])
-    if np.isinf(table[-1]):
-        table[-1] = log_snr_min
-    if not (np.diff(table) < 0).all():
+    if checked:
+        inside = (betas > 0) & (betas < 1)
+        inside[-1] |= betas[-1] == 1
+        if not inside.all():
+            i = int(np.argmin(inside))
+            raise ValueError(f"betas[{i}] = {betas[i]}: need 0 < beta < 1 (the last may be 1)")
+    terminal = betas == 1
+    # Any other beta at the end keeps infinity out of the derivatives.
+    log_abar = xp.cumsum(xp.log1p(-xp.where(terminal, 0.5, betas)))
+    nodes = xp.where(terminal, log_snr_min, log_abar - xp.log(-xp.expm1(log_abar)))
+    table = xp.concatenate([xp.full(1, log_snr_max, nodes.dtype), nodes])
+    if checked and not (np.diff(table) < 0).all():
         raise ValueError(
             f"log-SNR must fall strictly from log_snr_max={log_snr_max} at t = 0 through the "
             f"betas' {table[1]:.4g} ... {table[-2]:.4g} to {table[-1]:.4g} at t = 1"

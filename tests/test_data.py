@@ -80,6 +80,17 @@ def test_npz_archives_are_read(tmp_path, dtype):
     assert train.label.tolist() == list(range(8))
 
 
+def test_signals_are_no_images_if_their_shape_is_given(tmp_path, capsys):
+    x = np.random.default_rng(0).uniform(-1, 1, (12, 16, 4)).astype(np.float32)
+    np.savez(tmp_path / "a.npz", x_train=x[:8], x_test=x[8:])
+    train, _ = data.load("npz", tmp_path / "a.npz", shape=(16, 4))
+    assert np.array_equal(train.x, x[:8])
+    assert not capsys.readouterr().out
+    train, _ = data.load("npz", tmp_path / "a.npz")
+    assert train.x.shape == (8, 16, 4, 1)
+    assert "read as grey images of 16 x 4 pixels; data.shape" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", toy.TOYS)
 def test_toy_sets_are_planar_bounded_and_always_the_same(name):
     train, test = data.load(name)

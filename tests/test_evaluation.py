@@ -22,6 +22,13 @@ def normal(seed, n, mean=0.0, std=1.0, d=1):
     return mean + std * np.random.default_rng(seed).standard_normal((n, d))
 
 
+def test_the_frechet_distance_of_one_feature():
+    """Of N(m, s^2): (m_a - m_b)^2 + (s_a - s_b)^2."""
+    a, b = normal(0, 50, d=1), 3 * normal(1, 70, d=1) + 2
+    exact = (a.mean() - b.mean()) ** 2 + (a.std(ddof=1) - b.std(ddof=1)) ** 2
+    np.testing.assert_allclose(distances.frechet_distance(a, b), exact, rtol=1e-5)
+
+
 def test_the_frechet_distance_of_gaussians_that_do_not_commute():
     """Bures' metric in two dimensions: tr (A B)^(1/2) = (tr AB + 2 (det AB)^(1/2))^(1/2)."""
     a_root, b_root = np.array([[1.0, 0.0], [0.9, 0.3]]), np.array([[0.5, 0.4], [0.0, 2.0]])

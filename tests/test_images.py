@@ -34,6 +34,98 @@ def test_a_folder_is_read_with_its_subfolders_for_labels(tmp_path, channels):
     assert (levels(train) % 2 == train.label).all() and (levels(test) % 2 == test.label).all()
 
 
+def test_linked_class_folders_are_followed_once(tmp_path, capsys):
+    draw_folder(tmp_path / "far", classes=3)
+    near = tmp_path / "near"
+    (near / "class0").mkdir(parents=True)
+    for i in (1, 2):
+        (near / f"class{i}").symlink_to(tmp_path / f"far/class{i}")
+    for file in (tmp_path / "far/class0/deep").iterdir():
+        (near / "class0" / file.name).symlink_to(file)
+    (near / "class2/loop").symlink_to(near)
+    train, test = data.load("folder", near)
+    assert sorted([*levels(train), *levels(test)]) == list(range(40))
+    assert (levels(train) % 3 == train.label).all()
+    assert "class2/loop, a link to a folder that is read already" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_linked_twice_is_one_class(tmp_path, capsys):
+    draw_folder(tmp_path, classes=2)
+    (tmp_path / "again").symlink_to(tmp_path / "class1")
+    train, test = data.load("folder", tmp_path)
+    assert len(train.x) + len(test.x) == 40 and set(train.label) == {0, 1}
+    assert "labels class0, class1" in capsys.readouterr().out
+
+
+def test_what_programs_leave_behind_is_no_class(tmp_path, capsys):
+    draw_folder(tmp_path, classes=2)
+    whole = next((tmp_path / "class0/deep").iterdir()).read_bytes()
+    for name in (".ipynb_checkpoints", "__MACOSX", ".hidden", "class0/.ipynb_checkpoints"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(whole)
+    (tmp_path / "class0/._a.png").write_bytes(b"of a Mac")
+    (tmp_path / ".DS_Store").write_bytes(b"of a Mac")
+    train, test = data.load("folder", tmp_path)
+    assert len(train.x) + len(test.x) == 40
+    assert (levels(train) % 2 == train.label).all()
+    assert "left out" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("held", ["test", "val", "Validation"])
+def test_folders_of_splits_are_no_labels(tmp_path, held):
+    draw_folder(tmp_path / "train", classes=3, n=12)
+    draw_folder(tmp_path / held, classes=3, n=6)
+    train, test = data.load("folder", tmp_path)
+    assert sorted(levels(train)) == list(range(12)) and sorted(levels(test)) == list(range(6))
+    assert (levels(train) % 3 == train.label).all() and (levels(test) % 3 == test.label).all()
+
+
+def test_other_folders_beside_splits(tmp_path, capsys):
+    for name in ("train", "val", "test"):
+        draw_folder(tmp_path / name, n=7)
+    train, test = data.load("folder", tmp_path)
+    assert len(train.x) == len(test.x) == 7 and train.label is None
+    assert all(name.startswith("test/") for name in test.x.names)
+    assert "val/, as test/ is held out" in capsys.readouterr().out
+    draw_folder(tmp_path / "cats", n=2)
+    with pytest.raises(ValueError, match="train/, test/, val/ beside cats/: .* split or a class"):
+        data.load("folder", tmp_path)
+
+
+def test_a_folder_of_one_split_is_no_label(tmp_path):
+    draw_folder(tmp_path / "train", classes=2)
+    train, test = data.load("folder", tmp_path)
+    assert (levels(train) % 2 == train.label).all() and len(train.x) > 8 * len(test.x) > 0
+
+
+@pytest.mark.parametrize("ending", images.READ)
+def test_every_ending_that_is_named_is_read(tmp_path, ending):
+    x = np.full((8, 8, 3), 200, np.uint8)
+    kind = {".apng": "png", ".pbm": "ppm", ".pgm": "ppm", ".pnm": "ppm"}.get(ending)
+    x = x[..., 0] if ending in (".pgm", ".pbm") else x
+    Image.fromarray(x).save(tmp_path / f"a{ending.upper()}", kind)
+    seen = images.scan(tmp_path)
+    assert seen.names == [f"a{ending.upper()}"]
+    assert abs(images.read(tmp_path / seen.names[0]).astype(int) - 200).max() <= 2
+
+
+def test_what_is_left_out_is_counted_by_ending(tmp_path, capsys):
+    draw_folder(tmp_path)
+    for name in ("a.txt", "b.TXT", "c.json", "d.ico", "README"):
+        (tmp_path / name).write_text("no image")
+    data.load("folder", tmp_path)
+    left_out = "left out: 2 .txt, 1 without an ending, 1 .ico, 1 .json"
+    assert left_out in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_pixels_of_an_unknown_range_are_not_read(tmp_path, dtype):
+    """A float image in [0, 1] would become black."""
+    Image.fromarray(np.full((8, 8), 2**20, dtype)).save(tmp_path / "a.tif")
+    with pytest.raises(images.UnreadableError, match="32-bit"):
+        images.read(tmp_path / "a.tif")
+
+
 def test_images_of_many_sizes_are_cropped_and_scaled_on_request(tmp_path):
     draw_folder(tmp_path, lambda i: (8 + i, 30, 3) if i % 2 else (9, 8 + i))
     with pytest.raises(ValueError, match=r"images of 39 sizes, as .*00\.png.*: give data\.size"):
@@ -72,7 +164,8 @@ def test_what_is_held_out_depends_on_the_name_alone(tmp_path, monkeypatch):
     draw_folder(tmp_path, classes=2)
     held = data.load("folder", tmp_path).test
     walk = os.walk
-    monkeypatch.setattr(os, "walk", lambda path: [(w, d, f[::-1]) for w, d, f in walk(path)][::-1])
+    backwards = lambda path, **how: [(w, d, f[::-1]) for w, d, f in walk(path, **how)][::-1]
+    monkeypatch.setattr(os, "walk", backwards)
     again = data.load("folder", tmp_path).test
     assert again.x.names.tolist() == held.x.names.tolist()
     draw_folder(tmp_path, classes=2, n=50)

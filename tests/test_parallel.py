@@ -1,5 +1,10 @@
 """Layouts: draws are equal on any devices, and parameters are equal up to rounding."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import layouts
@@ -106,9 +111,9 @@ def test_the_largest_divisible_axis_is_split():
 def test_in_batches_takes_batches_of_any_length(name):
     runner = layouts.LAYOUTS[name]()
     double = runner.map(lambda params, batch: params * batch["x"])
-    for n in (1, 8, 13):
+    for n, size in ((1, 8), (8, 8), (13, 8), (13, 5)):
         batch = {"x": np.arange(n, dtype=np.float32), "index": np.arange(n)}
-        got = runners.in_batches(runner, double, jnp.float32(2), batch, 8)
+        got = runners.in_batches(runner, double, jnp.float32(2), batch, size)
         np.testing.assert_array_equal(got, 2 * np.arange(n))
 
 
@@ -128,6 +133,42 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused():
         distributed.check_batch(12)
     with pytest.raises(ValueError, match="2 accumulated parts = 16"):
         distributed.check_batch(24, accumulate=2)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "devices", "advice"),
+    [
+        (15, 1, "batch_size=15 splits over 1 of the 4 cores; 8 or 16 would use all of them"),
+        (2, 1, "batch_size=2 splits over 1 of the 4 cores; 8 would use all of them"),
+        (16, 4, None),
+        (16, 1, None),  # the user has chosen one device
+    ],
+)
+def test_cores_that_a_batch_leaves_idle_are_told(monkeypatch, batch_size, devices, advice):
+    monkeypatch.setattr(distributed, "cores", lambda: 4)
+    monkeypatch.setattr(jax, "local_device_count", lambda: devices)
+    assert distributed.idle_cores(batch_size, 2) == advice
+
+
+@pytest.mark.parametrize("platform", ["cuda", pytest.param("nonsense", marks=pytest.mark.faults)])
+def test_a_platform_that_is_not_there_is_one_line(platform):
+    code = (
+        "from diffjax.experiment.command_line import error_exit\n"
+        "from diffjax.training import distributed\n"
+        "with error_exit(): distributed.setup(distributed.ALONE, 4)\n"
+        "import jax; jax.devices()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"JAX_PLATFORMS": platform},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode == 0:
+        pytest.skip("it is there")
+    assert done.stderr.splitlines()[-1].startswith(f"error: JAX_PLATFORMS={platform}: JAX finds")
+    assert "Traceback" not in done.stderr
 
 
 def test_a_process_of_a_cluster_never_runs_alone(monkeypatch):

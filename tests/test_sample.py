@@ -19,6 +19,7 @@ from diffjax import GUIDANCES, checkpoint, data, plots, samplers
 from diffjax.evaluation import comparison, sampling
 from diffjax.evaluation.sampling import Drawing
 from diffjax.experiment import Config, Walk, command_line, dataset, resolve
+from diffjax.published import export
 from diffjax.training import runners
 from diffjax.training.files import digest
 
@@ -142,7 +143,8 @@ def test_function_evaluations_are_counted(name):
     e = sampling.drawn_by(Config(), drawing(config=Config(), sampler=name, steps=5))
     text = " ".join(samplers.SAMPLERS[name].make.__doc__.split())
     twice = re.search(r"[Tt]wo evaluations (a|per) step|1 \+ `corrections` evaluations", text)
-    assert sampling.function_evaluations(e) == (10 if twice else 5)
+    with jax.checking_leaks(), jax.numpy_dtype_promotion("strict"):
+        assert sampling.function_evaluations(e) == (10 if twice else 5)
     # The default grid is the one that the docstring recommends.
     assert e.config.sampling.grid == re.search(r"Use `(\w+)_times`", text)[1]
 
@@ -418,6 +420,71 @@ def test_it_says_how_far_it_is_in_a_pipe_too(monkeypatch, capsys):
     [*sampling.with_progress(parts, "samples", 1030, 1000)]
     lines = capsys.readouterr().out.splitlines()
     assert lines == [f"samples: {n} of 1,030" for n in ("1,000", "1,020", "1,030")]
+
+
+@pytest.fixture
+def of_version_0_1(finished, tmp_path):
+    """The run as version 0.1 wrote it, with a relative path and no shape; and its data, moved."""
+    train, test = data.load("digits")
+    arrays = {"x_train": train.x, "x_test": test.x, "y_train": train.label, "y_test": test.label}
+    np.savez(tmp_path / "moved.npz", **arrays)
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    tree = json.loads((workdir / "config.json").read_text())
+    tree["data"] |= {"name": "npz", "path": "nowhere/a.npz", "shape": None}
+    (workdir / "config.json").write_text(json.dumps(tree))
+    return workdir, tmp_path / "moved.npz"
+
+
+def test_the_path_of_the_data_is_a_flag_of_every_command(of_version_0_1, tmp_path):
+    workdir, moved = of_version_0_1
+    moved = f"--data_path={moved}"
+    out, result = f"--out={tmp_path}/out.npz", f"--result={tmp_path}/result.json"
+    file = str(tmp_path / "net.safetensors")
+    for main, argv in (
+        (sample.main, [f"--workdir={workdir}", out, "--n=4", "--steps=2"]),
+        (evaluate.main, [f"--workdir={workdir}", result, "--n=0", "--held_out=4"]),
+        (export.main, [str(workdir), file]),
+    ):
+        with pytest.raises(SystemExit, match=r"error: npz: .*nowhere/a\.npz.*--data_path"):
+            main(argv)
+        with on_devices(2):
+            main([*argv, moved])
+    assert json.loads(Path(tmp_path / "result.json").read_text())["held_out"]["n"] == 4
+    assert checkpoint.read_config(file).data.shape == (8, 8, 1)
+
+
+def test_nothing_but_evaluate_reads_the_data_again(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "load", lambda *_: pytest.fail("read the data"))
+    monkeypatch.setattr(dataset, "load", lambda *_: pytest.fail("read the data"))
+    _, settings = draw(finished, tmp_path / "a.npz", wanted=drawing(n=4, steps=2))
+    assert settings["shape"] == [8, 8, 1]
+
+
+@pytest.mark.parametrize("source", ["digits", "FILE"])
+def test_samples_of_what_is_no_run(source, finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if source == "FILE":
+        source = str(tmp_path / "net.safetensors")
+        export.main([str(finished), source])
+    argv = [f"--workdir={source}", "--n=20", "--steps=2"]
+    with on_devices(2):
+        sample.main(argv)
+        evaluate.main([*argv, "--held_out=0"])
+    home = checkpoint.home(source)
+    assert len(sampling.read(home / "generated.npz")[0].x) == 20
+    assert (home / "evaluation.json").is_file()
+
+
+def test_any_number_of_devices_evaluates_any_batch(finished, tmp_path):
+    """Of 12 in a batch of 16, as bits do not depend on who counts them; padding changes none."""
+    results = []
+    for devices in (1, 3):
+        with on_devices(devices):
+            argv = [f"--workdir={finished}", "--n=0", "--held_out=17", "--bound_samples=4"]
+            evaluate.main([*argv, f"--result={tmp_path}/{devices}.json"])
+        results.append(json.loads((tmp_path / f"{devices}.json").read_text()))
+    a, b = (result["bound_bits_per_dim"] for result in results)
+    assert abs(a - b) < 1e-5 * abs(a)
 
 
 @pytest.fixture(scope="module")

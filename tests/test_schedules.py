@@ -166,6 +166,23 @@ def test_vmaps_over_its_parameters_and_takes_gradients():
     assert float(slope.log_snr.args[1]) == 1  # d (log_snr + by) / d by
 
 
+@pytest.mark.parametrize("last", [0.02, 1.0])
+def test_traced_betas_make_the_schedule_of_the_same_concrete_ones(last):
+    betas = np.linspace(1e-3, 0.3, 10, dtype=np.float32)
+    betas[-1] = last
+    t = np.linspace(0, 1, 21, dtype=np.float32)
+    log_snr = lambda betas: diffjax.from_betas(betas).log_snr(t)
+    there = log_snr(betas)
+    np.testing.assert_allclose(jax.jit(log_snr)(betas), there, rtol=1e-5, atol=1e-5)
+    both = jax.vmap(log_snr)(np.stack([betas, betas / 2]))
+    np.testing.assert_allclose(both[1], log_snr(betas / 2), rtol=1e-5, atol=1e-5)
+    # At the first node, log-SNR is log(1 - beta) - log(beta).
+    first = lambda betas: diffjax.from_betas(betas).log_snr(0.1)
+    slope = jax.grad(first)(betas)
+    exact = -1 / (1 - betas[0]) - 1 / betas[0]
+    np.testing.assert_allclose(slope, np.r_[exact, np.zeros(9)], rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -18,11 +18,20 @@ from PIL import Image
 from test_images import draw_folder
 
 import evaluate
+import sample
 import train
-from diffjax import TARGETS, checkpoint, data
+from diffjax import TARGETS, checkpoint, data, plots
 from diffjax.evaluation.sampling import Drawing
-from diffjax.experiment import command_line, config as config_lib, resolve, run_directory
+from diffjax.experiment import (
+    command_line,
+    config as config_lib,
+    dataset,
+    inspect as inspect_run,
+    resolve,
+    run_directory,
+)
 from diffjax.models import MODELS, MLPConfig, SongUNetConfig
+from diffjax.published import export
 from diffjax.training import checkpoints, metrics, runners
 from diffjax.training.distributed import Distributed
 from test_data import write_cifar, write_mnist
@@ -481,10 +490,52 @@ def test_held_out_data_is_checked_too(tmp_path):
             run(tmp_path, *TINY, "--config.data.name=npz", f"--config.data.path={tmp_path}/a.npz")
 
 
+@pytest.mark.parametrize("shape", [(8, 8, 2), (8, 8, 4), (1,), (3,)])
+def test_data_that_a_network_takes_is_trained_and_drawn(shape):
+    model = resolve(config_lib.Config()).config.model if len(shape) == 3 else MLPConfig()
+    model = dataclasses.replace(model, attention=()) if len(shape) == 3 else model
+    part = data.Examples(np.zeros((128, *shape), np.float32))
+    dataset.check_data(config_lib.Config(model=model), part, part)
+    x = np.linspace(-1, 1, 6 * math.prod(shape), dtype=np.float32).reshape(6, *shape)
+    assert np.asarray(plots.samples(x)).std() > 1
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 8, 1), (64, 2)])
+def test_data_that_no_network_takes_is_refused(shape):
+    part = data.Examples(np.zeros((128, *shape), np.float32))
+    for row in MODELS.values():
+        with pytest.raises(ValueError, match=f"examples of shape {re.escape(str(shape))}"):
+            dataset.check_data(config_lib.Config(model=row.config()), part, part)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("shape", [(8, 8, 2), (8, 8, 4), (1,)])
+def test_arrays_of_other_channels_are_trained_sampled_and_evaluated(shape, tmp_path):
+    x = np.random.default_rng(0).uniform(-1, 1, (64, *shape)).astype(np.float32)
+    np.savez(tmp_path / "a.npz", x_train=x, x_test=x[:32])
+    name = "folder" if len(shape) == 3 else "two_moons"
+    argv = ["--config.data.name=npz", f"--config.data.path={tmp_path}/a.npz"]
+    argv += ["--config.data.size=None", "--config.data.channels=None"] * (len(shape) == 3)
+    run(tmp_path / "run", f"--config=configs/{name}.py:smoke", *argv, "--config.steps=20")
+    sample.main([f"--workdir={tmp_path}/run", "--n=20", "--steps=2"])
+    assert np.load(tmp_path / "run/generated.npz")["x"].shape == (20, *shape)
+    evaluate.main([f"--workdir={tmp_path}/run", "--n=20", "--steps=2", "--held_out=4"])
+
+
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(SystemExit, match="error: .*file"):
         run(tmp_path / "file" / "run", *TINY)
+
+
+def test_a_run_records_where_its_data_is_and_its_shape(finished, tmp_path, monkeypatch):
+    assert run_directory.read_config(finished).data.shape == (8, 8, 1)
+    monkeypatch.chdir(tmp_path)
+    part = data.Examples(np.zeros((4, 8, 8, 2), np.float32))
+    config = config_lib.Config(data=config_lib.Data("npz", path=Path("here/a.npz")))
+    recorded = dataset.recorded(config, part)
+    assert recorded.data == config_lib.Data("npz", tmp_path / "here/a.npz", shape=(8, 8, 2))
+    assert not config_lib.differences(config, recorded)  # earlier runs are resumed
 
 
 def test_checkpoints_without_a_config_are_refused(tmp_path):
@@ -493,16 +544,76 @@ def test_checkpoints_without_a_config_are_refused(tmp_path):
         run(tmp_path, *TINY)
 
 
-def test_an_unknown_flag_gets_a_suggestion(capsys):
-    with pytest.raises(SystemExit):
-        command_line.parse(["--config.tagret=eps"])
-    out = capsys.readouterr()
-    text = re.sub(r"\s+", " ", out.out + out.err)
-    assert "--config.target" in text and "erhaps you meant" in text
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [
+        ("--config.tagret=eps", "--config.target"),
+        ("--workdr=x", "--workdir"),
+        ("--config.learning-rate=3", "--config.optimizer.learning_rate"),
+        ("--learning_rate", "--config.optimizer.learning_rate"),
+        ("--config.sampling.samplr=ddim", "--config.sampling.sampler"),
+        ("--config.schedul", "--config.schedule"),
+    ],
+)
+def test_an_unknown_flag_gets_a_suggestion(flag, meant):
+    with pytest.raises(SystemExit) as stop:
+        command_line.parse(
+            ["--config.steps=3", flag, "--config.schedule_options", "log_snr_min=-8"]
+        )
+    word = flag.partition("=")[0]
+    assert str(stop.value).startswith(f"error: unknown {word}: did you mean {meant}?")
+    assert "--help" in str(stop.value)
+
+
+def test_every_command_suggests_and_takes_local_urls(tmp_path):
+    for main, word, meant in (
+        (sample.main, "--samplr=ddim", "--sampler"),
+        (sample.main, "--sampling.steps=3", "--steps"),
+        (evaluate.main, "--bound-sample=3", "--bound_samples"),
+    ):
+        with pytest.raises(SystemExit, match=f"error: unknown .*did you mean {meant}"):
+            main([word])
+    with pytest.raises(SystemExit, match="error: unknown --nothing_like_it: --help lists all"):
+        command_line.parse(["--nothing_like_it"])
+    assert command_line.parse([f"--workdir=file://{tmp_path}/a%20b"]).workdir == tmp_path / "a b"
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/run", "s3://bucket/run", "hf://a/b"])
+def test_paths_of_other_machines_are_refused_before_anything_starts(url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commands = (
+        lambda: command_line.parse([f"--workdir={url}"], ROOT / "configs"),
+        lambda: command_line.parse([f"--config.data.path={url}"], ROOT / "configs"),
+        lambda: sample.main([f"--workdir={url}"]),
+        lambda: sample.main(["--workdir=digits", f"--out={url}"]),
+        lambda: evaluate.main([f"--workdir={url}"]),
+        lambda: evaluate.main(["--compare", url]),
+        lambda: export.main([url, "a.safetensors"]),
+        lambda: export.main(["digits", f"{url}.safetensors"]),
+        lambda: inspect_run.main([url]),
+    )
+    for command in commands:
+        with pytest.raises(SystemExit, match=f"error: {url[:2]}:/.* is not on this machine"):
+            command()
+    for read in (checkpoint.load, checkpoint.read_config, checkpoint.home):
+        with pytest.raises(ValueError, match="is not on this machine"):
+            read(url)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_config_is_found_by_its_name_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    configs = ROOT / "configs"
+    assert command_line.parse([], configs).config.data.name == "digits"
+    for word in ("two_moons", "two_moons:smoke", "configs/two_moons.py", "two_moons.py"):
+        command = command_line.parse([f"--config={word}"], configs)
+        assert command.config.data.name == "two_moons" and command.workdir == Path("runs/two_moons")
+    with pytest.raises(SystemExit, match=f"no config digit; {configs} has .*digits, fashion_mnist"):
+        command_line.parse(["--config=digit"], configs)
 
 
 def test_an_unknown_config_or_variant_gets_the_choices():
-    with pytest.raises(SystemExit, match=r"no config configs/digit\.py; .*configs/digits\.py"):
+    with pytest.raises(SystemExit, match=r"no config configs/digit\.py; configs has .*digits, "):
         command_line.parse(["--config=configs/digit.py"])
     with pytest.raises(SystemExit, match="no variant 'smok': one of smoke"):
         command_line.parse(["--config=configs/digits.py:smok"])

@@ -10,8 +10,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 import train
 from diffjax import data, keys, models
+from diffjax.evaluation.likelihoods import variational_bound
 from diffjax.evaluation.sampling import make_generate
 from diffjax.experiment import Config, command_line, resolve
+from diffjax.experiment.functions import initial_state
 from diffjax.training import Losses, ema_warmup, init_state, train_step
 from diffjax.training.step import several_steps
 
@@ -40,6 +42,39 @@ def test_a_step_is_gradient_descent_on_the_mean_and_follows_it_with_an_average()
     )
     np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(gradient), rtol=1e-6)
     assert int(new.step) == 1
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_optimiser_that_needs_the_loss_gets_its_mean(accumulate):
+    """A loss that stays at 2 is a plateau: the learning rate falls tenfold with each step."""
+    plateau = optax.contrib.reduce_on_plateau(factor=0.1, patience=1)
+    tx = optax.chain(optax.sgd(1.0), plateau)
+    loss_fn = lambda key, params, batch: jnp.array([1.0, 3.0])[batch["index"] % 2] + 0 * params
+    state = init_state(jax.random.key(0), jnp.zeros(()), tx)
+    batch = {"index": jnp.arange(4)}
+    options = dict(loss_fn=loss_fn, tx=tx, ema_decay=0.9, accumulate=accumulate)
+    for _ in range(4):
+        state, _ = train_step(state, batch, **options)
+    (found,) = [
+        leaf
+        for leaf in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "best_value"))
+        if hasattr(leaf, "best_value")
+    ]
+    assert float(found.best_value) == 2.0
+    np.testing.assert_allclose(found.scale, 1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("time_steps", [None, 4])
+def test_no_dtype_is_promoted_by_chance(time_steps):
+    """With `JAX_NUMPY_DTYPE_PROMOTION=strict`."""
+    model = models.MLPConfig(width=8, blocks=1)
+    e = resolve(Config(model=model, batch_size=8, time_steps=time_steps))
+    batch = {"index": jnp.arange(8), "x": jnp.zeros((8, 2))}
+    with jax.numpy_dtype_promotion("strict"):
+        state = jax.eval_shape(initial_state(e, (2,)))
+        jax.eval_shape(train.make_step(e, train.make_loss(e, None)), state, batch)
+        jax.eval_shape(variational_bound(e, 17, 4), state.params, batch)
+        jax.eval_shape(make_generate(e, (2,)), state.params, batch)
 
 
 def test_the_average_converges_to_constant_parameters_without_bias():

@@ -74,6 +74,7 @@ def load(
     channels: int | None = None,
     unreadable: str = "refuse",
     workers: int = 0,
+    shape: tuple[int, ...] | None = None,
 ) -> Dataset:
     """Load a data set by name.
 
@@ -86,6 +87,7 @@ def load(
       unreadable: for `folder` only: if a file cannot be read, "refuse" the folder or "skip" the
         file.
       workers: number of processes that decode a folder's files.
+      shape: for `npz` only: the shape of an example, if an array of three axes is not grey images.
 
     Raises:
       ValueError: if the name is unknown, the data set does not take an option, a file is corrupt,
@@ -105,6 +107,7 @@ def load(
         "channels": channels,
         "unreadable": None if unreadable == "refuse" else unreadable,
         "workers": workers or None,
+        "shape": shape,
     }
     takes = inspect.signature(read).parameters
     for option in ("path", "channels", "unreadable"):

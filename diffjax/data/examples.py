@@ -6,6 +6,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+FLAG = "--config.data.path of train.py, --data_path of other commands"
+"""The flags that say where data is, for messages."""
+
 
 class Rows(Protocol):
     """The array interface that batches need, which NumPy arrays and `images.Images` have."""
@@ -49,8 +52,8 @@ class Source(NamedTuple):
 
     Attributes:
       read: a function that returns ((x, label), (x, label)), for training and held out. Its
-        parameters are the options that it takes: some of `path`, `size`, `channels`, `unreadable`
-        and `workers`.
+        parameters are the options that it takes: some of `path`, `size`, `channels`, `unreadable`,
+        `workers` and `shape`.
       levels: number of values that a pixel can take, if it is neither 256 (bytes) nor unlimited.
       dtype: of all examples that it can read; None if its files decide.
     """

@@ -5,6 +5,7 @@ array of pixels. Pixels are not cached, so memory grows only with the names of t
 is decoded once before training starts, which finds and names the files that cannot be read.
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -17,13 +18,28 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from . import limits
-from .examples import Source
+from .examples import FLAG, Source
 from .transient import is_transient
 from .workers import in_order
 
-READ = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
-NOT_READ = (".avif", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".psd", ".svg", ".tif", ".tiff")
+FORMATS = {
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "JPEG": (".jfif", ".jpe", ".jpeg", ".jpg"),
+    "PNG": (".apng", ".png"),
+    "PPM": (".pbm", ".pgm", ".pnm", ".ppm"),
+    "TGA": (".tga",),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+}
+"""Pillow's formats that are read, in every build of it, and the endings of their files."""
+READ = tuple(sorted(ending for endings in FORMATS.values() for ending in endings))
+NOT_READ = (".avif", ".heic", ".heif", ".jp2", ".jxl", ".psd", ".svg")
+"""Endings of images that are not read, which count as unreadable."""
 UNREADABLE = ("refuse", "skip")
+SPLITS = ("train", "test", "val", "valid", "validation")
+"""Names of top-level folders that are splits of the data; the first that is there beside `train` is
+held out."""
 CHUNK = 64  # files that one task decodes
 
 
@@ -76,6 +92,8 @@ class Scan(NamedTuple):
     unreadable: dict[str, str]
     shapes: dict[tuple[int, ...], str]
     """The shapes that occur, each with the name of an image that has it."""
+    left_out: list[str]
+    """What else is in the folder: numbers of files by ending, and folders with the reason."""
 
 
 def folder(
@@ -89,7 +107,12 @@ def folder(
 
     The SHA-256 of an image's path in the folder decides whether it is held out (`held_out`), so
     this does not change when other images are added. If all images are in sub-folders, their labels
-    are the top-level sub-folders, in alphabetical order.
+    are the top-level sub-folders, in alphabetical order. Folders named as in `SPLITS` are no
+    labels: `train` is trained on, `test` or `val` is held out, and the labels are the folders in
+    them.
+
+    Folders that are linked are followed. Hidden files and folders, and `__MACOSX`, are passed over;
+    what else is left out is printed.
 
     Args:
       path: the folder.
@@ -105,39 +128,44 @@ def folder(
         which.
     """
     if path is None or not path.is_dir():
-        raise FileNotFoundError(f"folder: --config.data.path={path} must be a folder of images")
+        raise FileNotFoundError(f"folder: data.path={path} must be a folder of images ({FLAG})")
     if size is not None and size < 1:
         raise ValueError(f"data.size={size}: must be at least 1")
     if channels not in (None, 1, 3):
         raise ValueError(f"data.channels={channels}: must be 1 (grey), 3 (RGB) or None")
     if unreadable not in UNREADABLE:
         raise ValueError(f"unknown data.unreadable {unreadable!r}: one of {', '.join(UNREADABLE)}")
-    names, bad, shapes = scan(path, size, workers)
+    names, bad, shapes, left_out = scan(path, size, workers)
     _refuse_or_tell(path, len(names), bad, unreadable)
     sides = {shape[:2]: name for shape, name in shapes.items()}
     if len(sides) > 1:
         some = ", ".join(f"{w} x {h} ({name})" for (h, w), name in list(sides.items())[:3])
         raise ValueError(f"{path}: images of {len(sides)} sizes, as {some}: give data.size")
 
-    parts = [[n for n in names if held_out(n) == held] for held in (False, True)]
+    splits = _splits(path, [*names, *bad])
+    is_held = held_out if len(splits) < 2 else lambda name: name.startswith(f"{splits[1]}/")
+    parts = [[n for n in names if is_held(n) == held] for held in (False, True)]
     if not all(parts):
         raise ValueError(
             f"{path}: {len(names)} images ({', '.join(READ)}), {len(parts[0])} to train on and "
             f"{len(parts[1])} held out, about one in ten: need at least one of each"
         )
-    class_of = lambda name: name.partition("/")[0]
+    depth = len(splits) > 0  # of the class in a path
+    class_of = lambda name: name.split("/")[depth]
+    loose = [name for name in (*names, *bad) if name.count("/") <= depth]
     classes = {c: i for i, c in enumerate(sorted({class_of(name) for name in (*names, *bad)}))}
-    labelled = all("/" in name for name in (*names, *bad))
     ((height, width),) = sides
     channels = channels or max(shape[2] for shape in shapes)
-    what = (
-        f"labels {', '.join(list(classes)[:20])}{' ...' * (len(classes) > 20)}" if labelled else ""
-    )
-    print(f"{path}: {len(names):,} images, {len(parts[1]):,} held out  {what}".strip(), flush=True)
+    what = f"labels {', '.join(list(classes)[:20])}{' ...' * (len(classes) > 20)}"
+    if loose:
+        what = f"no labels, as {loose[0]} is in no folder of a class"
+    print(f"{path}: {len(names):,} images, {len(parts[1]):,} held out  {what}", flush=True)
+    if left_out:
+        print(f"{path}: left out: {', '.join(left_out)}", flush=True)
 
     def part(names):
         images = Images(path, np.array(names, object), size, (len(names), height, width, channels))
-        return images, np.array([classes[class_of(n)] for n in names]) if labelled else None
+        return images, None if loose else np.array([classes[class_of(n)] for n in names])
 
     return part(parts[0]), part(parts[1])
 
@@ -166,14 +194,8 @@ def scan(path: Path, size: int | None = None, workers: int = 0) -> Scan:
       size: as for `folder`.
       workers: number of processes that decode the files.
     """
-    found = [
-        os.path.relpath(os.path.join(where, file), path)
-        for where, _, files in os.walk(path)
-        for file in files
-        if file.lower().endswith(READ + NOT_READ)
-    ]
-    found = sorted(name.replace(os.sep, "/") for name in found)
-    result, reported = Scan([], {}, {}), time.monotonic()
+    found, left_out = _listed(path)
+    result, reported = Scan([], {}, {}, left_out), time.monotonic()
     look = functools.partial(_look, path, found, size)
     for seen in in_order(look, range(0, len(found), CHUNK), workers):
         for name, shape, why in seen:
@@ -187,6 +209,75 @@ def scan(path: Path, size: int | None = None, workers: int = 0) -> Scan:
             bad = f", {len(result.unreadable):,} unreadable" if result.unreadable else ""
             print(f"{path}: checked {done:,} of {len(found):,} images{bad}", flush=True)
     return result
+
+
+def _listed(path):
+    """The images' names, sorted, and what else there is, as in `Scan`."""
+    names, linked = _walk(path)
+    left_out = [f"{name}, a link to a folder that is read already" for name in linked]
+    endings = collections.Counter(os.path.splitext(name)[1].lower() for name in names)
+    others = sorted(endings.keys() - {*READ, *NOT_READ}, key=lambda e: (-endings[e], e))
+    left_out += [f"{endings[ending]:,} {ending or 'without an ending'}" for ending in others]
+    names = sorted(name for name in names if name.lower().endswith(READ + NOT_READ))
+    used = _splits(path, names)
+    for split in used[2:]:
+        left_out.append(f"{split}/, as {used[1]}/ is held out")
+        names = [name for name in names if not name.startswith(f"{split}/")]
+    return names, left_out
+
+
+def _walk(path):
+    """The files in a folder and in those below it, by name, and the links that were not followed.
+
+    Links to folders are followed after all folders that are no links, and no folder is read twice.
+    """
+    names, linked, seen, later = [], [], set(), [path]
+    name_of = lambda *parts: os.path.relpath(os.path.join(*parts), path).replace(os.sep, "/")
+    while later:
+        top = later.pop(0)
+        if _identity(top) in seen:
+            linked.append(name_of(top))
+            continue
+        for where, folders, files in os.walk(top, onerror=_refuse):
+            seen.add(_identity(where))
+            shown = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
+            inside = [os.path.join(where, name) for name in shown]
+            later += filter(os.path.islink, inside)
+            folders[:] = [
+                os.path.basename(place) for place in inside if _identity(place) not in seen
+            ]
+            names += [name_of(where, name) for name in files if name[0] != "."]
+    return names, linked
+
+
+def _refuse(error):
+    raise error  # a folder that may not be listed
+
+
+def _identity(folder):
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
+
+
+def _splits(path: Path, names: list[str]) -> tuple[str, ...]:
+    """The top-level folders that are splits: to train on, held out, then others; () if none are.
+
+    Raises:
+      ValueError: if these may be splits or classes.
+    """
+    tops = sorted({name.split("/")[0] + "/" * ("/" in name) for name in names})
+    found = {top[:-1].lower(): top[:-1] for top in tops if top[:-1].lower() in SPLITS}
+    others = [top for top in tops if top[:-1] not in found.values()]
+    if not found or (others and (len(found) == 1 or "train" not in found)):
+        return ()
+    ordered = [found[name] for name in SPLITS if name in found]
+    if others or "train" not in found:
+        there = f"beside {', '.join(others[:3])}" if others else "without train/"
+        raise ValueError(
+            f"{path}: {', '.join(f'{name}/' for name in ordered)} {there}: is this a split or a "
+            "class? Rename the folders, or move some elsewhere"
+        )
+    return tuple(ordered)
 
 
 def _look(path, found, size, start):
@@ -203,6 +294,8 @@ def _look(path, found, size, start):
 def read(file: Path, side: int | None = None, channels: int | None = None) -> np.ndarray:
     """The pixels of an image file, uint8 `[height, width, channels]`, on white where transparent.
 
+    Of an animation, or of several pages, it is the first.
+
     Args:
       file: a file with a suffix in `READ`.
       side: crop the image to a centred square, and scale it to this many pixels per side.
@@ -215,10 +308,10 @@ def read(file: Path, side: int | None = None, channels: int | None = None) -> np
     """
     try:
         if file.suffix.lower() in NOT_READ:
-            raise ValueError(f"{file.suffix} is not read: convert it to PNG, JPEG, WebP or BMP")
+            raise ValueError(f"{file.suffix} is not read: convert it to PNG, JPEG or WebP")
         if not file.is_file():  # opening a pipe would wait for ever
             raise ValueError("not a regular file")
-        with Image.open(file, formats=("PNG", "JPEG", "WEBP", "BMP")) as image:
+        with Image.open(file, formats=tuple(FORMATS)) as image:
             # Four copies of an image with transparency, of 4 bytes per pixel, and two of others.
             most = limits.IMAGE // (16 if image.has_transparency_data else 8)
             if image.width * image.height > most:
@@ -234,8 +327,13 @@ def _pixels(image, side, channels):
     if side is not None:
         image.draft(None, (2 * side, 2 * side))  # decodes a large JPEG at a reduced size
     ImageOps.exif_transpose(image, in_place=True)  # cameras store the orientation in metadata
+    if image.mode == "F":
+        raise ValueError("pixels of 32-bit floats, whose range is not known")
     if image.mode.startswith("I"):  # 16-bit grey
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        pixels = np.asarray(image)
+        if pixels.min() < 0 or pixels.max() >= 2**16:
+            raise ValueError("pixels of 32-bit integers, whose range is not known")
+        image = Image.fromarray((pixels >> 8).astype(np.uint8))
     grey = channels == 1 or (channels is None and image.mode in ("1", "L", "LA"))
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from . import limits
-from .examples import Source
+from .examples import FLAG, Source
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """The folder in which the Debian package `dataset-fashion-mnist` installs Fashion-MNIST."""
@@ -38,7 +38,7 @@ def fashion_mnist(path: Path | None) -> tuple:
         raise FileNotFoundError(
             f"Fashion-MNIST is not at {FASHION_MNIST}: install the Debian package "
             f"dataset-fashion-mnist (apt-get install dataset-fashion-mnist), or give "
-            f"--config.data.path the folder with its files {', '.join(_IDX_FILES)}"
+            f"data.path, the folder with its files {', '.join(_IDX_FILES)} ({FLAG})"
         )
     return _idx_folder(path or FASHION_MNIST)
 
@@ -47,7 +47,7 @@ def mnist(path: Path | None) -> tuple:
     """MNIST (LeCun et al. 1998), 60,000 + 10,000 images 28x28x1, from its four IDX files."""
     if path is None:
         raise FileNotFoundError(
-            f"MNIST: give --config.data.path the folder with its files {', '.join(_IDX_FILES)}"
+            f"MNIST: give data.path, the folder with its files {', '.join(_IDX_FILES)} ({FLAG})"
         )
     return _idx_folder(path)
 
@@ -57,7 +57,7 @@ def cifar10(path: Path | None) -> tuple:
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
     if path is None or not all((path / name).is_file() for name in names):
         raise FileNotFoundError(
-            "CIFAR-10: give --config.data.path the folder cifar-10-batches-bin with its files "
+            f"CIFAR-10: give data.path ({FLAG}), the folder cifar-10-batches-bin with its files "
             f"{', '.join(names)}" + (f"; they are not all in {path}" if path else "")
         )
     parts = [_cifar(path / name) for name in names]
@@ -65,18 +65,31 @@ def cifar10(path: Path | None) -> tuple:
     return (x, label), parts[-1]
 
 
-def npz(path: Path | None) -> tuple:
+def npz(path: Path | None, shape: tuple[int, ...] | None = None) -> tuple:
     """A NumPy archive with arrays x_train and x_test, and y_train and y_test if it has labels.
 
-    Images are uint8 or float32 in [-1, 1], `[n, height, width]` or `[n, height, width, channels]`.
+    Args:
+      path: the archive.
+      shape: of an example. Without it, arrays of three axes are read as grey images,
+        `[n, height, width]`.
     """
     if path is None or not path.is_file():
-        raise FileNotFoundError(f"npz: --config.data.path={path} must be the archive's path")
+        raise FileNotFoundError(f"npz: data.path={path} must be the archive's path ({FLAG})")
     try:
         arrays = limits.read_npz(path, ("x_train", "x_test"), ("y_train", "y_test"))
     except Exception as error:  # untrusted input may raise anything
         raise ValueError(f"{path}: not a readable npz archive ({error})") from error
-    return tuple((_channels(arrays[f"x_{p}"]), arrays.get(f"y_{p}")) for p in ("train", "test"))
+    x = arrays["x_train"]
+    as_it_is = x.shape[1:] == shape
+    if x.ndim == 3 and x.dtype != np.uint8 and shape is None:
+        height, width = x.shape[1:]
+        print(
+            f"{path}: read as grey images of {height} x {width} pixels; data.shape={height} "
+            f"{width} leaves the examples as they are",
+            flush=True,
+        )
+    given = lambda x: x if as_it_is else _channels(x)
+    return tuple((given(arrays[f"x_{p}"]), arrays.get(f"y_{p}")) for p in ("train", "test"))
 
 
 _IDX_FILES = [

@@ -1,12 +1,13 @@
 """Train a small classifier of Fashion-MNIST, whose activations are a feature space for images.
 
-    python -m diffjax.evaluation.classifier --data-path=/usr/share/datasets/fashion-mnist
+    python -m diffjax.evaluation.classifier --data_path=/usr/share/datasets/fashion-mnist
 
 prints the classifier's accuracy on held-out images. This command, with its defaults, made the
 weights that come with the package (`WEIGHTS`).
 """
 
 import dataclasses
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from flax import traverse_util
 from safetensors import numpy as safetensors
 
 from .. import data
-from ..experiment.command_line import error_exit
+from ..experiment.command_line import error_exit, read_flags
 from ..types import Array, Key
 
 WEIGHTS = Path(__file__).with_name("fashion_classifier.safetensors")
@@ -107,7 +107,7 @@ class Arguments:
 
 def main() -> None:
     """Run the command."""
-    args = tyro.cli(Arguments, description=__doc__)
+    args = read_flags(Arguments, sys.argv[1:], __doc__)
     with error_exit():
         train_set, test_set = data.load("fashion_mnist", args.data_path)
     began = time.perf_counter()

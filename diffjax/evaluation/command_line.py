@@ -5,10 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tyro
-
 from ..experiment import Walk
-from ..experiment.command_line import SETTINGS, take, walk_defaults
+from ..experiment.command_line import read_flags, take, walk_defaults
 from ..published.trained import read_config
 
 Arguments = TypeVar("Arguments")
@@ -34,14 +32,7 @@ def parse_with_run(
     sampler, rest = take(argv, "--sampler")
     walk = walk_defaults(run_walk(Path(workdir or default.workdir)), sampler)
     drawing = dataclasses.replace(default.drawing, walk=walk)
-    args: Any = tyro.cli(
-        kind,
-        args=rest,
-        default=dataclasses.replace(default, drawing=drawing),
-        description=description,
-        config=SETTINGS,
-        use_underscores=True,
-    )
+    args: Any = read_flags(kind, rest, description, dataclasses.replace(default, drawing=drawing))
     # An option on the command line is added to those of the run.
     options = walk.options | args.drawing.walk.options
     walk = dataclasses.replace(args.drawing.walk, options=options)

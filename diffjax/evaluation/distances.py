@@ -41,7 +41,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     a, b = _float64(a, b)
     if min(len(a), len(b)) < 2:
         raise ValueError(f"Frechet distance of {len(a)} and {len(b)} examples: need at least 2")
-    c_a, c_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    c_a, c_b = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
     values, vectors = np.linalg.eigh(c_a)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
     # C_a C_b has the eigenvalues of the symmetric root(C_a) C_b root(C_a).

@@ -1,15 +1,17 @@
 """From words on the command line to a config, and errors as one line.
 
-A choice on which other defaults depend is read first: `--config=FILE` for every field, the name of
+A choice on which other defaults depend is read first: `--config=NAME` for every field, the name of
 a network, schedule, weighting or sampler for its options. Options of the config that the new choice
 does not have are dropped. The rest of the words override fields of the result.
 """
 
 import contextlib
 import dataclasses
+import difflib
 import importlib.util
 import inspect
 import sys
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -21,13 +23,12 @@ from ..densities import DENSITIES
 from ..models import MODELS, name_of, switched
 from ..schedules import SCHEDULES
 from ..training.distributed import CRASHED, Distributed
+from ..training.files import local
 from ..weightings import WEIGHTINGS
 from .config import Config, Walk
 
 AnyWalk = TypeVar("AnyWalk", bound=Walk)
-
-SETTINGS = (tyro.conf.FlagConversionOff,)
-"""How every command reads its flags: --flag=True, never --flag --no-flag."""
+Arguments = TypeVar("Arguments")
 
 
 class Command(NamedTuple):
@@ -46,8 +47,12 @@ class Command(NamedTuple):
     profile: int
 
 
-def parse(argv: Sequence[str], default: str = "configs/digits.py") -> Command:
-    """Read `[--config=FILE[:variant]] [--config.model=NAME] [--workdir=DIR] [--config.FIELD=...]`.
+def parse(argv: Sequence[str], configs: Path = Path("configs")) -> Command:
+    """Read `[--config=NAME[:variant]] [--config.model=NAME] [--workdir=DIR] [--config.FIELD=...]`.
+
+    Args:
+      argv: the arguments.
+      configs: the folder of configs that are chosen by name.
 
     Raises:
       SystemExit: after printing the help, or what is wrong in a few lines.
@@ -55,9 +60,9 @@ def parse(argv: Sequence[str], default: str = "configs/digits.py") -> Command:
     file, rest = take(argv, "--config")
     model, rest = take(rest, "--config.model")
     sampler, rest = take(rest, "--config.sampling.sampler")
-    file = file or default
+    file = file or "digits"
     with error_exit():
-        base = from_file(file)
+        base = from_file(file, configs)
         if model is not None:
             base = dataclasses.replace(base, model=switched(base.model, model))
     for field, table in (
@@ -74,7 +79,7 @@ def parse(argv: Sequence[str], default: str = "configs/digits.py") -> Command:
     name = Path(file.partition(":")[0]).stem
 
     @dataclasses.dataclass(frozen=True)
-    class Arguments:
+    class Flags:
         config: tyro.conf.AvoidSubcommands[Config] = base
         workdir: Path = Path("runs") / name
         """Directory of checkpoints, metrics and pictures; a run that is in it is resumed."""
@@ -82,18 +87,89 @@ def parse(argv: Sequence[str], default: str = "configs/digits.py") -> Command:
         profile: int = 0
         """Number of steps, from the tenth on, to trace into WORKDIR/profile."""
 
-    args = tyro.cli(
-        Arguments,
-        args=rest,
-        description=f"--config=FILE[:variant] chooses the experiment; this is {file}. "
+    args = read_flags(
+        Flags,
+        rest,
+        f"--config=NAME[:variant], or a file, chooses the experiment; this is {file}. "
         f"--config.model=NAME chooses the network, one of {{{','.join(MODELS)}}}; this is "
         f"{name_of(base.model)}. Every field can be changed:",
-        config=SETTINGS,
-        use_underscores=True,
     )
     if args.profile < 0:
         sys.exit(f"error: profile={args.profile}: must be at least 0, the number of steps to trace")
     return Command(args.config, args.workdir, args.distributed, args.profile)
+
+
+def read_flags(
+    kind: type[Arguments],
+    argv: Sequence[str],
+    description: str | None,
+    default: Arguments | None = None,
+) -> Arguments:
+    """Read the flags of any command: --flag_name=True, never --flag-name --no-flag-name.
+
+    Args:
+      kind: a dataclass of the flags.
+      argv: the arguments.
+      description: text for --help.
+      default: values of the flags that are not given; None: those of the class.
+
+    Returns:
+      The flags, in which every path is on this machine (`files.local`).
+
+    Raises:
+      SystemExit: after printing the help, or what is wrong in a few lines.
+    """
+    args, unknown = tyro.cli(
+        kind,
+        args=argv,
+        default=default,
+        description=description,
+        config=(tyro.conf.FlagConversionOff,),
+        use_underscores=True,
+        return_unknown_args=True,
+    )
+    with error_exit():
+        if unknown:
+            word = unknown[0].partition("=")[0]
+            meant = _similar(word, _flags(args))
+            hint = f"did you mean {meant}? " if meant else ""
+            raise ValueError(f"unknown {word}: {hint}--help lists all flags")
+        return _with_local_paths(args)
+
+
+def _flags(section, prefix="--"):
+    """The names of a dataclass's flags."""
+    hints = typing.get_type_hints(type(section), include_extras=True)
+    for field in dataclasses.fields(section):
+        value, name = getattr(section, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            bare = tyro.conf.OmitArgPrefixes in getattr(hints[field.name], "__metadata__", ())
+            yield from _flags(value, "--" if bare else f"{name}.")
+        else:
+            yield name
+
+
+def _similar(word, flags):
+    """The flag that a word may mean: one with the same last part, or a similar one; or None."""
+    word, last = word.replace("-", "_"), lambda name: name.rpartition(".")[2].lstrip("-_")
+    by_form = {flag.replace("-", "_"): flag for flag in flags}
+    same = [form for form in by_form if last(form) == last(word)]
+    close = difflib.get_close_matches(word, same or by_form, 1, 0 if same else 0.8)
+    return by_form[close[0]] if close else None
+
+
+def _with_local_paths(section):
+    """The dataclass, in which every path is on this machine."""
+    changed = {}
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if isinstance(value, Path):
+            changed[field.name] = local(value)
+        elif isinstance(value, tuple) and value and isinstance(value[0], Path):
+            changed[field.name] = tuple(map(local, value))
+        elif dataclasses.is_dataclass(value):
+            changed[field.name] = _with_local_paths(value)
+    return dataclasses.replace(section, **changed)
 
 
 def accepted(table: Mapping[str, Callable], name: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -141,20 +217,26 @@ def error_exit(*errors: type[Exception]) -> Iterator[None]:
         sys.exit(f"error: {error}")
 
 
-def from_file(spec: str) -> Config:
-    """The config of `FILE.py` or `FILE.py:variant`.
+def from_file(spec: str, configs: Path = Path("configs")) -> Config:
+    """The config of `NAME` or `FILE.py`, or of a variant of it, `NAME:variant`.
 
     The file is Python, and is executed: use only files that you trust.
 
+    Args:
+      spec: a path, or the name of a file in `configs`.
+      configs: a folder of configs.
+
     Raises:
-      FileNotFoundError: if there is no such file; names those beside it.
+      FileNotFoundError: if there is no such file; names those that there are.
       ValueError: if it has no such variant.
     """
     name, _, variant = spec.partition(":")
-    path = Path(name)
-    if not path.is_file():
-        beside = sorted(str(p) for p in path.parent.glob("*.py"))
-        raise FileNotFoundError(f"no config {name}; there are: {', '.join(beside) or 'none'}")
+    # From another directory, a path is looked for beside the folder too.
+    places = [Path(name), configs / f"{name}.py", configs / name, configs.parent / name]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        there = ", ".join(sorted(file.stem for file in configs.glob("*.py"))) or "none"
+        raise FileNotFoundError(f"no config {name}; {configs} has {there}")
     module_spec = importlib.util.spec_from_file_location(path.stem, path)
     if module_spec is None or module_spec.loader is None:
         raise FileNotFoundError(f"{name} is not a Python file")

@@ -158,8 +158,8 @@ class Data:
     """Side of the squares that the images of a folder are cropped and scaled to, or that those of
     another set are averaged down to; None: leave the images as they are, all of one size."""
     shape: tuple[int, ...] | None = None
-    """Shape of an example, which lets a network from a file be used without its data; None: the
-    shape that the data has."""
+    """Shape of an example, which a run records so that its network can be used without its data;
+    None: the shape that the data has. An archive npz of this shape is not read as grey images."""
     channels: int | None = None
     """Channels of the images of a folder: 1, grey, or 3, RGB; None: 1 if all are grey, else 3."""
     unreadable: Annotated[str, one_of(UNREADABLE)] = "refuse"
@@ -386,6 +386,7 @@ CHANGEABLE = {
     "sampling",
     "writers",
     "data.path",
+    "data.shape",
     "data.workers",
 }
 """Fields that may change when a run is resumed."""

@@ -1,13 +1,16 @@
 """The data of an experiment: loaded, checked by `rules`, and made into batches on the host."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .. import data
 from ..data import Dataset, Examples, batch_indices, load, train_batch, train_batches
+from ..training.files import local
 from .config import Config
 from .functions import Experiment
 from .rules import check_data as check_data, doubts as doubts
@@ -20,7 +23,25 @@ def load_data(config: Config) -> Dataset:
       ValueError, FileNotFoundError: as `data.load` does.
     """
     d = config.data
-    return load(d.name, d.path, d.size, d.channels, d.unreadable, d.workers)
+    path = None if d.path is None else local(d.path)
+    return load(d.name, path, d.size, d.channels, d.unreadable, d.workers, d.shape)
+
+
+def located(config: Config, path: Path | None) -> Config:
+    """The config with its data at a path; None: where the config says."""
+    if path is None:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, path=path.absolute()))
+
+
+def recorded(config: Config, train: Examples) -> Config:
+    """The config as a run stores it: with the absolute path and the shape of its training data.
+
+    So a run can be used from another directory, and sampled or exported without its data.
+    """
+    config = located(config, config.data.path)
+    data = dataclasses.replace(config.data, shape=train.x.shape[1:])
+    return dataclasses.replace(config, data=data)
 
 
 def fingerprint(train: Examples, test: Examples) -> dict[str, Any]:

@@ -8,6 +8,7 @@ It only reads, so the run may be in progress; it verifies every checkpoint again
 import contextlib
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
@@ -17,7 +18,7 @@ from rich.table import Table
 from ..training import metrics, parsing
 from ..training.checkpoints import ARRAYS, damage_of
 from . import run_directory
-from .command_line import error_exit
+from .command_line import error_exit, read_flags
 from .config import Config, fields
 
 
@@ -65,8 +66,8 @@ def report(workdir: Path, console: Console) -> int:
     return damaged
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """The command; exits with 1 if a checkpoint is damaged."""
-    args = tyro.cli(Arguments, description=__doc__)
+    args = read_flags(Arguments, sys.argv[1:] if argv is None else argv, __doc__)
     with error_exit():
         sys.exit(int(report(args.workdir, Console(highlight=False)) > 0))

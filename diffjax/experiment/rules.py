@@ -193,14 +193,6 @@ def check_data(config: Config, train: Examples, test: Examples) -> None:
             f"held-out examples of shape {test.x.shape[1:]}, others {shape}",
         ),
         (
-            len(shape) != 3 or shape[-1] in (1, 3),
-            f"images of {shape[-1]} channels: need 1 (grey) or 3 (colour)",
-        ),
-        (
-            len(shape) != 1 or shape[0] >= 2,
-            f"vectors of {shape[0]} feature: need at least 2 to draw them",
-        ),
-        (
             c.low_resolution is None
             or (square and c.low_resolution >= 1 and shape[0] % c.low_resolution == 0),
             f"low_resolution={c.low_resolution}: must divide the side of square images, not "

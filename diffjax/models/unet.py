@@ -321,7 +321,7 @@ def noise_embedding(noise: Array, width: int, period: float = 10000.0) -> Array:
 
     Vaswani et al. 2017, section 3.5, as DDPM embeds its t = 0..999.
     """
-    frequencies = jnp.exp(-jnp.log(period) * jnp.arange(width // 2) / (width // 2))
+    frequencies = jnp.exp(-jnp.log(period) * jnp.arange(width // 2, dtype=float) / (width // 2))
     angles = noise[:, None] * frequencies[None].astype(noise.dtype)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 

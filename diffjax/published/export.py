@@ -7,15 +7,19 @@ The second command converts a network that others published; `diffjax.published`
 """
 
 import dataclasses
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import tyro
 
 from .. import published
-from ..experiment.command_line import error_exit
+from ..experiment.command_line import error_exit, read_flags
+from ..experiment.dataset import located
 from ..experiment.run_directory import CHECKPOINTS
 from . import weights
+from .pretrained import PRETRAINED
 from .trained import load
 
 
@@ -24,16 +28,20 @@ class Arguments:
     """What to export, and to which file."""
 
     source: tyro.conf.Positional[Path]
-    """A run's directory, or the folder or file of a network that others published."""
+    """A run's directory, an exported file, the name of a network that comes with diffjax, or the
+    folder or file of a network that others published."""
     file: tyro.conf.Positional[Path]
     """The file to write."""
+    data_path: Path | None = None
+    """Where a run's data is, if it is of version 0.1, which did not record the shape of it."""
 
 
-def export(source: Path, file: Path) -> str:
+def export(source: Path, file: Path, data_path: Path | None = None) -> str:
     """Write the file, and return a line that describes it."""
-    ours = (source / CHECKPOINTS).exists() or source.suffix == ".safetensors"
+    named = not source.exists() and str(source) in PRETRAINED
+    ours = named or (source / CHECKPOINTS).exists() or source.suffix == ".safetensors"
     params, config = load(source)[1:] if ours else published.load(source)
-    weights.save(file, params, config)
+    weights.save(file, params, located(config, data_path))
     count = sum(x.size for x in jax.tree.leaves(params))
     size = file.stat().st_size
     return (
@@ -41,8 +49,8 @@ def export(source: Path, file: Path) -> str:
     )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    args = tyro.cli(Arguments, description=__doc__)
+    args = read_flags(Arguments, sys.argv[1:] if argv is None else argv, __doc__)
     with error_exit():
-        print(export(args.source, args.file))
+        print(export(args.source, args.file, args.data_path))

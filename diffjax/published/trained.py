@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..experiment import Config, resolve, run_directory
+from ..training.files import local
 from ..types import Data
 from . import weights
 from .pretrained import PRETRAINED
@@ -72,7 +73,7 @@ def home(source: Path | str) -> Path:
     It is the run's directory, the folder of the file, or, for a network that comes with diffjax,
     `runs/NAME`, which is created.
     """
-    path = Path(source)
+    path = local(source)
     if not path.exists() and str(source) in PRETRAINED:
         path = Path("runs") / path
         path.mkdir(parents=True, exist_ok=True)
@@ -80,5 +81,5 @@ def home(source: Path | str) -> Path:
 
 
 def _located(source):
-    path = Path(source)
+    path = local(source)
     return path if path.exists() else PRETRAINED.get(str(source), path)

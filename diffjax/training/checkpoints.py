@@ -26,7 +26,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
 from . import orbax, parsing
-from .files import Lock, file_digest, sync, unequal, write_text
+from .files import Lock, file_digest, local, sync, unequal, write_text
 
 SEAL = "seal.json"
 ARRAYS = "arrays.json"
@@ -264,6 +264,7 @@ class Checkpoints:
 
 def check_path(directory: Path) -> None:
     """Raise a ValueError if checkpoints in this folder could not be read back."""
+    local(directory)
     if set(str(directory.absolute())) & set(orbax.UNREADABLE):
         raise ValueError(
             f"{directory.absolute()}: Orbax cannot read a path with any of {orbax.UNREADABLE}; "

@@ -41,7 +41,7 @@ CLUSTER = {"JAX_COORDINATOR_ADDRESS", "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE"}
 """Environment variables that are set only inside a cluster."""
 
 
-def setup(distributed: Distributed, batch_size: int, accumulate: int = 1) -> None:
+def setup(distributed: Distributed, batch_size: int | None = None, accumulate: int = 1) -> None:
     """Find the other processes; for a single process on a CPU, turn its cores into devices.
 
     Call it before JAX starts. Compiled programs are kept in `cache()` for the next start, unless
@@ -49,13 +49,14 @@ def setup(distributed: Distributed, batch_size: int, accumulate: int = 1) -> Non
     (`JAX_ENABLE_COMPILATION_CACHE=false`).
 
     Two cores as two devices train 1.4 times faster than as one device with two threads. The number
-    of devices is the largest number of cores that divides the batch, and XLA lets them wait ten
-    minutes for each other (`TIMEOUT`). Nothing changes if the user has chosen a number (by
-    `JAX_NUM_CPU_DEVICES`, or by `--xla_force_host_platform_device_count` in `XLA_FLAGS`), or if JAX
-    has started already.
+    of devices is the largest number of cores that divides the batch, or all of them if batches are
+    padded (`batch_size=None`), and XLA lets them wait ten minutes for each other (`TIMEOUT`).
+    Nothing changes if the user has chosen a number (by `JAX_NUM_CPU_DEVICES`, or by
+    `--xla_force_host_platform_device_count` in `XLA_FLAGS`), or if JAX has started already.
 
     Raises:
-      ValueError: if `distributed` is given in part, or makes no sense.
+      ValueError: if `distributed` is given in part, or makes no sense; or if there is no device of
+        a platform that the user has chosen (`JAX_PLATFORMS`).
       RuntimeError: if the others cannot be reached.
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
@@ -64,6 +65,7 @@ def setup(distributed: Distributed, batch_size: int, accumulate: int = 1) -> Non
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if not _join(distributed):
         _make_cores_devices(batch_size, accumulate)
+    _start()
 
 
 def cache() -> Path:
@@ -114,9 +116,39 @@ def _make_cores_devices(batch_size, accumulate):
         return
     if TIMEOUT not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {TIMEOUT}=600".strip()
-    fits = [n for n in range(1, cores() + 1) if batch_size % (n * accumulate) == 0]
+    splits = lambda n: batch_size is None or batch_size % (n * accumulate) == 0
+    fits = [n for n in range(1, cores() + 1) if splits(n)]
     with contextlib.suppress(RuntimeError):  # raised if JAX has started
         jax.config.update("jax_num_cpu_devices", max(fits, default=1))
+
+
+def _start():
+    """Start JAX, which finds its devices."""
+    platforms = jax.config.values["jax_platforms"]
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that it has found a platform
+        if not platforms:
+            raise
+        why = str(error).partition("\n")[0] or "unset it, to use what there is"
+        raise ValueError(
+            f"JAX_PLATFORMS={platforms}: JAX finds no such device, or lacks its plugin: {why}"
+        ) from error
+
+
+def idle_cores(batch_size: int, accumulate: int = 1) -> str | None:
+    """A line of advice if the batch does not divide over all cores; else None."""
+    most = cores()
+    used, share = jax.local_device_count(), most * accumulate
+    if jax.process_count() > 1 or jax.default_backend() != "cpu" or used >= most:
+        return None
+    if batch_size % share == 0:
+        return None  # the user has chosen fewer devices
+    sizes = {batch_size // share * share, -(-batch_size // share) * share} - {0}
+    return (
+        f"batch_size={batch_size} splits over {used} of the {most} cores; "
+        f"{' or '.join(map(str, sorted(sizes)))} would use all of them"
+    )
 
 
 def cores() -> int:

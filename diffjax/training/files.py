@@ -4,8 +4,10 @@ import contextlib
 import datetime
 import hashlib
 import os
+import re
 import secrets
 import socket
+import urllib.parse
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,25 @@ from typing import Any
 
 import jax
 import numpy as np
+
+
+def local(path: Path | str) -> Path:
+    """A path as it is, or the path of a URL `file:///PATH`, on this machine.
+
+    Raises:
+      ValueError: if it is the URL of another place.
+
+    >>> local("file:///home/a%20run")
+    PosixPath('/home/a run')
+    """
+    scheme = re.match("([A-Za-z][A-Za-z0-9+.-]+):/+", str(path))  # a Path has one slash of two
+    if scheme is None:
+        return Path(path)
+    if scheme[1].lower() != "file":
+        raise ValueError(
+            f"{path} is not on this machine: give a path, or mount the store {scheme[1]}://"
+        )
+    return Path("/" + urllib.parse.unquote(str(path)[scheme.end() :]))
 
 
 @contextlib.contextmanager

@@ -168,12 +168,13 @@ def in_batches(
       mapped: `runner.map(f)`.
       params: f's first argument.
       batch: arrays `[n, ...]`; the last part is padded by repeating the last example.
-      size: examples per call, a multiple of the device count.
+      size: examples per call, rounded up to a multiple of the device count.
 
     Returns:
       f's outputs, `[n, ...]`, on the host, in every process.
     """
-    n = len(batch["index"])
+    n, devices = len(batch["index"]), len(_devices())
+    size = -(-size // devices) * devices
     parts = []
     for start in range(0, n, size):
         rows = np.minimum(start + runner.slots(size), n - 1)

@@ -101,7 +101,8 @@ def train_step(
         batch, from which `loss_fn` derives a key for each example (`keys.fold_in(key, index)`).
       loss_fn: (key of this step, params, batch, `state.extra`) -> `Losses`. A function of the first
         three alone that returns losses `[batch]` is accepted too.
-      tx: the optimiser.
+      tx: the optimiser. One that takes the loss, `value`, as `optax.contrib.reduce_on_plateau`
+        does, gets the mean over the global batch.
       ema_decay: decay of the moving average in [0, 1), or a function of the step to it.
       axis_name: the mapped axis to average over under `pmap` or `shard_map`; None under `jit`.
       accumulate: into how many equal parts to split the batch, which are then processed one after
@@ -158,7 +159,9 @@ def train_step(
         # Sorted by index, so that the result does not depend on the layout of the devices.
         order = jnp.argsort(index)
         extra = remember(extra, jax.tree.map(lambda x: x[order], seen))
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    update = optax.with_extra_args_support(tx).update  # some need the loss, as reduce_on_plateau
+    with jax.numpy_dtype_promotion("standard"):  # which optax's Adam relies on
+        updates, opt_state = update(grads, state.opt_state, state.params, value=loss)
     params = optax.apply_updates(state.params, updates)
     decay = ema_decay(state.step) if callable(ema_decay) else ema_decay
     new = state.replace(
