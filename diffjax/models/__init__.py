@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from ..types import Array, Cond, Key
 from .dit import DiT, DiTConfig
+from .edm2_unet import EDM2UNet, EDM2UNetConfig
 from .mlp import MLP, MLPConfig
 from .song_unet import SongUNet, SongUNetConfig
 from .unet import UNet, UNetConfig
@@ -71,12 +72,14 @@ MODELS = {
     "song_unet": Model(SongUNetConfig, SongUNet),
     "mlp": Model(MLPConfig, MLP),
     "dit": Model(DiTConfig, DiT),
+    "edm2_unet": Model(EDM2UNetConfig, EDM2UNet),
 }
 """Networks by name, as configs and the command line choose them."""
 
 __all__ = [
     "MODELS",
     "DiTConfig",
+    "EDM2UNetConfig",
     "MLPConfig",
     "Model",
     "ModelConfig",
