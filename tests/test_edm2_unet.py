@@ -34,10 +34,12 @@ def inputs(batch=2, shape=(8, 8, 3)):
     return x, jnp.linspace(-5, 5, batch), {"label": jnp.arange(batch) % 3}
 
 
-def init(config, gain=0.3):
-    """A fresh network whose gains are not zero: every path matters."""
-    params = jax.jit(EDM2UNet(config).init)(jax.random.key(1), *inputs())["params"]
-    return jax.tree.map(lambda p: p + gain if p.ndim == 0 else p, params)
+def init(config, gain=0.3, like=None):
+    """Standard normal filters, as at the start, with gains that are not 0: every path matters."""
+    like = jax.eval_shape(EDM2UNet(config).init, jax.random.key(1), *(like or inputs()))["params"]
+    rng = np.random.default_rng(2)
+    draw = lambda p: jnp.asarray(rng.standard_normal(p.shape), p.dtype)
+    return jax.tree.map(lambda p: draw(p) if p.ndim else jnp.asarray(gain, p.dtype), like)
 
 
 def count(config, side, channels):
@@ -132,11 +134,11 @@ def test_it_computes_the_numbers_of_the_published_network():
 
 
 def test_magnitudes_are_near_one_at_the_start():
-    config = EDM2UNetConfig(64, (1, 2), 2, (8,), labels=3)
-    x, log_snr, cond = inputs(4, (16, 16, 3))
+    config = EDM2UNetConfig(64, (1, 2), 2, (4,), labels=3)
+    x, log_snr, cond = inputs(4)
+    params = {"params": init(config, 0.0, (x, log_snr, cond))}
 
     def blocks(x, log_snr, cond):
-        params = EDM2UNet(config).init(jax.random.key(1), x, log_snr, cond)
         keep = lambda module, name: type(module).__name__ == "Block" and name == "__call__"
         model = EDM2UNet(config)
         return model.apply(params, x, log_snr, cond, capture_intermediates=keep)[1]
@@ -177,7 +179,8 @@ def test_gradients_are_orthogonal_to_filters_and_spare_the_frequencies():
 
 
 def test_a_fresh_network_says_zero():
-    out, _ = jax.jit(EDM2UNet(TINY).init_with_output)(jax.random.key(0), *inputs())
+    config = dataclasses.replace(TINY, mults=(1,), attention=())
+    out, _ = jax.jit(EDM2UNet(config).init_with_output)(jax.random.key(0), *inputs())
     assert not out.any()
 
 
@@ -213,12 +216,12 @@ def test_remat_changes_memory_and_nothing_else():
 
     def value(remat):
         config = dataclasses.replace(TINY, remat=remat)
-        loss = lambda p: (apply(EDM2UNet(config), p, *inputs(8)) ** 2).mean()
+        loss = lambda p: (apply(EDM2UNet(config), p, *inputs(64)) ** 2).mean()
         compiled = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
         return compiled(params), compiled.memory_analysis().temp_size_in_bytes
 
     (plain, most), (again, less) = value(False), value(True)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), plain, again)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), plain, again)
     assert less < most
 
 
