@@ -190,11 +190,11 @@ def projected(
     >>> tx = projected(optax.sgd(1.0), unit)
     >>> w = jnp.array([1.0, 0.0])
     >>> updates, _ = tx.update(jnp.array([0.0, -1.0]), tx.init(w), w)
-    >>> (w + updates).round(3).tolist()
-    [0.707, 0.707]
+    >>> [f"{x:.3f}" for x in w + updates]
+    ['0.707', '0.707']
     """
 
-    def update(updates, state, params=None):
+    def update(updates, state, params: Any = None):
         updates, state = tx.update(updates, state, params)
         aim = project(optax.apply_updates(params, updates))
         return jax.tree.map(jnp.subtract, aim, params), state
