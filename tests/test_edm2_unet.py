@@ -13,7 +13,7 @@ import pytest
 
 from diffjax.experiment import Config, resolve
 from diffjax.experiment.config import Optimizer
-from diffjax.models import apply
+from diffjax.models import MLPConfig, apply
 from diffjax.models.edm2_unet import (
     SIZES,
     EDM2UNet,
@@ -232,6 +232,32 @@ def test_every_input_matters_and_no_other_example_does():
         assert (jnp.abs(f(*changed) - base).max(axis=(1, 2, 3)) > 1e-4).all()
     alone = f(x[:1], log_snr[:1], {"label": cond["label"][:1]})
     np.testing.assert_allclose(alone, base[:1], rtol=1e-4, atol=1e-5)
+
+
+def test_learned_uncertainty_is_the_logarithm_of_the_mean_loss():
+    """An exact denoiser of data N(0, 0.5^2) has loss 1 with EDM's weight, so u = 0 everywhere."""
+    e = resolve(Config(model=MLPConfig(), learned_uncertainty=True))
+    params = jax.jit(functools.partial(e.init, shape=(2,)))(jax.random.key(0))
+    log_snr, tx = jnp.linspace(-8, 12, 64), optax.adam(0.03)
+    for loss in (jnp.ones(64), jnp.exp(jnp.sin(log_snr / 8))):
+        mean = lambda own, loss=loss: e.balance({"uncertainty": own}, log_snr, loss).mean()
+
+        def step(_, carry, mean=mean):
+            own, state = carry
+            updates, state = tx.update(jax.grad(mean)(own), state)
+            return optax.apply_updates(own, updates), state
+
+        own = params["uncertainty"]
+        own, _ = jax.jit(lambda c, step=step: jax.lax.fori_loop(0, 500, step, c))(
+            (own, tx.init(own))
+        )
+        u = e.balance({"uncertainty": own}, log_snr, jnp.zeros(64))
+        np.testing.assert_allclose(u, jnp.log(loss), atol=0.03)
+    # The network does not see them.
+    x = jnp.ones((1, 2))
+    network = {k: v for k, v in params.items() if k != "uncertainty"}
+    out = e.apply(params, x, jnp.zeros(1))
+    np.testing.assert_array_equal(out, e.apply(network, x, jnp.zeros(1)))
 
 
 @pytest.mark.faults

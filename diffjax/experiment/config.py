@@ -320,6 +320,9 @@ class Config:
     bound_weight: float | None = None
     """Learn the decoder's variance too, with this weight on the bound (0.001 in improved DDPM); it
     needs time_steps, and a model whose out_channels are twice the data's. None: do not learn it."""
+    learned_uncertainty: bool = False
+    """Learn u, a function of log-SNR, beside the network, and minimise exp(-u) loss + u, so that
+    every noise level contributes equally (EDM2). Reported losses are without u."""
     loss_aware_times: bool = False
     """Draw times more often where the loss has been large; it needs time_steps."""
     label_drop: float = 0.1

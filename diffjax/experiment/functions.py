@@ -77,6 +77,8 @@ class Experiment(NamedTuple):
       init: (key, shape of an example) -> fresh parameters of the network.
       apply: (params, x_t, log_snr, cond) -> an estimate of the target; with the keyword `dropout`,
         keys `[batch]`, in training mode. `partial(apply, params)` is a network.
+      balance: (params, log_snr, losses) -> what training minimises, `[batch]` each: the losses, or
+        exp(-u) loss + u if the uncertainty u is learned.
       condition: (keys `[batch]`, batch, drop=False, cond_noise=None) -> what the network is
         conditioned on, or None.
       denoiser: network -> denoiser, neither guided nor clipped.
@@ -97,6 +99,7 @@ class Experiment(NamedTuple):
     times: Times
     init: Callable[[Key, tuple[int, ...]], Any]
     apply: Callable[..., Data]
+    balance: Callable[[Any, Array, Array], Array]
     condition: Callable[..., Any]
     denoiser: Callable[[Network], Denoiser]
     guide: Callable[[Denoiser], Denoiser]
@@ -134,7 +137,16 @@ def resolve(config: Config) -> Experiment:
         batch = {"x": jnp.zeros((1, *shape)), "label": jnp.zeros(1, jnp.int32)}
         cond = condition(keys.per_example(key, 1), batch)
         params = module.init(key, batch["x"], jnp.zeros(1), cond)["params"]
+        if config.learned_uncertainty:
+            own = models.Uncertainty().init(keys.fold_in(key, 1), jnp.zeros(1))["params"]
+            params = params | {"uncertainty": own}
         return params if project is None else project(params)
+
+    def balance(params, log_snr, each):
+        if not config.learned_uncertainty:
+            return each
+        u = models.Uncertainty().apply({"params": params["uncertainty"]}, log_snr)
+        return jnp.exp(-u) * each + u
 
     def objective(levels):
         weight = config.bound_weight
@@ -165,6 +177,7 @@ def resolve(config: Config) -> Experiment:
         times=_times(config, schedule),
         init=init,
         apply=_apply(config, module, schedule),
+        balance=balance,
         condition=condition,
         denoiser=lambda network: denoiser(
             network, schedule, config.target, learned_variance=learned

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from ..types import Array, Cond, Key
 from .dit import DiT, DiTConfig
-from .edm2_unet import EDM2UNet, EDM2UNetConfig, normalised
+from .edm2_unet import EDM2UNet, EDM2UNetConfig, Uncertainty, normalised
 from .mlp import MLP, MLPConfig
 from .song_unet import SongUNet, SongUNetConfig
 from .unet import UNet, UNetConfig
@@ -94,6 +94,7 @@ __all__ = [
     "ModelConfig",
     "SongUNetConfig",
     "UNetConfig",
+    "Uncertainty",
     "apply",
     "make_module",
     "name_of",

@@ -209,6 +209,22 @@ class Block(nn.Module):
         return jnp.clip(h, -LARGEST, LARGEST)
 
 
+class Uncertainty(nn.Module):
+    """The logarithm of a loss as a function of log-SNR, `[batch]` -> `[batch]` (equation 21).
+
+    With u its value, training minimises exp(-u) loss + u, whose minimum over u is at the logarithm
+    of the mean loss, so that every noise level then contributes equally.
+    """
+
+    @nn.compact
+    def __call__(self, log_snr: Array) -> Array:
+        frequencies, phases = (
+            jax.lax.stop_gradient(self.param(name, init, (128,)))
+            for name, init in (("frequencies", frequency_init), ("phases", phase_init))
+        )
+        return Linear(1, name="linear")(fourier(-log_snr / 8, frequencies, phases))[:, 0]
+
+
 class Linear(nn.Module):
     """A linear map of channels, or of `side` x `side` pixels, whose filters have length one.
 
