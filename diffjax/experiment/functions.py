@@ -139,13 +139,13 @@ def resolve(config: Config) -> Experiment:
         params = module.init(key, batch["x"], jnp.zeros(1), cond)["params"]
         if config.learned_uncertainty:
             own = models.Uncertainty().init(keys.fold_in(key, 1), jnp.zeros(1))["params"]
-            params = params | {"uncertainty": own}
+            params = {**params, "uncertainty": own}
         return params if project is None else project(params)
 
     def balance(params, log_snr, each):
         if not config.learned_uncertainty:
             return each
-        u = models.Uncertainty().apply({"params": params["uncertainty"]}, log_snr)
+        u = jnp.asarray(models.Uncertainty().apply({"params": params["uncertainty"]}, log_snr))
         return jnp.exp(-u) * each + u
 
     def objective(levels):
