@@ -79,7 +79,8 @@ def make_loss(e: Experiment, levels: int | None, held_out: int | None = None) ->
             t=t,
             steps=config.time_steps,
         )
-        return Losses(correction * each, {"t": t, "loss": each})
+        balanced = e.balance(params, e.schedule.log_snr(t), each)
+        return Losses(correction * balanced, {"t": t, "loss": each})
 
     return loss_fn
 

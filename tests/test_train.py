@@ -396,6 +396,10 @@ BAD = {
     "saving": (["--config.save_every=15"], "must be multiples of log_every=10"),
     "ema": (["--config.ema=1.0"], "ema=1.0: must be in [0, 1)"),
     "decay": (["--config.optimizer.decay_steps=5"], "must exceed warmup=100"),
+    "two decays": (
+        ["--config.optimizer.decay_steps=500", "--config.optimizer.inverse_sqrt_from=5"],
+        "decay_steps=500 and inverse_sqrt_from=5: the learning rate decays in one way",
+    ),
     "points": (["--config.data.name=two_moons"], "examples of shape (2,)"),
     "flip": (
         ["--config=configs/two_moons.py:smoke", "--config.data.flip=True"],
@@ -721,3 +725,14 @@ def test_the_learning_rate_is_constant_unless_decay_steps_is_set():
     for decay in (None, 110):
         rate = rate_of(dataclasses.replace(o, warmup=0, decay_steps=decay))
         assert rate(0) == 0.5  # without warm-up, from the first step
+
+
+def test_the_learning_rate_falls_as_the_inverse_square_root_after_a_linear_ramp():
+    """EDM2's: reference / sqrt(max(t / t_ref, 1)), times min(t / warmup, 1)."""
+    o = config_lib.Optimizer(learning_rate=0.5, warmup=10, inverse_sqrt_from=100)
+    rate = resolve(config_lib.Config(optimizer=o)).learning_rate
+    expected = {0: 0.0, 5: 0.25, 10: 0.5, 100: 0.5, 400: 0.25, 2500: 0.1}
+    assert {t: float(rate(t)) for t in expected} == pytest.approx(expected)
+    longer = dataclasses.replace(o, warmup=200)
+    rate = resolve(config_lib.Config(optimizer=longer)).learning_rate
+    assert float(rate(121)) == pytest.approx(0.5 * 121 / 200 / 1.1)

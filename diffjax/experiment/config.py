@@ -191,6 +191,9 @@ class Optimizer:
     """Steps of linear warm-up from 0."""
     decay_steps: int | None = None
     """Step at which a cosine decay of the learning rate reaches 0; None: no decay."""
+    inverse_sqrt_from: int | None = None
+    """Step from which the learning rate falls as the inverse square root of the step (EDM2); None:
+    it does not."""
     clip: float | None = 1.0
     """Largest global norm of the gradient; None: no clipping."""
     beta_1: float = 0.9
@@ -204,7 +207,7 @@ class Optimizer:
 
     def check(self) -> None:
         """Raise a ValueError if the section is impossible whatever the other sections are."""
-        at_least(self, "optimizer.", warmup=0, weight_decay=0, accumulate=1)
+        at_least(self, "optimizer.", warmup=0, weight_decay=0, accumulate=1, inverse_sqrt_from=1)
         require(
             (
                 self.learning_rate > 0,
@@ -218,6 +221,11 @@ class Optimizer:
                 self.decay_steps is None or self.decay_steps > self.warmup,
                 f"optimizer.decay_steps={self.decay_steps}: must exceed warmup={self.warmup}, or "
                 "be None",
+            ),
+            (
+                None in (self.decay_steps, self.inverse_sqrt_from),
+                f"optimizer.decay_steps={self.decay_steps} and inverse_sqrt_from="
+                f"{self.inverse_sqrt_from}: the learning rate decays in one way, give one of them",
             ),
             (
                 0 <= self.beta_1 < 1 and 0 <= self.beta_2 < 1,
@@ -318,6 +326,9 @@ class Config:
     bound_weight: float | None = None
     """Learn the decoder's variance too, with this weight on the bound (0.001 in improved DDPM); it
     needs time_steps, and a model whose out_channels are twice the data's. None: do not learn it."""
+    learned_uncertainty: bool = False
+    """Learn u, a function of log-SNR, beside the network, and minimise exp(-u) loss + u, so that
+    every noise level contributes equally (EDM2). Reported losses are without u."""
     loss_aware_times: bool = False
     """Draw times more often where the loss has been large; it needs time_steps."""
     label_drop: float = 0.1

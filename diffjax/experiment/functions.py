@@ -28,7 +28,7 @@ from ..learned_variance import hybrid_loss
 from ..samplers import SAMPLERS, TIMES, Sampler
 from ..schedules import SCHEDULES, Schedule
 from ..super_resolution import shrink, small_image
-from ..training import TrainState, ema_warmup, init_state
+from ..training import TrainState, ema_warmup, init_state, projected
 from ..types import Array, Data, Denoiser, Key, Network, Real
 from ..weightings import WEIGHTINGS, Weighting
 from .config import Config, known_name, parse_guidance
@@ -77,6 +77,8 @@ class Experiment(NamedTuple):
       init: (key, shape of an example) -> fresh parameters of the network.
       apply: (params, x_t, log_snr, cond) -> an estimate of the target; with the keyword `dropout`,
         keys `[batch]`, in training mode. `partial(apply, params)` is a network.
+      balance: (params, log_snr, losses) -> what training minimises, `[batch]` each: the losses, or
+        exp(-u) loss + u if the uncertainty u is learned.
       condition: (keys `[batch]`, batch, drop=False, cond_noise=None) -> what the network is
         conditioned on, or None.
       denoiser: network -> denoiser, neither guided nor clipped.
@@ -97,6 +99,7 @@ class Experiment(NamedTuple):
     times: Times
     init: Callable[[Key, tuple[int, ...]], Any]
     apply: Callable[..., Data]
+    balance: Callable[[Any, Array, Array], Array]
     condition: Callable[..., Any]
     denoiser: Callable[[Network], Denoiser]
     guide: Callable[[Denoiser], Denoiser]
@@ -127,12 +130,23 @@ def resolve(config: Config) -> Experiment:
     schedule = _schedule(config)
     module = models.make_module(config.model)
     condition = _condition(config, schedule)
+    project = models.MODELS[models.name_of(config.model)].project
     learned = config.bound_weight is not None
 
     def init(key, shape):
         batch = {"x": jnp.zeros((1, *shape)), "label": jnp.zeros(1, jnp.int32)}
         cond = condition(keys.per_example(key, 1), batch)
-        return module.init(key, batch["x"], jnp.zeros(1), cond)["params"]
+        params = module.init(key, batch["x"], jnp.zeros(1), cond)["params"]
+        if config.learned_uncertainty:
+            own = models.Uncertainty().init(keys.fold_in(key, 1), jnp.zeros(1))["params"]
+            params = {**params, "uncertainty": own}
+        return params if project is None else project(params)
+
+    def balance(params, log_snr, each):
+        if not config.learned_uncertainty:
+            return each
+        u = jnp.asarray(models.Uncertainty().apply({"params": params["uncertainty"]}, log_snr))
+        return jnp.exp(-u) * each + u
 
     def objective(levels):
         weight = config.bound_weight
@@ -163,6 +177,7 @@ def resolve(config: Config) -> Experiment:
         times=_times(config, schedule),
         init=init,
         apply=_apply(config, module, schedule),
+        balance=balance,
         condition=condition,
         denoiser=lambda network: denoiser(
             network, schedule, config.target, learned_variance=learned
@@ -173,7 +188,7 @@ def resolve(config: Config) -> Experiment:
         grid=grid,
         learning_rate=_learning_rate(config.optimizer),
         ema_decay=ema_warmup(config.ema),
-        optimizer=_optimizer(config.optimizer),
+        optimizer=_optimizer(config.optimizer, project),
         keys=streams,
     )
 
@@ -355,15 +370,20 @@ def _times(config, schedule):
 
 
 def _learning_rate(o):
-    """Warm-up, then constant or a cosine to zero."""
-    if o.decay_steps is None:
-        # With zero steps of warm-up, optax would stay at the initial value.
-        first = 0.0 if o.warmup else o.learning_rate
-        return optax.warmup_constant_schedule(first, o.learning_rate, o.warmup)
-    return optax.warmup_cosine_decay_schedule(0.0, o.learning_rate, o.warmup, o.decay_steps)
+    """Warm-up, then constant, a cosine to zero, or the inverse square root of the step."""
+    if o.decay_steps is not None:
+        return optax.warmup_cosine_decay_schedule(0.0, o.learning_rate, o.warmup, o.decay_steps)
+    # With zero steps of warm-up, optax would stay at the initial value.
+    first = 0.0 if o.warmup else o.learning_rate
+    ramp = optax.warmup_constant_schedule(first, o.learning_rate, o.warmup)
+    since = o.inverse_sqrt_from
+    if since is None:
+        return ramp
+    return lambda step: ramp(step) / jnp.sqrt(jnp.maximum(step / since, 1))
 
 
-def _optimizer(o):
-    """Clipping by global norm, then Adam (AdamW if there is weight decay)."""
-    adam = optax.adamw(_learning_rate(o), b1=o.beta_1, b2=o.beta_2, weight_decay=o.weight_decay)
-    return adam if o.clip is None else optax.chain(optax.clip_by_global_norm(o.clip), adam)
+def _optimizer(o, project):
+    """Clipping by global norm, then Adam (AdamW if there is weight decay), then the projection."""
+    tx = optax.adamw(_learning_rate(o), b1=o.beta_1, b2=o.beta_2, weight_decay=o.weight_decay)
+    tx = tx if o.clip is None else optax.chain(optax.clip_by_global_norm(o.clip), tx)
+    return tx if project is None else projected(tx, project)

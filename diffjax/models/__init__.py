@@ -6,6 +6,7 @@ is one file, with a frozen dataclass of its options and a Linen module, and one 
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import flax.linen as nn
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 
 from ..types import Array, Cond, Key
 from .dit import DiT, DiTConfig
+from .edm2_unet import EDM2UNet, EDM2UNetConfig, Uncertainty, normalised
 from .mlp import MLP, MLPConfig
 from .song_unet import SongUNet, SongUNetConfig
 from .unet import UNet, UNetConfig
@@ -63,10 +65,18 @@ class ModelConfig(Protocol):
 
 
 class Model(NamedTuple):
-    """A row of `MODELS`: the dataclass of a network's options, and its module, `module(config)`."""
+    """A row of `MODELS`.
+
+    Attributes:
+      config: the dataclass of a network's options.
+      module: its module, `module(config)`.
+      project: parameters -> the parameters that training keeps in their place, from the first ones
+        on; None: training leaves them free.
+    """
 
     config: type[Any]
     module: type[nn.Module]
+    project: Callable[[Any], Any] | None = None
 
 
 MODELS = {
@@ -74,17 +84,20 @@ MODELS = {
     "song_unet": Model(SongUNetConfig, SongUNet),
     "mlp": Model(MLPConfig, MLP),
     "dit": Model(DiTConfig, DiT),
+    "edm2_unet": Model(EDM2UNetConfig, EDM2UNet, normalised),
 }
 """Networks by name, as configs and the command line choose them."""
 
 __all__ = [
     "MODELS",
     "DiTConfig",
+    "EDM2UNetConfig",
     "MLPConfig",
     "Model",
     "ModelConfig",
     "SongUNetConfig",
     "UNetConfig",
+    "Uncertainty",
     "apply",
     "make_module",
     "name_of",

@@ -76,16 +76,7 @@ class SongUNetConfig:
 
     def check_input(self, shape: tuple[int, ...]) -> None:
         """Raise a ValueError unless the network takes examples of this shape: images that halve."""
-        halvings = 2 ** (len(self.mults) - 1)
-        if len(shape) != 3 or shape[0] % halvings or shape[1] % halvings:
-            raise ValueError(
-                f"examples of shape {shape}: a network of {len(self.mults)} levels needs [height, "
-                f"width, channels] with height and width divisible by {halvings}; give `mults` "
-                "fewer levels, or crop or pad the images"
-            )
-        heights = [shape[0] // 2**level for level in range(len(self.mults))]
-        if not set(self.attention) <= set(heights):
-            raise ValueError(f"attention={self.attention}: the heights are {heights}")
+        check_levels(shape, len(self.mults), self.attention)
 
 
 class SongUNet(nn.Module):
@@ -191,6 +182,20 @@ class Block(nn.Module):
         if not self.attend:
             return h
         return Attention(1, groups(self.channels), EPSILON, name="attention")(h) * ROOT
+
+
+def check_levels(shape: tuple[int, ...], levels: int, attention: Sequence[int]) -> None:
+    """Raise a ValueError unless examples are images of so many levels with these heights."""
+    halvings = 2 ** (levels - 1)
+    if len(shape) != 3 or shape[0] % halvings or shape[1] % halvings:
+        raise ValueError(
+            f"examples of shape {shape}: a network of {levels} levels needs [height, width, "
+            f"channels] with height and width divisible by {halvings}; give `mults` fewer levels, "
+            "or crop or pad the images"
+        )
+    heights = [shape[0] // 2**level for level in range(levels)]
+    if not set(attention) <= set(heights):
+        raise ValueError(f"attention={tuple(attention)}: the heights are {heights}")
 
 
 def groups(channels: int) -> int:

@@ -7,6 +7,15 @@ that is asked to stop saves first (`preemption`). `python -m diffjax.launch` (`l
 restarts several processes of one machine.
 """
 
-from .step import Batch, Losses, LossFn, TrainState, ema_warmup, init_state, train_step
+from .step import Batch, Losses, LossFn, TrainState, ema_warmup, init_state, projected, train_step
 
-__all__ = ["Batch", "LossFn", "Losses", "TrainState", "ema_warmup", "init_state", "train_step"]
+__all__ = [
+    "Batch",
+    "LossFn",
+    "Losses",
+    "TrainState",
+    "ema_warmup",
+    "init_state",
+    "projected",
+    "train_step",
+]

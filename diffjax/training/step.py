@@ -177,6 +177,34 @@ def train_step(
     return new.replace(step=state.step + 1), {"loss": loss, "grad_norm": grad_norm} | sums
 
 
+def projected(
+    tx: optax.GradientTransformation, project: Callable[[Params], Params]
+) -> optax.GradientTransformation:
+    """The same optimiser, whose updates end on `project(params + updates)`.
+
+    Projected gradient descent; EDM2's forced weight normalisation is this with filters of length
+    one.
+
+    Args:
+      tx: the optimiser.
+      project: parameters -> parameters of the same shapes.
+
+    >>> unit = lambda w: w / jnp.linalg.norm(w)
+    >>> tx = projected(optax.sgd(1.0), unit)
+    >>> w = jnp.array([1.0, 0.0])
+    >>> updates, _ = tx.update(jnp.array([0.0, -1.0]), tx.init(w), w)
+    >>> [f"{x:.3f}" for x in w + updates]
+    ['0.707', '0.707']
+    """
+
+    def update(updates, state, params: Any = None):
+        updates, state = tx.update(updates, state, params)
+        aim = project(optax.apply_updates(params, updates))
+        return jax.tree.map(jnp.subtract, aim, params), state
+
+    return optax.GradientTransformation(tx.init, update)
+
+
 def _averaged(p):
     return at_least_float32(p) if jnp.issubdtype(jnp.result_type(p), jnp.floating) else p
 
