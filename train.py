@@ -204,7 +204,7 @@ def train(
             if taken == start:
                 jax.block_until_ready(step_metrics)
                 recorder.say(f"compiled, first step after {time.perf_counter() - began:.0f} s")
-                recorder.meter.flops = runner.flops(step_fn, state, batch)
+                recorder.meter.flops = runner.flops(step_fn, state, batch) / steps.step
                 recorder.start(done)
             if done % config.log_every == 0 or last:
                 recorder.check_finite(window, done, config.skip_nonfinite, describe)

@@ -35,8 +35,8 @@ class Runner(NamedTuple):
         feeds, ascending.
       put: takes a host batch, a pytree of numpy arrays `[len(slots), ...]`, and moves it to the
         devices.
-      flops: takes a step made by `step`, its state and its batch, and returns the operations of one
-        step on one device.
+      flops: takes a step made by `step`, its state and its batch, and returns the operations of a
+        call of it on one device.
     """
 
     init: Callable[[Callable], Any]
