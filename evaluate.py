@@ -84,6 +84,8 @@ def evaluate(args: Arguments) -> dict[str, Any]:
     config = e.config
     given = None if args.samples is None else sampling.read(args.samples)
     drawn = sampling.drawn_by(config, args.drawing) if args.drawing.n and not given else e
+    # A file of samples says which average of the parameters drew them.
+    average = given[1].get("average") if given else args.drawing.average
     # Nothing would be saved, so SIGTERM may end the process at once.
     jax.config.update("jax_enable_preemption_service", False)
     setup(args.distributed, config.batch_size)
@@ -92,9 +94,12 @@ def evaluate(args: Arguments) -> dict[str, Any]:
     part = dataset.train if args.reference == "train" else dataset.test
     reference = data.take(part, np.arange(len(part.x)))["x"]
     space = features.named(args.features, reference) if given or args.drawing.n else None
-    _, params, _ = checkpoint.load(args.workdir)
+    _, params, _ = checkpoint.load(args.workdir, average)
     runner = runners.RUNNERS[config.parallel](1)
-    made_by = {"parameters": sampling.parameters(config, params), "program": provenance.program()}
+    made_by = {
+        "parameters": sampling.parameters(config, params, average),
+        "program": provenance.program(),
+    }
     found = made_by | {"config": json.loads(to_json(config))}
 
     if args.held_out != 0:

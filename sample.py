@@ -66,7 +66,7 @@ def sample(args: Arguments) -> None:
         jax.config.update("jax_enable_preemption_service", False)
         setup(args.distributed, size)
         shape = args.shape or example_shape(e.config)
-        _, params, _ = checkpoint.load(args.workdir)
+        _, params, _ = checkpoint.load(args.workdir, args.drawing.average)
         sampling.check_shape(e, params, shape)
         generate = sampling.make_generate(e, shape)
         runner = runners.RUNNERS[e.config.parallel](1)

@@ -71,8 +71,8 @@ def gamma_of(std: float) -> float:
 def std_of(gamma: float) -> float:
     """The relative width of the profile with this exponent; the inverse of `gamma_of`.
 
-    >>> std_of(0.0) == WIDEST
-    True
+    >>> round(std_of(0.0), 6)
+    0.288675
     """
     return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
 
@@ -140,8 +140,8 @@ def solve(
         occurs twice.
 
     >>> coefficients, error = solve([50, 50, 100, 100], [0.05, 0.1, 0.05, 0.1], 0.1)
-    >>> coefficients.round(9).tolist(), error < 1e-6
-    ([0.0, 0.0, 0.0, 1.0], True)
+    >>> bool(np.abs(coefficients - [0, 0, 0, 1]).max() < 1e-9), error < 1e-6
+    (True, True)
     """
     gamma = gamma_of(std)
     ts, gammas = np.asarray(times, np.float64), np.array([gamma_of(s) for s in stds])

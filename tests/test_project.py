@@ -58,7 +58,7 @@ MAY_IMPORT = {
 }
 """Which parts of diffjax may import which. `mathematics` is every file and package of diffjax/ that
 is not named here."""
-OF_TRAINING = {"types", "keys", "losses"}
+OF_TRAINING = {"types", "keys", "losses", "averages"}
 """The mathematics that training may know: it trains anything."""
 DOORS = {"checkpoint", "launch", "inspect", "export"}
 """Modules that users name: `diffjax.checkpoint.load` and `python -m diffjax.launch`."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -15,10 +16,14 @@ from PIL import Image
 import evaluate
 import sample
 from diffjax import GUIDANCES, checkpoint, samplers
+from diffjax.averages import Snapshot
 from diffjax.evaluation import comparison, sampling
 from diffjax.evaluation.sampling import Drawing
-from diffjax.experiment import Config, Walk, command_line, resolve
-from diffjax.training import runners
+from diffjax.experiment import Config, Walk, command_line, resolve, run_directory
+from diffjax.experiment.config import to_json
+from diffjax.published import export
+from diffjax.training import averaging, runners
+from diffjax.training.files import digest
 
 CONFIG = command_line.from_file("configs/digits.py:smoke")
 
@@ -315,6 +320,72 @@ def test_other_refusals_of_sample(finished, tmp_path):
     out.write_text("not samples")
     with pytest.raises(SystemExit, match=r"a\.npz is not a file of sample\.py"):
         draw(finished, out)
+
+
+@pytest.fixture
+def tracked(finished, tmp_path):
+    """A copy of the run, as if it had tracked averages: those of step k are k times its own."""
+    workdir = shutil.copytree(finished, tmp_path / "tracked")
+    config = dataclasses.replace(
+        run_directory.read_config(workdir), averages=(0.05, 0.1), snapshot_every=10
+    )
+    (workdir / "config.json").write_text(to_json(config))
+    params = jax.device_get(run_directory.read_params(workdir))
+    for step, std in itertools.product((10, 20, 30, 40), (0.05, 0.1)):
+        scaled = jax.tree.map(lambda x, step=step: x * np.float32(step / 40), params)
+        averaging.write_snapshot(workdir / "snapshots", step, Snapshot(step, std, scaled))
+    return workdir
+
+
+def test_samples_are_drawn_with_an_average_made_after_training(tracked, finished, tmp_path):
+    """With the newest average where a width was tracked; the settings say which it was."""
+    _, plain = draw(finished, tmp_path / "plain.npz")
+    examples, settings = draw_by(tracked, tmp_path / "a.npz", "--n=4", "--steps=3", "--average=0.1")
+    _, params, _ = checkpoint.load(tracked, 0.1)
+    _, newest, _ = checkpoint.load(finished)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, newest)
+    assert settings["average"] == 0.1 and plain["average"] is None
+    assert settings["parameters"] == {"average": 0.1, "sha256": digest(params)}
+    assert plain["parameters"]["ema"] == CONFIG.ema
+    others, _ = draw_by(tracked, tmp_path / "b.npz", "--n=4", "--steps=3", "--average=0.2")
+    assert (others.x != examples.x).any()
+    with pytest.raises(SystemExit, match=r"average: it has 0\.1, asked for 0\.05"):
+        draw_by(tracked, tmp_path / "a.npz", "--n=4", "--steps=3", "--average=0.05")
+
+
+def test_samples_of_an_average_are_evaluated_with_it(tracked, tmp_path):
+    words = ["--n=20", "--steps=1", "--sampler=ddim", "--average=0.1"]
+    draw_by(tracked, tmp_path / "a.npz", *words)
+    result = evaluate_run(tracked, samples=tmp_path / "a.npz", held_out=0)
+    assert result["parameters"]["average"] == result["samples"]["average"] == 0.1
+
+
+def test_averages_that_cannot_be_made_are_refused(tracked, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(sampling, "make_generate", lambda *_: pytest.fail("went on"))
+    folder, out = tracked / "snapshots", tmp_path / "a.npz"
+    for workdir, std, message in (
+        (finished, 0.1, "average=0.1: the run has tracked no averages"),
+        (tracked, 0.3, "relative width 0.3: must be above 0, and at most"),
+        (tracked, 0.0, "relative width 0.0: must be above 0"),
+        (tracked, float("nan"), "relative width nan: must be above 0"),
+    ):
+        with pytest.raises(SystemExit, match=f"error: .*{re.escape(message)}"):
+            draw_by(workdir, out, "--n=4", f"--average={std}")
+    weights = tmp_path / "a.safetensors"
+    export.export(finished, weights)
+    with pytest.raises(ValueError, match="is a file, not the directory of a run"):
+        checkpoint.load(weights, 0.1)
+    # The newest may be written while this reads; the others, and those before a checkpoint, not.
+    (folder / averaging.name(50, 0.05)).write_text("")
+    checkpoint.load(tracked, 0.1)
+    path = folder / averaging.name(20, 0.05)
+    path.write_bytes(path.read_bytes()[:-4] + b"\x00\x01\x02\x03")
+    with pytest.raises(SystemExit, match=r"00000020-0\.05\.safetensors is damaged"):
+        draw_by(tracked, out, "--n=4", "--average=0.1")
+    path.unlink()
+    (folder / averaging.name(40, 0.1)).unlink()
+    with pytest.raises(SystemExit, match=r"lacks 2 snapshots, those of step 20, 40: an average"):
+        draw_by(tracked, out, "--n=4", "--average=0.1")
 
 
 @pytest.fixture(scope="module")

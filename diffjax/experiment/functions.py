@@ -29,6 +29,7 @@ from ..samplers import SAMPLERS, TIMES, Sampler
 from ..schedules import SCHEDULES, Schedule
 from ..super_resolution import shrink, small_image
 from ..training import TrainState, ema_warmup, init_state
+from ..training.averaging import averaging
 from ..types import Array, Data, Denoiser, Key, Network, Real
 from ..weightings import WEIGHTINGS, Weighting
 from .config import Config, known_name, parse_guidance
@@ -86,7 +87,7 @@ class Experiment(NamedTuple):
       grid: () -> the times that samples walk along; a ValueError if two of them fall together.
       learning_rate: steps taken -> learning rate.
       ema_decay: steps taken -> decay of the moving average.
-      optimizer: the optax transformation.
+      optimizer: the optax transformation, which tracks the averages too, if there are any.
       keys: () -> the keys of the run, from its seed.
     """
 
@@ -172,8 +173,10 @@ def resolve(config: Config) -> Experiment:
         sampler=_sampler(config, schedule),
         grid=grid,
         learning_rate=_learning_rate(config.optimizer),
-        ema_decay=ema_warmup(config.ema),
-        optimizer=_optimizer(config.optimizer),
+        ema_decay=ema_warmup(config.ema)
+        if config.ema_warmup
+        else lambda _: jnp.asarray(config.ema),
+        optimizer=_tracking(_optimizer(config.optimizer), config.averages),
         keys=streams,
     )
 
@@ -361,6 +364,11 @@ def _learning_rate(o):
         first = 0.0 if o.warmup else o.learning_rate
         return optax.warmup_constant_schedule(first, o.learning_rate, o.warmup)
     return optax.warmup_cosine_decay_schedule(0.0, o.learning_rate, o.warmup, o.decay_steps)
+
+
+def _tracking(tx, averages):
+    """Without averages the optimiser itself, so that its state is what it always was."""
+    return averaging(tx, averages) if averages else tx
 
 
 def _optimizer(o):
