@@ -13,7 +13,6 @@ the file of --result.
 
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from diffjax import checkpoint, data, likelihood
+from diffjax import checkpoint, data
 from diffjax.evaluation import (
     comparison,
     distances,
@@ -195,10 +194,8 @@ def count_bits(
     found: dict[str, Any] = {}
     for name, measure in measures.items():
         mapped = runner.map(measure)
-        nats = runners.in_batches(runner, mapped, params, batch, config.batch_size)
-        bits = np.asarray(likelihood.bits_per_dim(nats, batch["x"].shape[1:]), np.float64)
-        found[f"{name}_bits_per_dim"] = float(bits.mean())
-        found[f"{name}_standard_error"] = float(bits.std(ddof=1) / math.sqrt(n))
+        mean, error = likelihoods.bits(runner, mapped, params, batch, config.batch_size)
+        found |= {f"{name}_bits_per_dim": mean, f"{name}_standard_error": error}
     return found | {
         "held_out": {
             "n": n,

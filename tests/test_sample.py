@@ -17,7 +17,7 @@ import evaluate
 import sample
 from diffjax import GUIDANCES, checkpoint, samplers
 from diffjax.averages import Snapshot
-from diffjax.evaluation import comparison, sampling
+from diffjax.evaluation import comparison, sampling, widths
 from diffjax.evaluation.sampling import Drawing
 from diffjax.experiment import Config, Walk, command_line, resolve, run_directory
 from diffjax.experiment.config import to_json
@@ -337,9 +337,9 @@ def tracked(finished, tmp_path):
     return workdir
 
 
-def test_samples_are_drawn_with_an_average_made_after_training(tracked, finished, tmp_path):
+def test_samples_are_drawn_with_an_average_made_after_training(tracked, finished, drawn, tmp_path):
     """With the newest average where a width was tracked; the settings say which it was."""
-    _, plain = draw(finished, tmp_path / "plain.npz")
+    _, plain = drawn[1]
     examples, settings = draw_by(tracked, tmp_path / "a.npz", "--n=4", "--steps=3", "--average=0.1")
     _, params, _ = checkpoint.load(tracked, 0.1)
     _, newest, _ = checkpoint.load(finished)
@@ -358,6 +358,47 @@ def test_samples_of_an_average_are_evaluated_with_it(tracked, tmp_path):
     draw_by(tracked, tmp_path / "a.npz", *words)
     result = evaluate_run(tracked, samples=tmp_path / "a.npz", held_out=0)
     assert result["parameters"]["average"] == result["samples"]["average"] == 0.1
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("bound_bits_per_dim",),
+        pytest.param(("bound_bits_per_dim", "frechet"), marks=pytest.mark.faults),
+    ],
+)
+def test_widths_are_compared(tracked, capsys, names):
+    """Where a width was tracked, here, its average is that of the constant decay."""
+    words = ["--features=pca24", "--n=20"] if "frechet" in names else []
+    with on_devices(2):
+        widths.main(
+            [str(tracked), "--std", "0.2", "0.1", "--held_out=16", "--bound_samples=2", *words]
+        )
+    constant, narrow, wide = json.loads((tracked / widths.RESULT).read_text())["rows"]
+    assert constant["ema"] == CONFIG.ema and (narrow["average"], wide["average"]) == (0.1, 0.2)
+    for name in names:
+        np.testing.assert_allclose(narrow[name], constant[name], rtol=1e-3)
+        assert abs(wide[name] / constant[name] - 1) > 1e-3
+    assert narrow["profile_error"] < 1e-6 < wide["profile_error"]
+    assert "average 0.1, profile to" in capsys.readouterr().out
+    with Image.open(tracked / "averages.png") as drawn:
+        assert np.asarray(drawn).std() > 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--std", "0.1", "0.3"], "relative width 0.3: must be above 0"),
+        (["--n=19"], "n=19: must be at least 20"),
+        (["--held_out=1"], "held_out=1: must be at least 2"),
+        (["--bound_samples=1"], "bound_samples=1: must be at least 2"),
+        (["--features=fid"], "unknown features 'fid': one of"),
+    ],
+)
+def test_a_bad_comparison_of_widths_is_one_clear_line(tracked, monkeypatch, words, message):
+    monkeypatch.setattr(widths, "load_data", lambda *_: pytest.fail("went on"))
+    with pytest.raises(SystemExit, match=f"error: .*{re.escape(message)}"):
+        widths.main([str(tracked), *words])
 
 
 def test_averages_that_cannot_be_made_are_refused(tracked, finished, tmp_path, monkeypatch):
@@ -384,6 +425,9 @@ def test_averages_that_cannot_be_made_are_refused(tracked, finished, tmp_path, m
         draw_by(tracked, out, "--n=4", "--average=0.1")
     path.unlink()
     (folder / averaging.name(40, 0.1)).unlink()
+    for workdir, message in ((tracked, "lacks 2 snapshots"), (finished, "tracked no averages")):
+        with pytest.raises(SystemExit, match=message):
+            widths.main([str(workdir), "--std", "0.1"])
     with pytest.raises(SystemExit, match=r"lacks 2 snapshots, those of step 20, 40: an average"):
         draw_by(tracked, out, "--n=4", "--average=0.1")
 

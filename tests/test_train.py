@@ -52,12 +52,6 @@ def newest(workdir):
     return int(path.name), checkpoints.read(path)
 
 
-def newest_names(workdir):
-    """The names of the arrays of the newest checkpoint."""
-    path = run_directory.list_checkpoints(workdir)[-1]
-    return list(json.loads((path / checkpoints.ARRAYS).read_text()))
-
-
 def assert_bitwise_equal(a, b):
     raw = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(raw(x), raw(y)), a, b)
@@ -154,12 +148,6 @@ def test_averages_are_tracked_resumed_and_made_after_training(tmp_path, monkeypa
     evaluate.main([f"--workdir={tmp_path / 'parts'}", "--average=0.1", "--n=0", "--held_out=16"])
     result = json.loads((tmp_path / "parts/evaluation.json").read_text())
     assert result["parameters"] == {"average": 0.1, "sha256": digest(params)}
-
-
-def test_a_run_without_averages_has_the_state_that_it_always_had(copied):
-    """No array of its checkpoints is of an average; its config says so when it is loaded."""
-    assert not [name for name in newest_names(copied) if "averages" in name or "updates" in name]
-    assert not (copied / "snapshots").exists()
 
 
 def test_a_density_changes_how_the_loss_varies_and_not_its_mean_unless_it_is_asked_to():

@@ -4,10 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from .. import keys, likelihood
 from ..experiment import Experiment
 from ..experiment.functions import conditioned
+from ..training.runners import Runner, in_batches
 from ..types import Array
 
 Bound = Callable[[Any, dict[str, Array]], Array]
@@ -65,3 +67,20 @@ def flow_bound(e: Experiment, levels: int | None, steps: int = 50) -> Bound:
         return -log_p - log_volume
 
     return bound
+
+
+def bits(
+    runner: Runner, mapped: Callable, params: Any, batch: dict[str, np.ndarray], size: int
+) -> tuple[float, float]:
+    """Mean bits per dimension of the examples of a host batch, and their standard error.
+
+    Args:
+      runner: the runner that `mapped` was made by.
+      mapped: `runner.map(bound)`, where `bound` is one of the functions above.
+      params: of the network.
+      batch: at least two examples.
+      size: examples per call, a multiple of the device count.
+    """
+    nats = in_batches(runner, mapped, params, batch, size)
+    found = np.asarray(likelihood.bits_per_dim(nats, batch["x"].shape[1:]), np.float64)
+    return float(found.mean()), float(found.std(ddof=1) / np.sqrt(len(found)))
