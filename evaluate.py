@@ -13,9 +13,8 @@ the file of --result.
 
 import dataclasses
 import json
-import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from diffjax import checkpoint, data, likelihood
+from diffjax import checkpoint, data
 from diffjax.evaluation import (
     comparison,
     distances,
@@ -91,6 +90,8 @@ def evaluate(args: Arguments) -> dict[str, Any]:
     if given is not None and len(given[0].x) < FEWEST:
         raise ValueError(f"{args.samples} holds {len(given[0].x)} samples: need {FEWEST} or more")
     drawn = sampling.drawn_by(config, args.drawing) if args.drawing.n and not given else e
+    # A file of samples says which average of the parameters drew them.
+    average = given[1].get("average") if given else args.drawing.average
     # Nothing would be saved, so SIGTERM may end the process at once.
     jax.config.update("jax_enable_preemption_service", False)
     setup(args.distributed)
@@ -111,10 +112,13 @@ def evaluate(args: Arguments) -> dict[str, Any]:
     )
     reference = data.take(part, np.arange(len(part.x)))["x"]
     space = features.named(args.features, reference) if measures else None
-    _, params, _ = checkpoint.load(args.workdir)
+    _, params, _ = checkpoint.load(args.workdir, average)
     sampling.check_parameters(params, args.workdir)
     runner = runners.RUNNERS[config.parallel](1)
-    made_by = {"parameters": sampling.parameters(config, params), "program": provenance.program()}
+    made_by = {
+        "parameters": sampling.parameters(config, params, average),
+        "program": provenance.program(),
+    }
     found = made_by | {"config": json.loads(to_json(config))}
     if given is not None and given[1]["parameters"] != found["parameters"]:
         raise ValueError(
@@ -218,12 +222,9 @@ def count_bits(
     found: dict[str, Any] = {}
     for name, measure in measures.items():
         mapped = runner.map(measure)
-        parts = in_parts(runner, mapped, params, batch, config.batch_size)
-        shown = sampling.with_progress(parts, f"{name} of held-out examples", n)
-        nats = np.concatenate(list(shown))
-        bits = np.asarray(likelihood.bits_per_dim(nats, batch["x"].shape[1:]), np.float64)
-        found[f"{name}_bits_per_dim"] = float(bits.mean())
-        found[f"{name}_standard_error"] = float(bits.std(ddof=1) / math.sqrt(n))
+        what = f"{name} of held-out examples"
+        mean, error = likelihoods.bits(runner, mapped, params, batch, config.batch_size, what)
+        found |= {f"{name}_bits_per_dim": mean, f"{name}_standard_error": error}
     return found | {
         "held_out": {
             "n": n,
@@ -235,15 +236,6 @@ def count_bits(
             "sha256": digest(batch["x"]),
         }
     }
-
-
-def in_parts(
-    runner: runners.Runner, mapped: Callable, params: Any, batch: dict[str, np.ndarray], size: int
-) -> Iterator[np.ndarray]:
-    """Yield what `runners.in_batches` returns, one batch at a time."""
-    for start in range(0, len(batch["index"]), size):
-        part = jax.tree.map(lambda x, start=start: x[start : start + size], batch)
-        yield runners.in_batches(runner, mapped, params, part, size)
 
 
 def compare(args: Arguments) -> None:

@@ -25,8 +25,17 @@ from diffjax.evaluation import sampling
 from diffjax.experiment import Config, Experiment, dataset, resolve
 from diffjax.experiment.command_line import error_exit, parse
 from diffjax.experiment.functions import initial_state
-from diffjax.experiment.run_directory import open_run
-from diffjax.training import Batch, Losses, LossFn, metrics, preemption, telemetry, train_step
+from diffjax.experiment.run_directory import SNAPSHOTS, open_run
+from diffjax.training import (
+    Batch,
+    Losses,
+    LossFn,
+    averaging,
+    metrics,
+    preemption,
+    telemetry,
+    train_step,
+)
 from diffjax.training.checkpoints import UnwrittenError
 from diffjax.training.distributed import (
     ALONE,
@@ -204,7 +213,7 @@ def train(
             if taken == start:
                 jax.block_until_ready(step_metrics)
                 recorder.say(f"compiled, first step after {time.perf_counter() - began:.0f} s")
-                recorder.meter.flops = runner.flops(step_fn, state, batch)
+                recorder.meter.flops = runner.flops(step_fn, state, batch) / steps.step
                 recorder.start(done)
             if done % config.log_every == 0 or last:
                 recorder.check_finite(window, done, config.skip_nonfinite, describe)
@@ -213,6 +222,12 @@ def train(
                 if done % config.eval_every == 0 or last:
                     row["eval_loss"] = float(mapped(held_out_fn, held_out).mean())
                 recorder.write(done, config.batch_size, **row)
+            if config.snapshot_every and (done % config.snapshot_every == 0 or last):
+                # Before the checkpoint: a run that is resumed from it will not write them again.
+                for snapshot in averaging.snapshots_of(
+                    state.opt_state, config.averages, config.snapshot_dtype
+                ):
+                    recorder.attempt(averaging.write_snapshot, workdir / SNAPSHOTS, done, snapshot)
             if done % config.save_every == 0 or last:
                 checkpoints.save(done, state, row.get("eval_loss", math.inf))
             if done % config.sample_every == 0 and not last:

@@ -56,13 +56,13 @@ MAY_IMPORT = {
         *("mathematics", "models", "data", "training", "plots"),
         *("experiment", "published", "evaluation"),
     },
-    "doors": {"training", "experiment", "published"},
+    "doors": {"training", "experiment", "published", "evaluation"},
 }
 """Which parts of diffjax may import which. `mathematics` is every file and package of diffjax/ that
 is not named here."""
-OF_TRAINING = {"types", "keys", "losses"}
+OF_TRAINING = {"types", "keys", "losses", "averages"}
 """The mathematics that training may know: it trains anything."""
-DOORS = {"checkpoint", "launch", "inspect", "export"}
+DOORS = {"checkpoint", "launch", "inspect", "export", "average"}
 """Modules that users name: `diffjax.checkpoint.load` and `python -m diffjax.launch`."""
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -16,11 +17,13 @@ from PIL import Image
 import evaluate
 import sample
 from diffjax import GUIDANCES, checkpoint, data, plots, samplers
-from diffjax.evaluation import comparison, sampling
+from diffjax.averages import Snapshot
+from diffjax.evaluation import comparison, sampling, widths
 from diffjax.evaluation.sampling import Drawing
-from diffjax.experiment import Config, Walk, command_line, dataset, resolve
+from diffjax.experiment import Config, Walk, command_line, dataset, resolve, run_directory
+from diffjax.experiment.config import to_json
 from diffjax.published import export
-from diffjax.training import runners
+from diffjax.training import averaging, runners
 from diffjax.training.files import digest
 
 CONFIG = command_line.from_file("configs/digits.py:smoke")
@@ -345,7 +348,7 @@ def test_a_name_for_samples_that_cannot_be_is_refused_before_drawing(
 def test_parameters_that_are_not_finite_draw_nothing(finished, tmp_path, monkeypatch):
     step, params, config = checkpoint.load(finished)
     params["conv_out"]["bias"] = params["conv_out"]["bias"] * np.nan
-    monkeypatch.setattr(checkpoint, "load", lambda _: (step, params, config))
+    monkeypatch.setattr(checkpoint, "load", lambda *_: (step, params, config))
     message = r"error: .*run: 1 of \d+ arrays of parameters are not finite, such as conv_out/bias"
     with pytest.raises(SystemExit, match=message):
         draw(finished, tmp_path / "a.npz")
@@ -485,6 +488,116 @@ def test_any_number_of_devices_evaluates_any_batch(finished, tmp_path):
         results.append(json.loads((tmp_path / f"{devices}.json").read_text()))
     a, b = (result["bound_bits_per_dim"] for result in results)
     assert abs(a - b) < 1e-5 * abs(a)
+
+
+@pytest.fixture
+def tracked(finished, tmp_path):
+    """A copy of the run, as if it had tracked averages: those of step k are k times its own."""
+    workdir = shutil.copytree(finished, tmp_path / "tracked")
+    config = dataclasses.replace(
+        run_directory.read_config(workdir), averages=(0.05, 0.1), snapshot_every=10
+    )
+    (workdir / "config.json").write_text(to_json(config))
+    params = jax.device_get(run_directory.read_params(workdir))
+    for step, std in itertools.product((10, 20, 30, 40), (0.05, 0.1)):
+        scaled = jax.tree.map(lambda x, step=step: x * np.float32(step / 40), params)
+        averaging.write_snapshot(workdir / "snapshots", step, Snapshot(step, std, scaled))
+    return workdir
+
+
+def test_samples_are_drawn_with_an_average_made_after_training(tracked, finished, drawn, tmp_path):
+    """With the newest average where a width was tracked; the settings say which it was."""
+    _, plain = drawn[1]
+    examples, settings = draw_by(tracked, tmp_path / "a.npz", "--n=4", "--steps=3", "--average=0.1")
+    _, params, _ = checkpoint.load(tracked, 0.1)
+    _, newest, _ = checkpoint.load(finished)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, newest)
+    assert settings["average"] == 0.1 and plain["average"] is None
+    assert settings["parameters"] == {"average": 0.1, "sha256": digest(params)}
+    assert plain["parameters"]["ema"] == CONFIG.ema
+    others, _ = draw_by(tracked, tmp_path / "b.npz", "--n=4", "--steps=3", "--average=0.2")
+    assert (others.x != examples.x).any()
+    with pytest.raises(SystemExit, match=r"average: it has 0\.1, asked for 0\.05"):
+        draw_by(tracked, tmp_path / "a.npz", "--n=4", "--steps=3", "--average=0.05")
+
+
+def test_samples_of_an_average_are_evaluated_with_it(tracked, tmp_path):
+    words = ["--n=20", "--steps=1", "--sampler=ddim", "--average=0.1"]
+    draw_by(tracked, tmp_path / "a.npz", *words)
+    result = evaluate_run(tracked, samples=tmp_path / "a.npz", held_out=0)
+    assert result["parameters"]["average"] == result["samples"]["average"] == 0.1
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("bound_bits_per_dim",),
+        pytest.param(("bound_bits_per_dim", "frechet"), marks=pytest.mark.faults),
+    ],
+)
+def test_widths_are_compared(tracked, capsys, names):
+    """Where a width was tracked, here, its average is that of the constant decay."""
+    words = ["--features=pca24", "--n=20"] if "frechet" in names else []
+    with on_devices(2):
+        widths.main(
+            [str(tracked), "--std", "0.2", "0.1", "--held_out=16", "--bound_samples=2", *words]
+        )
+    constant, narrow, wide = json.loads((tracked / widths.RESULT).read_text())["rows"]
+    assert constant["ema"] == CONFIG.ema and (narrow["average"], wide["average"]) == (0.1, 0.2)
+    for name in names:
+        np.testing.assert_allclose(narrow[name], constant[name], rtol=1e-3)
+        assert abs(wide[name] / constant[name] - 1) > 1e-3
+    assert narrow["profile_error"] < 1e-6 < wide["profile_error"]
+    assert "average 0.1, profile to" in capsys.readouterr().out
+    with Image.open(tracked / "averages.png") as drawn:
+        assert np.asarray(drawn).std() > 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--std", "0.1", "0.3"], "relative width 0.3: must be above 0"),
+        (["--n=19"], "n=19: must be at least 20"),
+        (["--held_out=1"], "held_out=1: must be at least 2"),
+        (["--bound_samples=1"], "bound_samples=1: must be at least 2"),
+        (["--features=fid"], "unknown features 'fid': one of"),
+    ],
+)
+def test_a_bad_comparison_of_widths_is_one_clear_line(tracked, monkeypatch, words, message):
+    monkeypatch.setattr(widths, "load_data", lambda *_: pytest.fail("went on"))
+    with pytest.raises(SystemExit, match=f"error: .*{re.escape(message)}"):
+        widths.main([str(tracked), *words])
+
+
+def test_averages_that_cannot_be_made_are_refused(tracked, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(sampling, "make_generate", lambda *_: pytest.fail("went on"))
+    folder, out = tracked / "snapshots", tmp_path / "a.npz"
+    for workdir, std, message in (
+        (finished, 0.1, "average=0.1: the run has tracked no averages"),
+        (tracked, 0.3, "relative width 0.3: must be above 0, and at most"),
+        (tracked, 0.0, "relative width 0.0: must be above 0"),
+        (tracked, float("nan"), "relative width nan: must be above 0"),
+    ):
+        with pytest.raises(SystemExit, match=f"error: .*{re.escape(message)}"):
+            draw_by(workdir, out, "--n=4", f"--average={std}")
+    weights = tmp_path / "a.safetensors"
+    export.export(finished, weights)
+    with pytest.raises(ValueError, match="is a file, not the directory of a run"):
+        checkpoint.load(weights, 0.1)
+    # The newest may be written while this reads; the others, and those before a checkpoint, not.
+    (folder / averaging.name(50, 0.05)).write_text("")
+    checkpoint.load(tracked, 0.1)
+    path = folder / averaging.name(20, 0.05)
+    path.write_bytes(path.read_bytes()[:-4] + b"\x00\x01\x02\x03")
+    with pytest.raises(SystemExit, match=r"00000020-0\.05\.safetensors is damaged"):
+        draw_by(tracked, out, "--n=4", "--average=0.1")
+    path.unlink()
+    (folder / averaging.name(40, 0.1)).unlink()
+    for workdir, message in ((tracked, "lacks 2 snapshots"), (finished, "tracked no averages")):
+        with pytest.raises(SystemExit, match=message):
+            widths.main([str(workdir), "--std", "0.1"])
+    with pytest.raises(SystemExit, match=r"lacks 2 snapshots, those of step 20, 40: an average"):
+        draw_by(tracked, out, "--n=4", "--average=0.1")
 
 
 @pytest.fixture(scope="module")

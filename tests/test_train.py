@@ -32,8 +32,9 @@ from diffjax.experiment import (
 )
 from diffjax.models import MODELS, MLPConfig, SongUNetConfig
 from diffjax.published import export
-from diffjax.training import checkpoints, metrics, runners
+from diffjax.training import averaging, checkpoints, metrics, runners
 from diffjax.training.distributed import Distributed
+from diffjax.training.files import digest
 from test_data import write_cifar, write_mnist
 
 ROOT = Path(__file__).parents[1]
@@ -125,6 +126,37 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(finished, tmp_path, 
     assert step_a == step_b == 40
     assert_bitwise_equal(a, b)
     assert (parts / "samples.png").read_bytes() == (finished / "samples.png").read_bytes()
+
+
+@pytest.mark.faults
+def test_averages_are_tracked_resumed_and_made_after_training(tmp_path, monkeypatch, capsys):
+    """The averages and snapshots of a run that was killed are those of one that was not."""
+    save, argv = checkpoints.Checkpoints.save, [*TINY, "--config.snapshot_every=10"]
+    argv += ["--config.averages", "0.05", "0.1"]
+
+    def save_after_its_snapshots(self, step, *args):
+        assert (self.directory.parent / "snapshots" / averaging.name(step, 0.05)).exists()
+        assert (self.directory.parent / "snapshots" / averaging.name(step, 0.1)).exists()
+        return save(self, step, *args)
+
+    monkeypatch.setattr(checkpoints.Checkpoints, "save", save_after_its_snapshots)
+    run(tmp_path / "whole", *argv, "--config.steps=40")
+    run(tmp_path / "parts", *argv, "--config.steps=20")
+    run(tmp_path / "parts", *argv, "--config.steps=40")
+    assert_bitwise_equal(newest(tmp_path / "parts")[1], newest(tmp_path / "whole")[1])
+    whole, parts = (
+        {path.name: averaging.read_snapshot(path) for path in (tmp_path / name).iterdir()}
+        for name in ("whole/snapshots", "parts/snapshots")
+    )
+    assert len(whole) == 8 and {s.time for s in whole.values()} == {10, 20, 30, 40}
+    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+    # A tracked width is what the checkpoint holds.
+    _, params, _ = checkpoint.load(tmp_path / "parts", 0.1)
+    tracked = newest(tmp_path / "parts")[1]["opt_state"]["averages"][1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, tracked)
+    evaluate.main([f"--workdir={tmp_path / 'parts'}", "--average=0.1", "--n=0", "--held_out=16"])
+    result = json.loads((tmp_path / "parts/evaluation.json").read_text())
+    assert result["parameters"] == {"average": 0.1, "sha256": digest(params)}
 
 
 def test_a_density_changes_how_the_loss_varies_and_not_its_mean_unless_it_is_asked_to():
@@ -456,6 +488,24 @@ BAD = {
     ),
     "best": (["--config.keep_best=1", "--config.eval_every=40"], "a multiple of eval_every=40"),
     "skip": (["--config.skip_nonfinite=-1"], "skip_nonfinite=-1: must be at least 0"),
+    "average": (["--config.averages", "0.1", "0.3"], "relative width 0.3: must be above 0, and"),
+    "averages": (
+        ["--config.averages", "0.1", "--config.snapshot_every=None"],
+        "averages=(0.1,), snapshot_every=None: give both, or neither",
+    ),
+    "snapshots": (["--config.snapshot_every=10"], "snapshot_every=10: give both, or neither"),
+    "two widths": (
+        ["--config.snapshot_every=10", "--config.averages", "0.1", "0.1"],
+        "averages=(0.1, 0.1): a width is there twice",
+    ),
+    "snapshot": (
+        ["--config.snapshot_every=15", "--config.averages", "0.1"],
+        "snapshot_every=15: must be a multiple of log_every=10",
+    ),
+    "snapshot_dtype": (
+        ["--config.snapshot_dtype=int8"],
+        "unknown snapshot_dtype 'int8': one of float32, float16",
+    ),
     "log_every": (["--config.log_every=0"], "log_every=0: must be at least 1"),
     "order": (
         ["--config.sampling.sampler=unipc", "--config.sampling.options", "order=5"],

@@ -26,6 +26,7 @@ from ..samplers import SAMPLERS, TIMES
 from ..schedules import LONGEST as LONGEST_GRID, SCHEDULES
 from ..targets import TARGETS
 from ..training import parsing
+from ..training.averaging import DTYPES
 from ..training.files import flatten, unequal
 from ..training.runners import RUNNERS
 from ..training.writers import WRITERS
@@ -344,6 +345,17 @@ class Config:
     optimizer: Optimizer = Optimizer()
     ema: float = 0.999
     """Decay of the moving average of parameters."""
+    ema_warmup: bool = True
+    """Let the decay grow with the step k, min(ema, (1 + k) / (10 + k)), so that the average forgets
+    the initial parameters; it holds a decay above 1 - 9 / (10 + steps) back for the whole run.
+    False: the decay is constant."""
+    averages: tuple[float, ...] = ()
+    """Relative widths of power-function averages to track, such as 0.05 0.1, from whose snapshots
+    averages of other widths are made after training. Empty: none."""
+    snapshot_every: int | None = None
+    """Steps between snapshots of these averages; there is one at the end too."""
+    snapshot_dtype: Annotated[str, one_of(DTYPES)] = "float32"
+    """The numbers in snapshots; float16 takes half the space."""
     batch_size: int = 128
     """Examples per step, over all devices."""
     seed: int = 0
@@ -407,6 +419,7 @@ def smoke(config: Config, **changes: Any) -> Config:
     """The same experiment in seconds: a few steps, a checkpoint every 20, few samples."""
     sampling = dataclasses.replace(config.sampling, steps=4, columns=2, eval_samples=0)
     short = dict(steps=60, batch_size=16, log_every=10, eval_every=20, sample_every=40)
+    short |= dict(snapshot_every=20 if config.averages else None)
     short |= dict(save_every=20, keep=3, sampling=sampling) | changes
     return dataclasses.replace(config, **short)
 

@@ -9,12 +9,14 @@ import math
 
 import numpy as np
 
+from ..averages import check_width
 from ..data import Examples
 from ..densities import DENSITIES
 from ..guidance import GUIDANCES
 from ..schedules import LONGEST, SCHEDULES, Schedule
 from ..targets import decode, row, unit_variance
 from ..training import writers
+from ..training.averaging import DTYPES
 from ..training.runners import RUNNERS
 from ..weightings import WEIGHTINGS
 from .config import Config, at_least, known_name, require
@@ -38,11 +40,13 @@ def check(config: Config) -> None:
     known_name("weighting", WEIGHTINGS, c.weighting)
     known_name("density", DENSITIES, c.density)
     known_name("runner", RUNNERS, c.parallel)
+    known_name("snapshot_dtype", DTYPES, c.snapshot_dtype)
     for name in c.writers:
         writers.check(name)
     for section in (c.data, c.optimizer, c.sampling):
         section.check()
     at_least(c, steps=1, steps_per_call=1, log_every=1, eval_every=1, sample_every=1, save_every=1)
+    at_least(c, snapshot_every=1)
     at_least(c, keep=1, keep_every=1, keep_best=0, skip_nonfinite=0, time_steps=1)
     require(
         (
@@ -54,6 +58,7 @@ def check(config: Config) -> None:
         (0 <= c.label_drop < 1, f"label_drop={c.label_drop}: must be in [0, 1)"),
         (math.isfinite(c.schedule_shift), f"schedule_shift={c.schedule_shift}: must be finite"),
         *_of_intervals(c),
+        *_of_averages(c),
         *_of_time(c),
         *_of_conditioning(c),
     )
@@ -75,6 +80,27 @@ def _of_intervals(c):
             not any(n % c.steps_per_call for n in (c.steps, c.log_every, c.sample_every)),
             f"steps_per_call={c.steps_per_call}: must be at least 1, and divide steps={c.steps}, "
             f"log_every={c.log_every} and sample_every={c.sample_every}",
+        ),
+    )
+
+
+def _of_averages(c):
+    """Power-function averages and their snapshots."""
+    for std in c.averages:
+        check_width(std)
+    return (
+        (
+            len({f"{std:g}" for std in c.averages}) == len(c.averages),
+            f"averages={c.averages}: a width is there twice",
+        ),
+        (
+            bool(c.averages) == (c.snapshot_every is not None),
+            f"averages={c.averages}, snapshot_every={c.snapshot_every}: give both, or neither",
+        ),
+        (
+            c.snapshot_every is None or c.snapshot_every % c.log_every == 0,
+            f"snapshot_every={c.snapshot_every}: must be a multiple of log_every={c.log_every}, "
+            "at which the numbers are checked",
         ),
     )
 
