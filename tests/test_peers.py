@@ -6,6 +6,8 @@ zeros; the architectures are the published ones, narrower where that is enough.
 
 import dataclasses
 import functools
+import importlib
+import importlib.util
 import pickle
 import sys
 import types
@@ -19,7 +21,8 @@ import pytest
 import diffjax
 from diffjax import checkpoint, published
 from diffjax.experiment import resolve
-from diffjax.published import openai, weights
+from diffjax.evaluation import inception
+from diffjax.published import arrays, openai, weights
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -393,3 +396,57 @@ def test_ddpms_network_for_cifar_10_walks_as_its_own_pipeline(tmp_path):
     assert walked.std() > 0.1
     print(f" {np.abs(ours - walked).max():.1e}", end=" ")
     np.testing.assert_allclose(ours, walked, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def fidelity():
+    """The modules of torch-fidelity that need PyTorch alone: as a package it needs torchvision."""
+    package = types.ModuleType("torch_fidelity")
+    package.__path__ = importlib.util.find_spec("torch_fidelity").submodule_search_locations
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torch_fidelity", package)
+        yield lambda name: importlib.import_module(f"torch_fidelity.{name}")
+
+
+@pytest.fixture(scope="module")
+def extractor(fidelity, tmp_path_factory):
+    """torch-fidelity's Inception network with random weights, and the file that holds them."""
+    make = fidelity("feature_extractor_inceptionv3").FeatureExtractorInceptionV3
+    with pytest.MonkeyPatch.context() as patch:  # it is made with weights only
+        patch.setattr(torch, "load", lambda *_, **__: {})
+        patch.setattr(make, "load_state_dict", lambda *_: None)
+        shapes = make("x", ["2048"], "none").state_dict()
+    rng = np.random.default_rng(0)
+    state = {}
+    for name, like in shapes.items():
+        x = rng.standard_normal(like.shape)
+        if name.endswith("conv.weight") or name == "fc.weight":
+            x *= np.sqrt(2 / x[0].size)
+        elif name.endswith(("bn.weight", "running_var")):
+            x = np.exp(0.2 * x)
+        else:
+            x *= 0.1
+        if not name.endswith("num_batches_tracked"):
+            state[name] = torch.from_numpy(np.asarray(x, np.float32))
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(state, path)
+    names = ["2048", "logits_unbiased"]
+    return make("x", names, str(path)), path
+
+
+def pixels(seed, n=6, side=32, channels=3):
+    """uint8 images with edges and gradients."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (n, side // 4, side // 4, channels))
+    return np.uint8(np.clip(coarse.repeat(4, 1).repeat(4, 2) + rng.normal(0, 20, (side, side, 1)), 0, 255))
+
+
+@pytest.mark.parametrize(("side", "channels"), [(32, 3), (64, 1), (320, 3)])
+def test_inception_sees_what_torch_fidelitys_sees(extractor, side, channels):
+    net, path = extractor
+    params = inception.convert(path, arrays.read(path))
+    x = pixels(0, 3, side, channels)
+    peers = net(torch.from_numpy(np.moveaxis(x.repeat(3 // channels, -1), -1, 1)))
+    ours = jax.jit(inception.outputs)(params, x)
+    for found, peer in zip((ours["features"], ours["logits"]), peers, strict=True):
+        assert difference(found, peer) < 1e-4
