@@ -4,6 +4,8 @@
     python evaluate.py --workdir=runs/digits --flow=True     # bits by the probability flow too
     python evaluate.py --workdir=runs/fashion --features=fashion_classifier --n=10000
     python evaluate.py --workdir=runs/digits --samples=runs/digits/generated.npz
+    python evaluate.py --workdir=runs/cifar --features=inception --weights=pt_inception.pth \\
+        --reference=cifar10-32x32.npz --n=50000 --draws=3    # FID, as others report it
     python evaluate.py --compare runs/a runs/b               # a table, and a picture of it
     python evaluate.py --help
 
@@ -15,9 +17,9 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -31,7 +33,9 @@ from diffjax.evaluation import (
     features,
     likelihoods,
     provenance,
+    reference,
     sampling,
+    summing,
 )
 from diffjax.evaluation.command_line import parse_with_run
 from diffjax.evaluation.sampling import Drawing
@@ -59,10 +63,18 @@ class Arguments:
     flow_steps: int = 50
     """Steps of the probability flow."""
     features: str = "pca24"
-    """The feature space of distances: pca24, fashion_classifier, or a function of yours,
-    module:function, from images [n, height, width, channels] in [-1, 1] to [n, d]."""
+    """The feature space of distances: pca24, fashion_classifier; inception (FID) or dinov2 (FDD),
+    which need weights; or a function of yours, module:function, from images
+    [n, height, width, channels] in [-1, 1] to [n, d]."""
+    weights: Path | None = None
+    """The file with the weights of inception or dinov2."""
     reference: str = "train"
-    """The data that samples are compared with: its part train, or test."""
+    """What samples are compared with: the data's part train, or test, or a file of statistics of
+    features, .npz (of EDM, ADM, pytorch-fid or write_reference) or .pkl (of EDM2)."""
+    write_reference: Path | None = None
+    """A file .npz, to which the statistics of the reference are written."""
+    draws: int = 1
+    """Number of independent draws of n samples; the best value and the mean are reported."""
     samples: Path | None = None
     """A file of sample.py whose samples are measured; None: draw `n` samples."""
     drawing: tyro.conf.OmitArgPrefixes[Drawing] = Drawing()  # noqa: RUF009, it is frozen
@@ -89,52 +101,90 @@ def evaluate(args: Arguments) -> dict[str, Any]:
     setup(args.distributed, config.batch_size)
     check_batch(config.batch_size)
     dataset = load_data(config)
-    part = dataset.train if args.reference == "train" else dataset.test
-    reference = data.take(part, np.arange(len(part.x)))["x"]
-    space = features.named(args.features, reference) if given or args.drawing.n else None
-    _, params, _ = checkpoint.load(args.workdir)
     runner = runners.RUNNERS[config.parallel](1)
+    measuring = given or args.drawing.n or args.write_reference
+    real = known(args, dataset, config.data.name, runner) if measuring else None
+    _, params, _ = checkpoint.load(args.workdir)
     made_by = {"parameters": sampling.parameters(config, params), "program": provenance.program()}
     found = made_by | {"config": json.loads(to_json(config))}
 
     if args.held_out != 0:
         found |= count_bits(args, e, runner, params, dataset.test)
-    if space is None:
+    if real is None:
+        return found
+    if args.write_reference is not None and jax.process_index() == 0:
+        about = found | {"features": real.features, "reference": real.about}
+        reference.write(args.write_reference, real.seen, about)
+        print(f"written: {args.write_reference}")
+    if not (given or args.drawing.n):
         return found
 
-    samples, settings = given or draw(drawn, args.drawing, runner, params, reference.shape[1:])
-    if settings["parameters"] != found["parameters"]:
-        raise ValueError(
-            f"{args.samples} holds samples of other parameters than {args.workdir}'s newest"
-        )
-    x = data.take(samples, np.arange(len(samples.x)))["x"]
-    elsewhere = (
-        "parameters",
-        "config",
-        "program",
-        "shape",
-        "sha256",
-    )  # a file has them, or `found` does
+    if given:
+        samples, settings = given
+        if settings["parameters"] != found["parameters"]:
+            raise ValueError(
+                f"{args.samples} holds samples of other parameters than {args.workdir}'s newest"
+            )
+        scores = distances.measure(real.look([np.asarray(samples.x)]), real.seen)
+    else:
+        scores, settings = draw(drawn, args, runner, params, dataset.train.x.shape[1:], real)
+    # A file of samples has these too, or `found` has them.
+    elsewhere = ("parameters", "config", "program", "shape", "sha256")
     recorded = {k: v for k, v in settings.items() if k not in elsewhere}
     return (
-        found
-        | distances.measure(space.features(x), space.features(reference))
-        | {
-            "samples": recorded,
-            "features": {"name": space.name, "sha256": space.sha256},
-            "reference": {
-                "data": config.data.name,
-                "part": args.reference,
-                "n": len(reference),
-                "sha256": digest(part.x),
-            },
-        }
+        found | scores | {"samples": recorded, "features": real.features, "reference": real.about}
     )
+
+
+class Known(NamedTuple):
+    """The reference, and how to look at samples in the same feature space.
+
+    Attributes:
+      seen: what is known of the reference.
+      look: parts of samples -> what is known of them.
+      features: the name and the hash of the feature space.
+      about: what the reference is.
+    """
+
+    seen: distances.Seen
+    look: Callable[[Iterable[np.ndarray]], distances.Seen]
+    features: dict[str, str]
+    about: dict[str, Any]
+
+
+def known(args: Arguments, dataset: data.Dataset, data_name: str, runner: runners.Runner) -> Known:
+    """Look at the reference: a part of the data, or a file."""
+    part = dataset.test if args.reference == "test" else dataset.train
+    # Of a network with weights one example is enough, because it is not fitted to them.
+    fitted = not features.takes_weights(args.features)
+    examples = data.first(part, len(part.x) if fitted else 1)["x"]
+    space = features.named(args.features, examples, args.weights)
+    look = summing.look(space, runner)
+    if reference.is_file(args.reference):
+        file = reference.read(Path(args.reference), args.features, space)
+        seen, about = file.seen, {"file": Path(args.reference).name, "sha256": file.sha256}
+        if file.images is not None:
+            pool = look(sampling.in_parts(file.images), len(file.images)).pool
+            seen = seen._replace(pool=pool)
+    else:
+        about = {"data": data_name, "part": args.reference, "n": len(part.x)}
+        about["sha256"] = digest(part.x)
+        # In random order, so that the first features, which are kept, are of all classes.
+        order = None if fitted else np.random.default_rng(0).permutation(len(part.x))
+        seen = look(sampling.in_parts(part.x, order), POOL)
+    keep = 0 if seen.pool is None else args.drawing.n if args.samples is None else sys.maxsize
+    name = {"name": space.name, "sha256": space.sha256}
+    return Known(seen, lambda parts: look(parts, keep), name, about)
+
+
+POOL = 10_000
+"""The number of real examples that Inception's precision and recall compare with, as ADM's."""
 
 
 def check(args: Arguments) -> None:
     """Refuse what makes no sense, before anything is loaded or compiled."""
-    features.check(args.features)
+    features.check(args.features, args.weights)
+    write = args.write_reference
     require(
         (args.bound_samples >= 2, f"bound_samples={args.bound_samples}: must be at least 2"),
         (args.flow_steps >= 1, f"flow_steps={args.flow_steps}: must be at least 1"),
@@ -147,8 +197,21 @@ def check(args: Arguments) -> None:
             f"n={args.drawing.n}: must be at least 20, or 0",
         ),
         (
-            args.reference in ("train", "test"),
-            f"unknown reference {args.reference!r}: one of train, test",
+            args.reference in ("train", "test") or reference.is_file(args.reference),
+            f"unknown reference {args.reference!r}: one of train, test, or a file .npz or .pkl",
+        ),
+        (args.draws >= 1, f"draws={args.draws}: must be at least 1"),
+        (
+            args.draws == 1 or args.samples is None,
+            f"draws={args.draws}: a file of samples is one draw",
+        ),
+        (
+            write is None or (write.suffix == ".npz" and write.parent.is_dir()),
+            f"write_reference={write}: must be a file .npz in a folder that is there",
+        ),
+        (
+            write is None or features.takes_weights(args.features),
+            f"write_reference={write}: features={args.features} have no statistics to share",
         ),
         (
             args.result is None or (args.result.suffix == ".json" and args.result.parent.is_dir()),
@@ -159,17 +222,26 @@ def check(args: Arguments) -> None:
 
 def draw(
     e: Experiment,
-    wanted: Drawing,
+    args: Arguments,
     runner: runners.Runner,
     params: Any,
     shape: tuple[int, ...],
-) -> tuple[data.Examples, dict[str, Any]]:
-    """Samples of a shape, and their settings, as `sampling.read` returns those of a file."""
-    generate, label = sampling.make_generate(e, shape), sampling.labels(e.config, wanted)
-    indices, size = range(wanted.n), e.config.batch_size
-    parts = sampling.draw(runner, generate, params, label, indices, size)
-    samples = np.concatenate(list(sampling.with_progress(parts, "samples", wanted.n)))
-    return data.Examples(samples), sampling.settings(e, wanted, params)
+    real: Known,
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """The distances of samples that are drawn, and the settings that a file of them would have."""
+    wanted, size = args.drawing, e.config.batch_size
+    label, each = sampling.labels(e.config, wanted), []
+    seeds = range(wanted.seed, wanted.seed + args.draws)
+    for seed in seeds:
+        drawing = dataclasses.replace(wanted, seed=seed)
+        generate = sampling.make_generate(sampling.drawn_by(e.config, drawing), shape)
+        parts = sampling.draw(runner, generate, params, label, range(wanted.n), size)
+        shown = sampling.with_progress(parts, f"samples of seed {seed}", wanted.n)
+        each.append(distances.measure(real.look(shown), real.seen))
+    settings = sampling.settings(e, wanted, params)
+    if len(each) == 1:
+        return each[0], settings
+    return distances.best_of(each), settings | {"draws": args.draws, "seeds": list(seeds)}
 
 
 def count_bits(

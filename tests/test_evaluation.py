@@ -5,16 +5,15 @@ import math
 import pickle
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jax
-import jax.numpy as jnp
 from diffjax import data
 from diffjax.evaluation import (
     classifier,
     comparison,
-    dinov2,
     distances,
     features,
     inception,
@@ -313,7 +312,9 @@ def test_what_is_not_fids_network_is_refused_by_the_names_of_its_arrays(tmp_path
 def test_images_are_resized_as_tensorflow_1_did():
     """A ramp tells where each pixel comes from: i * size / side, up to the last pixel."""
     for size in (32, 299, 512):
-        ramp = jnp.broadcast_to(jnp.arange(size, dtype=jnp.float32)[None, :, None, None], (1, size, 4, 1))
+        ramp = jnp.broadcast_to(
+            jnp.arange(size, dtype=jnp.float32)[None, :, None, None], (1, size, 4, 1)
+        )
         rows = inception.resize(ramp)[0, :, 0, 0]
         exact = np.minimum(np.arange(299) * size / 299, size - 1)
         np.testing.assert_allclose(rows, exact, atol=1e-4)
@@ -393,9 +394,7 @@ def toy_space(sha256="0" * 64):
 def test_statistics_are_read_from_the_files_of_others(tmp_path):
     rng = np.random.default_rng(0)
     mu, sigma, spatial = rng.standard_normal(6), np.eye(6), (np.zeros(3), np.eye(3))
-    seen = distances.Seen(
-        moments=distances.Moments(mu, sigma), spatial=distances.Moments(*spatial)
-    )
+    seen = distances.Seen(moments=distances.Moments(mu, sigma), spatial=distances.Moments(*spatial))
     np.savez(tmp_path / "edm.npz", mu=mu, sigma=sigma)
     adm = {"mu": mu, "sigma": sigma, "mu_s": spatial[0], "sigma_s": spatial[1]}
     np.savez(tmp_path / "adm.npz", **adm, arr_0=BYTES)

@@ -20,8 +20,8 @@ import pytest
 
 import diffjax
 from diffjax import checkpoint, published
-from diffjax.experiment import resolve
 from diffjax.evaluation import inception
+from diffjax.experiment import resolve
 from diffjax.published import arrays, openai, weights
 
 with warnings.catch_warnings():
@@ -438,7 +438,9 @@ def pixels(seed, n=6, side=32, channels=3):
     """uint8 images with edges and gradients."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (n, side // 4, side // 4, channels))
-    return np.uint8(np.clip(coarse.repeat(4, 1).repeat(4, 2) + rng.normal(0, 20, (side, side, 1)), 0, 255))
+    return np.uint8(
+        np.clip(coarse.repeat(4, 1).repeat(4, 2) + rng.normal(0, 20, (side, side, 1)), 0, 255)
+    )
 
 
 @pytest.mark.parametrize(("side", "channels"), [(32, 3), (64, 1), (320, 3)])

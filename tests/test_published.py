@@ -265,9 +265,7 @@ def test_the_arrays_of_torchscript_are_read_without_its_code(torch, tmp_path):
 @pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("dtype", ["<f4", ">f8"])
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_arrays_that_numpy_pickled_are_rebuilt_from_their_numbers(
-    tmp_path, protocol, dtype, order
-):
+def test_arrays_that_numpy_pickled_are_rebuilt_from_their_numbers(tmp_path, protocol, dtype, order):
     x = np.asarray(np.random.default_rng(0).standard_normal((3, 4)), dtype, order=order)
     (tmp_path / "stats.pkl").write_bytes(pickle.dumps({"mu": x, "n": 3}, protocol))
     found = torchfile.read(tmp_path / "stats.pkl")

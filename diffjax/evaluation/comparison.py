@@ -1,7 +1,8 @@
 """The results of evaluate.py, as lines for one run, or as a table and a figure for several runs."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.table import Table
@@ -23,6 +24,7 @@ class Measure(NamedTuple):
 
     Attributes:
       title: its name in tables.
+      known: its name in feature spaces in which it has one of its own.
       best: `min` or `max`, whichever is better.
       conditions: names of settings that must be equal for the values of two runs to be comparable.
       error: name of its standard error, which not every measure has.
@@ -32,15 +34,22 @@ class Measure(NamedTuple):
     best: Callable[[Iterable[float]], float]
     conditions: tuple[str, ...]
     error: str
+    known: Mapping[str, str] = MappingProxyType({})
 
 
 BITS = ("held_out.n", "held_out.levels", "held_out.sha256")
-DISTANCES = ("samples.n", "features.name", "features.sha256", "reference.sha256")
+DISTANCES = (
+    "samples.n",
+    "samples.draws",
+    "features.name",
+    "features.sha256",
+    "reference.sha256",
+)
 MEASURES = {
     "bound_bits_per_dim": Measure("bound, bits/dim", min, BITS, "bound_standard_error"),
     "flow_bits_per_dim": Measure("flow, bits/dim", min, BITS, "flow_standard_error"),
 } | {
-    name: Measure(metric.title, metric.best, DISTANCES, f"{name}_standard_error")
+    name: Measure(metric.title, metric.best, DISTANCES, f"{name}_standard_error", metric.known)
     for name, metric in METRICS.items()
 }
 
@@ -60,8 +69,23 @@ def lines(result: Result) -> list[str]:
             # Hashes are left out; the file has them.
             given = [c for c in measure.conditions if c in result and not c.endswith("sha256")]
             conditions = ", ".join(f"{c}={result[c]}" for c in given)
-            found.append(f"{measure.title}: {shown(result, name)} ({conditions})")
+            mean = result.get(f"{name}_mean")
+            several = (
+                "" if mean is None else f", mean {mean:.4g} of {result['samples.draws']} draws"
+            )
+            found.append(f"{title(result, name)}: {shown(result, name)}{several} ({conditions})")
     return found
+
+
+def title(result: Result, name: str) -> str:
+    """What a measure is called in the feature space of a result.
+
+    >>> title({"features.name": "inception"}, "frechet"), title({}, "frechet")
+    ('FID', 'Frechet distance')
+    >>> title({"features.name": "inception of unknown weights"}, "frechet")
+    'Frechet distance'
+    """
+    return MEASURES[name].known.get(result.get("features.name", ""), MEASURES[name].title)
 
 
 def shown(result: Result, name: str) -> str:
@@ -108,7 +132,7 @@ def read(runs: Iterable[Path]) -> dict[str, Result]:
 def _checked(result):
     """An evaluation, if its numbers are numbers, and its settings can be compared."""
     for name, measure in MEASURES.items():
-        for part in {name, measure.error} & result.keys():
+        for part in {name, measure.error, f"{name}_mean"} & result.keys():
             parsing.field(result, part, int, float)
         for condition in {*measure.conditions} & result.keys():
             parsing.field(result, condition, str, int, float, bool, type(None))
@@ -124,7 +148,7 @@ def best(results: dict[str, Result], name: str) -> float | None:
 def table(results: dict[str, Result]) -> Table:
     """Make a table with a row per run and a column per measure; a star marks the best value."""
     names = _present(results)
-    made = Table("run", *(MEASURES[name].title for name in names))
+    made = Table("run", *(_heading(results, name) for name in names))
     for run, result in results.items():
         cells = [
             shown(result, name)
@@ -151,11 +175,15 @@ def figure(results: dict[str, Result]) -> "Figure":
                 error = result.get(measure.error)
                 ax.errorbar(result[name], row, xerr=error, fmt="o", color=colour, capsize=3)
         wanted = "lower" if measure.best is min else "higher"
-        ax.set_xlabel(f"{measure.title}\n({wanted} is better)")
+        ax.set_xlabel(f"{_heading(results, name)}\n({wanted} is better)")
         ax.margins(x=0.2)
         ax.set_yticks(range(len(runs)), runs if ax is axes[0] else [""] * len(runs))
         ax.set_ylim(len(runs) - 0.5, -0.5)
     return made
+
+
+def _heading(results, name):
+    return next(title(result, name) for result in results.values() if name in result)
 
 
 def _present(results):

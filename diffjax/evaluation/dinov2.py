@@ -23,6 +23,7 @@ SIDE, PATCH, HEAD = 224, 14, 64
 """The side of images and patches in pixels, and the width of an attention head."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of the red, green and blue of ImageNet, in [0, 1]."""
+HIGHEST = jax.lax.Precision.HIGHEST  # else a GPU or TPU rounds to 10 or 7 bits
 
 
 class Block(nn.Module):
@@ -34,7 +35,7 @@ class Block(nn.Module):
         scaled = lambda name, x: self.param(name, nn.initializers.ones, (width,))[None, None] * x
         qkv = _dense(3 * width, "attn.qkv")(_norm("norm1")(x))
         q, k, v = jnp.moveaxis(qkv.reshape(n, tokens, 3, width // HEAD, HEAD), 2, 0)
-        attended = nn.dot_product_attention(q, k, v, precision="highest").reshape(x.shape)
+        attended = nn.dot_product_attention(q, k, v, precision=HIGHEST).reshape(x.shape)
         x += scaled("ls1.gamma", _dense(width, "attn.proj")(attended))
         hidden = nn.gelu(_dense(4 * width, "mlp.fc1")(_norm("norm2")(x)), approximate=False)
         return x + scaled("ls2.gamma", _dense(width, "mlp.fc2")(hidden))
@@ -56,7 +57,7 @@ class ViT(nn.Module):
         """Images `[n, 224, 224, 3]` from `scaled` -> the class token `[n, width]`."""
         patches = (PATCH, PATCH)
         embed = nn.Conv(
-            self.width, patches, patches, "VALID", precision="highest", name="patch_embed.proj"
+            self.width, patches, patches, "VALID", precision=HIGHEST, name="patch_embed.proj"
         )
         x = embed(x).reshape(len(x), -1, self.width)
         first = self.param("cls_token", nn.initializers.zeros, (1, 1, self.width))
@@ -68,7 +69,7 @@ class ViT(nn.Module):
 
 
 def _dense(width, name):
-    return nn.Dense(width, precision="highest", name=name)  # else a GPU or TPU rounds
+    return nn.Dense(width, precision=HIGHEST, name=name)
 
 
 def _norm(name):
@@ -81,7 +82,7 @@ def scaled(images: Array) -> Array:
     The images are resized by an antialiased cubic and not rounded, as EDM2 does; dgm-eval rounds.
     """
     x = jnp.broadcast_to(images, (*images.shape[:3], 3)).astype(jnp.float32)
-    x = jax.image.resize(x, (len(x), SIDE, SIDE, 3), "cubic", precision="highest") / 255
+    x = jax.image.resize(x, (len(x), SIDE, SIDE, 3), "cubic", precision=HIGHEST) / 255
     mean, std = (jnp.asarray(value)[None, None, None] for value in (MEAN, STD))
     return (x - mean) / std
 
@@ -114,8 +115,9 @@ def convert(where: Path, arrays: dict[str, np.ndarray]) -> Any:
     vit, image = ViT(width, depth), jnp.zeros((1, SIDE, SIDE, 3))
     shapes: Any = jax.eval_shape(vit.init, jax.random.key(0), image)["params"]
     params, wrong = {}, []
-    for path, like in flatten_dict(shapes).items():
-        leaf = {"kernel": "weight", "scale": "weight"}.get(path[-1], path[-1])
+    expected: Any = flatten_dict(shapes)
+    for path, like in expected.items():
+        leaf = "weight" if path[-1] in ("kernel", "scale") else path[-1]
         name = ".".join((*path[:-1], leaf))
         x = left.pop(name, np.zeros(0))
         if path[-1] == "kernel" and x.ndim == len(like.shape):
@@ -140,7 +142,9 @@ def positions(embedding: np.ndarray, side: int = SIDE // PATCH) -> np.ndarray:
     _, count, width = embedding.shape if embedding.ndim == 3 else (0, 0, 0)
     n = round(max(count - 1, 0) ** 0.5)
     if not n or n * n != count - 1:
-        raise ValueError(f"pos_embed is {embedding.shape}: need one position, and those of a square")
+        raise ValueError(
+            f"pos_embed is {embedding.shape}: need one position, and those of a square"
+        )
     if n == side:
         return embedding
     at = (np.arange(side) + 0.5) * n / (side + 0.1) - 0.5

@@ -151,7 +151,8 @@ def precision_of_all(samples: np.ndarray, real: np.ndarray, k: int = 3) -> float
     (1.0, 0.0)
     """
     _enough(samples, real, k)
-    return _in_manifold(*_float64(samples, real), k)
+    samples, real = _float64(samples, real)
+    return _in_manifold(samples, real, k)
 
 
 def recall_of_all(samples: np.ndarray, real: np.ndarray, k: int = 3) -> float:
@@ -294,6 +295,19 @@ def measure(samples: np.ndarray | Seen, real: np.ndarray | Seen) -> dict[str, fl
         else:
             found[name] = value
     return found
+
+
+def best_of(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The best value of every metric over several draws, and its mean, `NAME_mean`.
+
+    >>> best_of([{"frechet": 2.0, "recall": 0.5}, {"frechet": 1.0, "recall": 0.75}])
+    {'frechet': 1.0, 'frechet_mean': 1.5, 'recall': 0.75, 'recall_mean': 0.625}
+    """
+    found = {}
+    for name in METRICS.keys() & each[0].keys():
+        values = [scores[name] for scores in each]
+        found |= {name: METRICS[name].best(values), f"{name}_mean": float(np.mean(values))}
+    return dict(sorted(found.items()))
 
 
 def nearest_neighbour(x: np.ndarray, label: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:

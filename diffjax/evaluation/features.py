@@ -112,9 +112,7 @@ def of_network(
 FEATURES: dict[str, Callable[..., Space]] = {
     "pca24": pca24,
     "fashion_classifier": fashion_classifier,
-    "inception": of_network(
-        "inception", inception.KNOWN, inception.convert, inception.outputs
-    ),
+    "inception": of_network("inception", inception.KNOWN, inception.convert, inception.outputs),
     "dinov2": of_network("dinov2", dinov2.KNOWN, dinov2.convert, dinov2.outputs),
 }
 
@@ -149,7 +147,7 @@ def named(name: str, reference: np.ndarray, weights: Path | None = None) -> Spac
 
 
 def check(name: str, weights: Path | None = None) -> None:
-    """Raise a ValueError unless there is a space of this name, and a file of weights if it needs one.
+    """Raise a ValueError unless there is such a space, with a file of weights if it needs one.
 
     Raises:
       FileNotFoundError: if there is no such file.

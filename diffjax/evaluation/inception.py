@@ -72,9 +72,7 @@ class Block(NamedTuple):
 
 _max = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(1, 1), padding="SAME")
 _max_half = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2))
-_mean = functools.partial(
-    nn.avg_pool, window_shape=(3, 3), padding="SAME", count_include_pad=False
-)
+_mean = functools.partial(nn.avg_pool, window_shape=(3, 3), padding="SAME", count_include_pad=False)
 
 
 def _stem():
@@ -212,7 +210,7 @@ class Inception(nn.Module):
           `features` `[n, 2048]`; `spatial` `[n, 2023]`, by height, width and channel; and `logits`
           `[n, 1008]`, without the bias.
         """
-        spatial = None
+        spatial = x
         for block in BLOCKS:
             x = jnp.concatenate([self._branch(x, block.name, b) for b in block.branches], -1)
             if block.name == SPATIAL:

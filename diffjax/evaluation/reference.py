@@ -1,9 +1,9 @@
 """Reference statistics: the moments of a data set's features, as a file.
 
-Those of EDM and pytorch-fid (`.npz` with `mu` and `sigma`), ADM (the same, with `mu_s` and `sigma_s`
-for sFID, and 10,000 images, `arr_0`, for precision and recall) and EDM2 (`.pkl`, for FID and FDD)
-are read, and nothing in them is executed. `write` makes files of the first form, which those read,
-with a field `about` that says what the statistics are of.
+Those of EDM and pytorch-fid (`.npz` with `mu` and `sigma`), ADM (the same, with `mu_s` and
+`sigma_s` for sFID, and 10,000 images, `arr_0`, for precision and recall) and EDM2 (`.pkl`, for FID
+and FDD) are read, and nothing in them is executed. `write` makes files of the first form, which
+those read, with a field `about` that says what the statistics are of.
 """
 
 import json
@@ -60,10 +60,8 @@ def read(path: Path, name: str, space: Space) -> Reference:
         raise ValueError(f"reference={path}: features={name} need examples: give train or test")
     try:
         arrays = _edm2(path, name) if path.suffix == ".pkl" else _archive(path)
-        found = {
-            field: _moments(arrays, *names)
-            for field, names in FIELDS.items()
-            if names[0] in arrays
+        found: dict[str, Any] = {
+            field: _moments(arrays, *names) for field, names in FIELDS.items() if names[0] in arrays
         }
         images, about = arrays.get("arr_0"), _about(arrays)
         if images is not None and (images.ndim != 4 or images.dtype != np.uint8):

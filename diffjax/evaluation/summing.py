@@ -6,7 +6,7 @@ precision, around the mean of the first batch, which makes rounding harmless: of
 host.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -62,9 +62,7 @@ def look(space: Space, runner: Runner) -> Callable[..., Seen]:
         params, sums = state
         found = network.outputs(params, batch["x"])
         total = lambda x: x if axis_name is None else jax.lax.psum(x, axis_name)
-        every = lambda x: (
-            x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)
-        )
+        every = lambda x: x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)
         added = {name: _added(sums[name], found[name], batch["weight"], total) for name in summed}
         single = {name: every(found[name]) for name in ("features", "logits") if name in found}
         return (params, added), single

@@ -76,7 +76,7 @@ def convert(where: Path, state: dict[str, Any], config: Config, names: Names) ->
 
 
 def refuse_lines(what: str, lines: list[str]) -> None:
-    """Raise a ValueError that says what is wrong, and the first few lines of why, if there are any."""
+    """Raise a ValueError that says what is wrong, and the first few lines, if there are any."""
     if lines:
         more = f"\n  and {len(lines) - 5} more" if len(lines) > 5 else ""
         raise ValueError(f"{what}:\n  " + "\n  ".join(lines[:5]) + more)
