@@ -17,9 +17,9 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,13 +35,12 @@ from diffjax.evaluation import (
     provenance,
     reference,
     sampling,
-    summing,
 )
 from diffjax.evaluation.command_line import parse_with_run
 from diffjax.evaluation.sampling import Drawing
 from diffjax.experiment import Experiment, resolve
 from diffjax.experiment.command_line import error_exit
-from diffjax.experiment.config import require, to_json
+from diffjax.experiment.config import Eval, require, to_json
 from diffjax.experiment.dataset import load_data
 from diffjax.training import runners
 from diffjax.training.distributed import Distributed, check_batch, failing_fast, setup
@@ -103,7 +102,8 @@ def evaluate(args: Arguments) -> dict[str, Any]:
     dataset = load_data(config)
     runner = runners.RUNNERS[config.parallel](1)
     measuring = given or args.drawing.n or args.write_reference
-    real = known(args, dataset, config.data.name, runner) if measuring else None
+    which = Eval(args.features, args.weights, args.reference)
+    real = reference.known(which, dataset, config.data.name, runner) if measuring else None
     _, params, _ = checkpoint.load(args.workdir)
     made_by = {"parameters": sampling.parameters(config, params), "program": provenance.program()}
     found = made_by | {"config": json.loads(to_json(config))}
@@ -125,7 +125,7 @@ def evaluate(args: Arguments) -> dict[str, Any]:
             raise ValueError(
                 f"{args.samples} holds samples of other parameters than {args.workdir}'s newest"
             )
-        scores = distances.measure(real.look([np.asarray(samples.x)]), real.seen)
+        scores = distances.measure(real.look([np.asarray(samples.x)], len(samples.x)), real.seen)
     else:
         scores, settings = draw(drawn, args, runner, params, dataset.train.x.shape[1:], real)
     # A file of samples has these too, or `found` has them.
@@ -134,51 +134,6 @@ def evaluate(args: Arguments) -> dict[str, Any]:
     return (
         found | scores | {"samples": recorded, "features": real.features, "reference": real.about}
     )
-
-
-class Known(NamedTuple):
-    """The reference, and how to look at samples in the same feature space.
-
-    Attributes:
-      seen: what is known of the reference.
-      look: parts of samples -> what is known of them.
-      features: the name and the hash of the feature space.
-      about: what the reference is.
-    """
-
-    seen: distances.Seen
-    look: Callable[[Iterable[np.ndarray]], distances.Seen]
-    features: dict[str, str]
-    about: dict[str, Any]
-
-
-def known(args: Arguments, dataset: data.Dataset, data_name: str, runner: runners.Runner) -> Known:
-    """Look at the reference: a part of the data, or a file."""
-    part = dataset.test if args.reference == "test" else dataset.train
-    # Of a network with weights one example is enough, because it is not fitted to them.
-    fitted = not features.takes_weights(args.features)
-    examples = data.first(part, len(part.x) if fitted else 1)["x"]
-    space = features.named(args.features, examples, args.weights)
-    look = summing.look(space, runner)
-    if reference.is_file(args.reference):
-        file = reference.read(Path(args.reference), args.features, space)
-        seen, about = file.seen, {"file": Path(args.reference).name, "sha256": file.sha256}
-        if file.images is not None:
-            pool = look(sampling.in_parts(file.images), len(file.images)).pool
-            seen = seen._replace(pool=pool)
-    else:
-        about = {"data": data_name, "part": args.reference, "n": len(part.x)}
-        about["sha256"] = digest(part.x)
-        # In random order, so that the first features, which are kept, are of all classes.
-        order = None if fitted else np.random.default_rng(0).permutation(len(part.x))
-        seen = look(sampling.in_parts(part.x, order), POOL)
-    keep = 0 if seen.pool is None else args.drawing.n if args.samples is None else sys.maxsize
-    name = {"name": space.name, "sha256": space.sha256}
-    return Known(seen, lambda parts: look(parts, keep), name, about)
-
-
-POOL = 10_000
-"""The number of real examples that Inception's precision and recall compare with, as ADM's."""
 
 
 def check(args: Arguments) -> None:
@@ -226,7 +181,7 @@ def draw(
     runner: runners.Runner,
     params: Any,
     shape: tuple[int, ...],
-    real: Known,
+    real: reference.Known,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """The distances of samples that are drawn, and the settings that a file of them would have."""
     wanted, size = args.drawing, e.config.batch_size
@@ -237,7 +192,7 @@ def draw(
         generate = sampling.make_generate(sampling.drawn_by(e.config, drawing), shape)
         parts = sampling.draw(runner, generate, params, label, range(wanted.n), size)
         shown = sampling.with_progress(parts, f"samples of seed {seed}", wanted.n)
-        each.append(distances.measure(real.look(shown), real.seen))
+        each.append(distances.measure(real.look(shown, wanted.n), real.seen))
     settings = sampling.settings(e, wanted, params)
     if len(each) == 1:
         return each[0], settings

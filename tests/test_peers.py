@@ -20,9 +20,10 @@ import pytest
 
 import diffjax
 from diffjax import checkpoint, published
-from diffjax.evaluation import inception
+from diffjax.evaluation import dinov2, distances, features, inception, summing
 from diffjax.experiment import resolve
 from diffjax.published import arrays, openai, weights
+from diffjax.training.runners import RUNNERS
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -405,6 +406,9 @@ def fidelity():
     package.__path__ = importlib.util.find_spec("torch_fidelity").submodule_search_locations
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "torch_fidelity", package)
+        utilities = types.ModuleType("torch_fidelity.utils")  # of which nothing here is called
+        utilities.__dict__["__getattr__"] = lambda name: None
+        patch.setitem(sys.modules, utilities.__name__, utilities)
         yield lambda name: importlib.import_module(f"torch_fidelity.{name}")
 
 
@@ -452,3 +456,75 @@ def test_inception_sees_what_torch_fidelitys_sees(extractor, side, channels):
     ours = jax.jit(inception.outputs)(params, x)
     for found, peer in zip((ours["features"], ours["logits"]), peers, strict=True):
         assert difference(found, peer) < 1e-4
+
+
+def test_a_frechet_distance_end_to_end_is_torch_fidelitys(extractor, fidelity):
+    """Of images, by their extractor and their distance, and by ours in sums on eight devices."""
+    net, path = extractor
+    x, y = pixels(1, 40), pixels(2, 48)
+    metric = fidelity("metric_fid")
+    statistics = []
+    for images in (x, y):
+        found = [net(theirs(part))[0].double() for part in np.array_split(images, 4)]
+        statistics.append(metric.fid_features_to_statistics(torch.cat(found)))
+    peer = metric.fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"]
+    space = features.named("inception", np.zeros((1, 32, 32, 3), np.float32), path)
+    assert space.name == "inception of unknown weights"
+    look = summing.look(space, RUNNERS["pmap"](1))
+    ours = distances.measure(look([x]), look([y]))["frechet"]
+    print(f" {ours:.6f} {peer:.6f} {abs(ours / peer - 1):.1e}", end=" ")
+    assert ours == pytest.approx(peer, rel=1e-4)
+    # Of equal moments, by either formula.
+    moments = [distances.Moments(s["mu"], s["sigma"]) for s in statistics]
+    assert distances.frechet_distance(*moments) == pytest.approx(peer, rel=1e-6)
+
+
+def test_dinov2_is_that_of_transformers():
+    """A narrow one, from its names in the published file, with positions of the final size."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(
+        hidden_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=224, patch_size=14
+    )
+    net = shaken(Dinov2Model(config))
+    state = {name: x.numpy() for name, x in net.state_dict().items()}
+    renamed = {}
+    for name, x in state.items():
+        for old, new in (
+            ("embeddings.patch_embeddings.projection", "patch_embed.proj"),
+            ("embeddings.position_embeddings", "pos_embed"),
+            ("embeddings.", ""),
+            ("encoder.layer.", "blocks."),
+            ("attention.o_proj", "attn.proj"),
+            ("layer_scale1.lambda1", "ls1.gamma"),
+            ("layer_scale2.lambda1", "ls2.gamma"),
+            ("layernorm", "norm"),
+        ):
+            name = name.replace(old, new)
+        renamed[name] = x
+    for i in range(2):
+        for leaf in ("weight", "bias"):
+            parts = [renamed.pop(f"blocks.{i}.attention.{part}_proj.{leaf}") for part in "qkv"]
+            renamed[f"blocks.{i}.attn.qkv.{leaf}"] = np.concatenate(parts)
+    params = dinov2.convert("here", renamed)
+    x = pixels(0, 3, 64)
+    ours = jax.jit(dinov2.outputs)(params, x)["features"]
+    seen = torch.from_numpy(np.moveaxis(np.array(dinov2.scaled(x)), -1, 1))
+    peers = net(pixel_values=seen).last_hidden_state[:, 0]
+    assert difference(ours, peers) < 1e-4
+    resized = torch.nn.functional.interpolate(
+        theirs(x).float(), size=(224, 224), mode="bicubic", antialias=True
+    )
+    mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in (dinov2.MEAN, dinov2.STD))
+    assert difference(dinov2.scaled(x), (resized / 255 - mean) / std) < 1e-4
+
+
+def test_positions_are_interpolated_as_dinov2_does():
+    grid = np.random.default_rng(0).standard_normal((1, 1 + 37 * 37, 8)).astype(np.float32)
+    square = torch.from_numpy(grid[:, 1:].reshape(1, 37, 37, 8)).permute(0, 3, 1, 2)
+    scale = (16 + 0.1) / 37
+    peers = torch.nn.functional.interpolate(
+        square, scale_factor=(scale, scale), mode="bicubic", antialias=False
+    )
+    ours = dinov2.positions(grid)[:, 1:].reshape(1, 16, 16, 8)
+    assert difference(ours, peers) < 1e-5

@@ -7,15 +7,20 @@ those read, with a field `about` that says what the statistics are of.
 """
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from .. import data
 from ..data import limits
+from ..experiment.config import Eval
 from ..published import torchfile
 from ..training import parsing
-from ..training.files import file_digest, replacing
+from ..training.files import digest, file_digest, replacing
+from ..training.runners import Runner
+from . import features, sampling, summing
 from .distances import Moments, Seen
 from .features import Space
 
@@ -35,6 +40,62 @@ class Reference(NamedTuple):
     seen: Seen
     images: np.ndarray | None
     sha256: str
+
+
+class Known(NamedTuple):
+    """A reference, and how to look at samples in the same feature space.
+
+    Attributes:
+      seen: what is known of the reference.
+      look: (parts of samples, their number in all) -> what is known of them.
+      features: the name and the hash of the feature space.
+      about: what the reference is.
+    """
+
+    seen: Seen
+    look: Callable[[Iterable[np.ndarray], int], Seen]
+    features: dict[str, str]
+    about: dict[str, Any]
+
+
+POOL = 10_000
+"""The number of real examples that Inception's precision and recall compare with, as ADM's."""
+
+
+def known(which: Eval, dataset: data.Dataset, data_name: str, runner: Runner) -> Known:
+    """Look at a reference in a feature space: at a part of the data, or at a file.
+
+    Args:
+      which: the feature space, its weights, and the reference.
+      dataset: the run's data.
+      data_name: its name.
+      runner: maps over the devices.
+
+    Raises:
+      FileNotFoundError: if a file is not there.
+      ValueError: if a file does not hold what it is taken for, or the space takes no such data.
+    """
+    name = which.features or ""
+    part = dataset.test if which.reference == "test" else dataset.train
+    # Of a network with weights one example is enough, because it is not fitted to them.
+    fitted = not features.takes_weights(name)
+    examples = data.first(part, len(part.x) if fitted else 1)["x"]
+    space = features.named(name, examples, which.weights)
+    look = summing.look(space, runner)
+    if is_file(which.reference):
+        file = read(Path(which.reference), name, space)
+        seen, about = file.seen, {"file": Path(which.reference).name, "sha256": file.sha256}
+        if file.images is not None:
+            pool = look(sampling.in_parts(file.images), len(file.images)).pool
+            seen = seen._replace(pool=pool)
+    else:
+        about = {"data": data_name, "part": which.reference, "n": len(part.x)}
+        about["sha256"] = digest(part.x)
+        # In random order, so that the first features, which are kept, are of all classes.
+        order = None if fitted else np.random.default_rng(0).permutation(len(part.x))
+        seen = look(sampling.in_parts(part.x, order), POOL)
+    of_samples = lambda parts, n: look(parts, 0 if seen.pool is None else n)
+    return Known(seen, of_samples, {"name": space.name, "sha256": space.sha256}, about)
 
 
 def is_file(reference: str) -> bool:

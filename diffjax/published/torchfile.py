@@ -170,9 +170,9 @@ def numpy_array(found: Any) -> np.ndarray:
         kind, order = dtype.args[0], dtype.state[1]
         if not found.path.endswith(".multiarray._reconstruct") or kind not in ("f4", "f8"):
             raise ValueError(f"{found.path} of {reprlib.repr(kind)}")
-        encoded = isinstance(data, Record) and data.path == "_codecs.encode"  # of protocol 2
-        numbers: bytes = data.args[0].encode("latin1") if encoded else data
-        flat = np.frombuffer(numbers, np.dtype(kind).newbyteorder(order))
+        if getattr(data, "path", None) == "_codecs.encode":  # of protocol 2
+            data = data.args[0].encode("latin1")
+        flat = np.frombuffer(data, np.dtype(kind).newbyteorder(order))
         return flat.reshape(shape, order="F" if fortran else "C").astype(kind)
     except Exception as error:  # untrusted input may raise anything
         raise ValueError(f"not an array that NumPy pickled ({error!r:.200})") from error
