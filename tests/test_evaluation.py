@@ -9,11 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
+from flax import traverse_util
 
 from diffjax import data
 from diffjax.evaluation import (
     classifier,
     comparison,
+    dinov2,
     distances,
     features,
     inception,
@@ -307,6 +310,33 @@ def test_what_is_not_fids_network_is_refused_by_the_names_of_its_arrays(tmp_path
     del arrays["Mixed_7c_branch_pool_conv_weight"]
     with pytest.raises(ValueError, match="Mixed_7c_branch_pool_conv_weight is missing, need"):
         inception.convert(tmp_path, arrays, 16)
+
+
+def test_dinov2_is_built_from_the_names_of_its_file(tmp_path):
+    """A narrow one: its arrays make the space; a missing or foreign one is named."""
+    network = dinov2.ViT(width=64, depth=1)
+    shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
+    params = random_params(shapes["params"])
+    arrays = {}
+    for path, x in traverse_util.flatten_dict(params).items():
+        x = np.moveaxis(x, (-1, -2), (0, 1)) if path[-1] == "kernel" else x
+        leaf = "weight" if path[-1] in ("kernel", "scale") else path[-1]
+        arrays[".".join((*path[:-1], leaf))] = np.ascontiguousarray(x)
+    safetensors.numpy.save_file(arrays | {"mask_token": np.zeros(64)}, tmp_path / "a.safetensors")
+    space = features.named("dinov2", IMAGES[:1], tmp_path / "a.safetensors")
+    assert space.name == "dinov2 of unknown weights"
+    jax.tree.map(np.testing.assert_array_equal, space.network.params, params)
+    found = space.features(IMAGES[:2])
+    # The class token is normalised last, then scaled and shifted: undone, its mean is 0, its std 1.
+    plain = (found - arrays["norm.bias"]) / arrays["norm.weight"]
+    np.testing.assert_allclose(plain.mean(1), 0, atol=1e-3)
+    np.testing.assert_allclose(plain.std(1), 1, atol=1e-3)
+    with pytest.raises(ValueError, match=r"blocks\.0\.ls1\.gamma is missing, or"):
+        dinov2.convert(tmp_path, {n: x for n, x in arrays.items() if "ls1" not in n})
+    with pytest.raises(ValueError, match="register_tokens is not an array of it"):
+        dinov2.convert(tmp_path, arrays | {"register_tokens": np.zeros(3)})
+    with pytest.raises(ValueError, match="need one position, and those of a square"):
+        dinov2.convert(tmp_path, arrays | {"pos_embed": np.zeros((1, 8, 64))})
 
 
 def test_images_are_resized_as_tensorflow_1_did():
