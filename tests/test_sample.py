@@ -12,19 +12,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 import evaluate
 import sample
 from diffjax import GUIDANCES, checkpoint, data, plots, samplers
 from diffjax.averages import Snapshot
-from diffjax.evaluation import comparison, sampling, widths
+from diffjax.evaluation import comparison, distances, features, sampling, widths
 from diffjax.evaluation.sampling import Drawing
 from diffjax.experiment import Config, Walk, command_line, dataset, resolve, run_directory
 from diffjax.experiment.config import to_json
+from diffjax.experiment.dataset import load_data
 from diffjax.published import export
 from diffjax.training import averaging, runners
-from diffjax.training.files import digest
+from diffjax.training.files import digest, file_digest
 
 CONFIG = command_line.from_file("configs/digits.py:smoke")
 
@@ -636,6 +638,56 @@ def test_every_number_comes_with_what_it_depends_on(evaluated):
     assert result["config"]["target"] == "eps" and result["program"]["diffjax"]
 
 
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    """A file of weights of a network in Inception's place that is cheap, and its features."""
+    matrix = np.random.default_rng(0).standard_normal((64, 3)).astype(np.float32)
+    safetensors.numpy.save_file({"matrix": matrix}, tmp_path / "weights.safetensors")
+
+    def outputs(params, x):
+        x = jnp.broadcast_to(x, (*x.shape[:3], 3))[:, :8, :8, 0].reshape(len(x), -1)
+        x = jnp.matmul(x.astype(jnp.float32) / 64, params, precision="highest")
+        return {"features": x, "spatial": x[:, :2], "logits": x}
+
+    known = (file_digest(tmp_path / "weights.safetensors"),)
+    make = features.of_network("inception", known, lambda _, arrays: arrays["matrix"], outputs)
+    monkeypatch.setitem(features.FEATURES, "inception", make)
+    return tmp_path / "weights.safetensors", lambda x: np.asarray(outputs(matrix, x)["features"])
+
+
+def test_fid_by_a_reference_of_ones_own(finished, drawn, weights, tmp_path, capsys):
+    """Statistics are written, read back, and compared with several draws in parts."""
+    run, stats = shutil.copytree(finished, tmp_path / "run"), tmp_path / "stats.npz"
+    file, features_of = weights
+    options = dict(features="inception", weights=file, held_out=0)
+    none = dataclasses.replace(FEW, n=0)
+    evaluate_run(run, **options, drawing=none, reference="test", write_reference=stats)
+    assert "frechet" not in found(run)
+    test = load_data(checkpoint.read_config(run)).test
+    samples, _ = drawn[1]
+    exact = distances.frechet_distance(features_of(samples.x), features_of(test.x))
+    result = evaluate_run(run, **options, drawing=FEW, reference=str(stats), draws=2)
+    assert result["samples"]["seeds"] == [0, 1] and result["reference"]["file"] == "stats.npz"
+    assert result["frechet"] <= result["frechet_mean"] and result["class_score"] >= 1
+    assert "precision" not in result and "precision_of_all" not in result
+    shown = capsys.readouterr().out
+    assert re.search(r"^FID: .*, mean .* of 2 draws \(samples.n=20, samples.draws=2", shown, re.M)
+    assert "sFID: " in shown and "Inception Score: " in shown
+    # The draw of seed 0 is that of the file: by its parts, and by all of its features at once.
+    result = evaluate_run(run, **options, samples=drawn[0], reference="test")
+    assert result["frechet"] == pytest.approx(exact, rel=1e-5)
+    assert 0 <= result["precision_of_all"] <= 1 and "KID: " in capsys.readouterr().out
+    # Any other weights, and it is no FID.
+    matrix = safetensors.numpy.load_file(file)["matrix"]
+    safetensors.numpy.save_file({"matrix": 2 * matrix}, file)
+    result = evaluate_run(run, **options, samples=drawn[0], reference="test")
+    assert result["frechet"] == pytest.approx(4 * exact, rel=1e-5)
+    shown = capsys.readouterr().out
+    assert "FID" not in shown and "features.name=inception of unknown weights" in shown
+    with pytest.raises(SystemExit, match="it was made with other weights"):
+        evaluate_run(run, **options, samples=drawn[0], reference=str(stats))
+
+
 def test_samples_that_were_drawn_are_measured_alike(evaluated, drawn, tmp_path):
     again = shutil.copytree(evaluated, tmp_path / "run")
     result = evaluate_run(again, samples=drawn[0], held_out=0)
@@ -682,8 +734,16 @@ def test_refusals_of_evaluate(finished, drawn, tmp_path, monkeypatch):
             {"result": Path("no/where.json")},
             "result=no/where.json: must be a file .json in a folder",
         ),
-        ({"reference": "all"}, "unknown reference 'all': one of train, test"),
-        ({"features": "fid"}, "unknown features 'fid': one of pca24, fashion_classifier, or"),
+        ({"reference": "all"}, "unknown reference 'all': one of train, test, or a file .npz"),
+        ({"features": "fid"}, "unknown features 'fid': one of pca24, fashion_classifier, incep"),
+        ({"features": "inception"}, "features=inception, weights=None: it needs a file of w"),
+        ({"features": "inception", "weights": Path("no")}, "weights=no: there is no such file"),
+        ({"weights": Path("no")}, "features=pca24, weights=no: it takes none"),
+        ({"reference": "no.npz"}, "reference=no.npz: there is no such file"),
+        ({"draws": 0}, "draws=0: must be at least 1"),
+        ({"draws": 2, "samples": drawn[0]}, "draws=2: a file of samples is one draw"),
+        ({"write_reference": Path("a.npz")}, "write_reference=a.npz: features=pca24 have no"),
+        ({"write_reference": Path("a.pkl")}, "write_reference=a.pkl: must be a file .npz in"),
     ):
         with pytest.raises(SystemExit, match=f"error: .*{re.escape(message)}"):
             evaluate.run(evaluate.Arguments(finished, **options))

@@ -297,6 +297,13 @@ def check_parameters(params: Any, workdir: Path) -> None:
         )
 
 
+def in_parts(x: Any, order: np.ndarray | None = None, size: int = 1024) -> Iterator[np.ndarray]:
+    """Yield rows of x in parts, in an order if one is given; x may read its rows from a disk."""
+    for start in range(0, len(x), size):
+        rows = np.arange(start, min(start + size, len(x)))
+        yield np.asarray(x[rows if order is None else order[rows]])
+
+
 def with_progress(
     parts: Iterable[np.ndarray], what: str, n: int, done: int = 0
 ) -> Iterator[np.ndarray]:

@@ -291,6 +291,40 @@ class Sampling(Walk):
 
 
 @dataclasses.dataclass(frozen=True)
+class Eval:
+    """How a run measures the distance of its samples to data, at intervals."""
+
+    features: str | None = None
+    """The feature space, as evaluate.py has them: inception for FID; None: measure nothing."""
+    weights: Path | None = None
+    """The file with the weights of inception or dinov2."""
+    reference: str = "train"
+    """What samples are compared with: train, test, or a file of statistics."""
+    every: int = 10_000
+    """Steps between measurements, beside the one at the end."""
+    n: int = 10_000
+    """Number of samples that are drawn for each; the distance depends on it."""
+
+    def check(self) -> None:
+        """Raise a ValueError if the section is impossible whatever the other sections are."""
+        at_least(self, "eval.", every=1, n=20)
+        require(
+            (
+                self.reference in ("train", "test") or self.reference.endswith((".npz", ".pkl")),
+                f"eval.reference={self.reference!r}: one of train, test, or a file .npz or .pkl",
+            ),
+            (
+                self.weights is None or self.features is not None,
+                f"eval.weights={self.weights}: needs eval.features",
+            ),
+        )
+
+
+BEST = ("eval_loss", "eval_frechet")
+"""The metrics by which the best checkpoints can be chosen; the lowest is the best."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """An experiment. When a run is resumed, the fields in `CHANGEABLE` may change."""
 
@@ -383,12 +417,16 @@ class Config:
     keep_every: int | None = None
     """Also keep every checkpoint whose step is a multiple of this."""
     keep_best: int = 0
-    """Also keep this many checkpoints with the lowest held-out loss; save_every must be a multiple
-    of eval_every."""
+    """Also keep this many checkpoints that are best by keep_best_by; save_every must be a multiple
+    of eval_every, or of eval.every."""
+    keep_best_by: Annotated[str, one_of(BEST)] = "eval_loss"
+    """What the best checkpoints have the lowest of: the held-out loss, or the Frechet distance of
+    the section eval."""
     skip_nonfinite: int = 0
     """Number of batches with an infinite or undefined loss or gradient to skip before the run
     stops."""
     sampling: Sampling = Sampling()
+    eval: Eval = Eval()
     writers: Annotated[tuple[str, ...], one_of(WRITERS)] = ()
     """Where metrics and pictures go beside the run's directory."""
 
@@ -407,6 +445,8 @@ CHANGEABLE = {
     "keep_best",
     "skip_nonfinite",
     "sampling",
+    "eval.every",
+    "eval.weights",
     "writers",
     "data.path",
     "data.shape",

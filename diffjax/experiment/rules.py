@@ -19,7 +19,7 @@ from ..training import writers
 from ..training.averaging import DTYPES
 from ..training.runners import RUNNERS
 from ..weightings import WEIGHTINGS
-from .config import Config, at_least, known_name, require
+from .config import BEST, Config, at_least, known_name, require
 
 LARGEST_GAIN = 1e5
 """The largest factor from a network's relative error to x_0 that passes without a word. It is 1,800
@@ -41,9 +41,10 @@ def check(config: Config) -> None:
     known_name("density", DENSITIES, c.density)
     known_name("runner", RUNNERS, c.parallel)
     known_name("snapshot_dtype", DTYPES, c.snapshot_dtype)
+    known_name("keep_best_by", BEST, c.keep_best_by)
     for name in c.writers:
         writers.check(name)
-    for section in (c.data, c.optimizer, c.sampling):
+    for section in (c.data, c.optimizer, c.sampling, c.eval):
         section.check()
     at_least(c, steps=1, steps_per_call=1, log_every=1, eval_every=1, sample_every=1, save_every=1)
     at_least(c, snapshot_every=1)
@@ -72,9 +73,29 @@ def _of_intervals(c):
             f"multiples of log_every={c.log_every}, so that a resumed run logs the same",
         ),
         (
-            c.keep_best == 0 or c.save_every % c.eval_every == 0,
+            c.keep_best == 0 or c.keep_best_by != "eval_loss" or c.save_every % c.eval_every == 0,
             f"keep_best={c.keep_best}: to find the best, save_every={c.save_every} must be a "
             f"multiple of eval_every={c.eval_every}",
+        ),
+        (
+            c.keep_best_by != "eval_frechet" or c.eval.features is not None,
+            f"keep_best_by={c.keep_best_by}: needs eval.features",
+        ),
+        (
+            c.keep_best == 0
+            or c.keep_best_by != "eval_frechet"
+            or c.save_every % c.eval.every == 0,
+            f"keep_best={c.keep_best}: to find the best, save_every={c.save_every} must be a "
+            f"multiple of eval.every={c.eval.every}",
+        ),
+        (
+            c.eval.features is None or c.eval.every % c.log_every == 0,
+            f"eval.every={c.eval.every}: must be a multiple of log_every={c.log_every}",
+        ),
+        (
+            c.eval.features is None or c.low_resolution is None,
+            f"eval.features={c.eval.features}: a run that enlarges images "
+            f"(low_resolution={c.low_resolution}) cannot draw samples by itself",
         ),
         (
             not any(n % c.steps_per_call for n in (c.steps, c.log_every, c.sample_every)),
