@@ -231,7 +231,7 @@ def test_a_frechet_distance_of_few_samples_says_so():
 
 def test_the_distances_of_one_example_are_refused():
     for a, b in ((1, 30), (30, 1)):
-        with pytest.raises(ValueError, match=f"distance of {a} and {b} examples: need at least 2"):
+        with pytest.raises(ValueError, match="distance of 1 examples: need at least 2"):
             distances.frechet_distance(normal(0, a, d=2), normal(1, b, d=2))
     with pytest.raises(ValueError, match=r"sampling.eval_samples=1: a distance needs at least 2"):
         resolve(Config(sampling=Sampling(eval_samples=1)))
