@@ -29,9 +29,11 @@ test-peers:
 	.venv-peers/bin/python -m pytest -m peers tests/test_peers.py $(ARGS)
 
 # physicsnemo has EDM's networks. Without -c, because it requires other versions of packages that we
-# do not use than constraints.txt has.
+# do not use than constraints.txt has. torch-fidelity requires torchvision, which not every build of
+# PyTorch has; what is compared does not need it.
 $(VENV)/physicsnemo.stamp: $(VENV)/test,peers.stamp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check nvidia-physicsnemo
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torch-fidelity
 	touch $@
 
 # Execute the notebooks, and write them with their pictures.

@@ -4,6 +4,8 @@
     python evaluate.py --workdir=runs/digits --flow=True     # bits by the probability flow too
     python evaluate.py --workdir=runs/fashion --features=fashion_classifier --n=10000
     python evaluate.py --workdir=runs/digits --samples=runs/digits/generated.npz
+    python evaluate.py --workdir=runs/cifar --features=inception --weights=pt_inception.pth \\
+        --reference=cifar10-32x32.npz --n=50000 --draws=3    # FID, as others report it
     python evaluate.py --compare runs/a runs/b               # a table, and a picture of it
     python evaluate.py --help
 
@@ -13,9 +15,8 @@ the file of --result.
 
 import dataclasses
 import json
-import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +25,21 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from diffjax import checkpoint, data, likelihood
+from diffjax import checkpoint, data
 from diffjax.evaluation import (
     comparison,
     distances,
     features,
     likelihoods,
     provenance,
+    reference,
     sampling,
 )
 from diffjax.evaluation.command_line import parse_with_run
 from diffjax.evaluation.sampling import Drawing
 from diffjax.experiment import Experiment, resolve
 from diffjax.experiment.command_line import error_exit
-from diffjax.experiment.config import require, to_json
+from diffjax.experiment.config import Eval, require, to_json
 from diffjax.experiment.dataset import load_data, located
 from diffjax.training import runners
 from diffjax.training.distributed import Distributed, failing_fast, setup
@@ -64,10 +66,18 @@ class Arguments:
     flow_steps: int = 50
     """Steps of the probability flow."""
     features: str = "pca24"
-    """The feature space of distances: pca24, fashion_classifier, or a function of yours,
-    module:function, from images [n, height, width, channels] in [-1, 1] to [n, d]."""
+    """The feature space of distances: pca24, fashion_classifier; inception (FID) or dinov2 (FDD),
+    which need weights; or a function of yours, module:function, from images
+    [n, height, width, channels] in [-1, 1] to [n, d]."""
+    weights: Path | None = None
+    """The file with the weights of inception or dinov2."""
     reference: str = "train"
-    """The data that samples are compared with: its part train, or test."""
+    """What samples are compared with: the data's part train, or test, or a file of statistics of
+    features, .npz (of EDM, ADM, pytorch-fid or write_reference) or .pkl (of EDM2)."""
+    write_reference: Path | None = None
+    """A file .npz, to which the statistics of the reference are written."""
+    draws: int = 1
+    """Number of independent draws of n samples; the best value and the mean are reported."""
     samples: Path | None = None
     """A file of sample.py whose samples are measured; None: draw `n` samples."""
     drawing: tyro.conf.OmitArgPrefixes[Drawing] = Drawing()  # noqa: RUF009, it is frozen
@@ -91,15 +101,17 @@ def evaluate(args: Arguments) -> dict[str, Any]:
     if given is not None and len(given[0].x) < FEWEST:
         raise ValueError(f"{args.samples} holds {len(given[0].x)} samples: need {FEWEST} or more")
     drawn = sampling.drawn_by(config, args.drawing) if args.drawing.n and not given else e
+    # A file of samples says which average of the parameters drew them.
+    average = given[1].get("average") if given else args.drawing.average
     # Nothing would be saved, so SIGTERM may end the process at once.
     jax.config.update("jax_enable_preemption_service", False)
     setup(args.distributed)
     dataset = load_data(located(config, args.data_path))
-    part = dataset.train if args.reference == "train" else dataset.test
-    measures = bool(given or args.drawing.n)
+    part = dataset.test if args.reference == "test" else dataset.train
+    measures = bool(given or args.drawing.n or args.write_reference)
     require(
         (
-            not measures or len(part.x) >= FEWEST,
+            not measures or reference.is_file(args.reference) or len(part.x) >= FEWEST,
             f"reference={args.reference}: has {len(part.x)} examples: distances need {FEWEST} or "
             "more; n=0 measures none",
         ),
@@ -109,12 +121,15 @@ def evaluate(args: Arguments) -> dict[str, Any]:
             "counts none",
         ),
     )
-    reference = data.take(part, np.arange(len(part.x)))["x"]
-    space = features.named(args.features, reference) if measures else None
-    _, params, _ = checkpoint.load(args.workdir)
-    sampling.check_parameters(params, args.workdir)
     runner = runners.RUNNERS[config.parallel](1)
-    made_by = {"parameters": sampling.parameters(config, params), "program": provenance.program()}
+    which = Eval(args.features, args.weights, args.reference)
+    real = reference.known(which, dataset, config.data.name, runner) if measures else None
+    _, params, _ = checkpoint.load(args.workdir, average)
+    sampling.check_parameters(params, args.workdir)
+    made_by = {
+        "parameters": sampling.parameters(config, params, average),
+        "program": provenance.program(),
+    }
     found = made_by | {"config": json.loads(to_json(config))}
     if given is not None and given[1]["parameters"] != found["parameters"]:
         raise ValueError(
@@ -123,45 +138,32 @@ def evaluate(args: Arguments) -> dict[str, Any]:
 
     if args.held_out != 0:
         found |= count_bits(args, e, runner, params, dataset.test)
-    if space is None:
+    if real is None:
+        return found
+    if args.write_reference is not None and jax.process_index() == 0:
+        about = found | {"features": real.features, "reference": real.about}
+        reference.write(args.write_reference, real.seen, about)
+        print(f"written: {args.write_reference}")
+    if not (given or args.drawing.n):
         return found
 
-    shape, dtype = reference.shape[1:], part.x.dtype.type
-    samples, settings = given or draw(drawn, args.drawing, runner, params, shape, dtype)
-    x = data.take(samples, np.arange(len(samples.x)))["x"]
-    elsewhere = (
-        "parameters",
-        "config",
-        "program",
-        "shape",
-        "dtype",
-        "sha256",
-    )  # a file has them, or `found` does
+    if given:
+        samples, settings = given
+        scores = distances.measure(real.look([np.asarray(samples.x)], len(samples.x)), real.seen)
+    else:
+        scores, settings = draw(drawn, args, runner, params, dataset.train.x, real)
+    # A file of samples has these too, or `found` has them.
+    elsewhere = ("parameters", "config", "program", "shape", "dtype", "sha256")
     recorded = {k: v for k, v in settings.items() if k not in elsewhere}
-    ours, theirs = space.features(x), space.features(reference)
     return (
-        found
-        | distances.measure(ours, theirs)
-        | {
-            "samples": recorded,
-            "features": {
-                "name": space.name,
-                "sha256": space.sha256,
-                "dimension": theirs.shape[1],
-            },
-            "reference": {
-                "data": config.data.name,
-                "part": args.reference,
-                "n": len(reference),
-                "sha256": digest(part.x),
-            },
-        }
+        found | scores | {"samples": recorded, "features": real.features, "reference": real.about}
     )
 
 
 def check(args: Arguments) -> None:
     """Refuse what makes no sense, before anything is loaded or compiled."""
-    features.check(args.features)
+    features.check(args.features, args.weights)
+    write = args.write_reference
     require(
         (args.bound_samples >= 2, f"bound_samples={args.bound_samples}: must be at least 2"),
         (args.flow_steps >= 1, f"flow_steps={args.flow_steps}: must be at least 1"),
@@ -174,8 +176,21 @@ def check(args: Arguments) -> None:
             f"n={args.drawing.n}: must be at least {FEWEST}, or 0",
         ),
         (
-            args.reference in ("train", "test"),
-            f"unknown reference {args.reference!r}: one of train, test",
+            args.reference in ("train", "test") or reference.is_file(args.reference),
+            f"unknown reference {args.reference!r}: one of train, test, or a file .npz or .pkl",
+        ),
+        (args.draws >= 1, f"draws={args.draws}: must be at least 1"),
+        (
+            args.draws == 1 or args.samples is None,
+            f"draws={args.draws}: a file of samples is one draw",
+        ),
+        (
+            write is None or (write.suffix == ".npz" and write.parent.is_dir()),
+            f"write_reference={write}: must be a file .npz in a folder that is there",
+        ),
+        (
+            write is None or features.takes_weights(args.features),
+            f"write_reference={write}: features={args.features} have no statistics to share",
         ),
         (
             args.result is None or (args.result.suffix == ".json" and args.result.parent.is_dir()),
@@ -186,18 +201,27 @@ def check(args: Arguments) -> None:
 
 def draw(
     e: Experiment,
-    wanted: Drawing,
+    args: Arguments,
     runner: runners.Runner,
     params: Any,
-    shape: tuple[int, ...],
-    dtype: type,
-) -> tuple[data.Examples, dict[str, Any]]:
-    """Samples like some data, and their settings, as `sampling.read` returns those of a file."""
-    generate, label = sampling.make_generate(e, shape), sampling.labels(e.config, wanted)
-    indices, size = range(wanted.n), e.config.batch_size
-    parts = sampling.draw(runner, generate, params, label, indices, size, dtype)
-    samples = np.concatenate(list(sampling.with_progress(parts, "samples", wanted.n)))
-    return data.Examples(samples), sampling.settings(e, wanted, params)
+    like: data.Rows,
+    real: reference.Known,
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """The distances of samples that are drawn, and the settings that a file of them would have."""
+    wanted, size = args.drawing, e.config.batch_size
+    label, each, shape = sampling.labels(e.config, wanted), [], like.shape[1:]
+    dtype = like.dtype.type
+    seeds = range(wanted.seed, wanted.seed + args.draws)
+    for seed in seeds:
+        drawing = dataclasses.replace(wanted, seed=seed)
+        generate = sampling.make_generate(sampling.drawn_by(e.config, drawing), shape)
+        parts = sampling.draw(runner, generate, params, label, range(wanted.n), size, dtype)
+        shown = sampling.with_progress(parts, f"samples of seed {seed}", wanted.n)
+        each.append(distances.measure(real.look(shown, wanted.n), real.seen))
+    settings = sampling.settings(e, wanted, params)
+    if len(each) == 1:
+        return each[0], settings
+    return distances.best_of(each), settings | {"draws": args.draws, "seeds": list(seeds)}
 
 
 def count_bits(
@@ -218,12 +242,9 @@ def count_bits(
     found: dict[str, Any] = {}
     for name, measure in measures.items():
         mapped = runner.map(measure)
-        parts = in_parts(runner, mapped, params, batch, config.batch_size)
-        shown = sampling.with_progress(parts, f"{name} of held-out examples", n)
-        nats = np.concatenate(list(shown))
-        bits = np.asarray(likelihood.bits_per_dim(nats, batch["x"].shape[1:]), np.float64)
-        found[f"{name}_bits_per_dim"] = float(bits.mean())
-        found[f"{name}_standard_error"] = float(bits.std(ddof=1) / math.sqrt(n))
+        what = f"{name} of held-out examples"
+        mean, error = likelihoods.bits(runner, mapped, params, batch, config.batch_size, what)
+        found |= {f"{name}_bits_per_dim": mean, f"{name}_standard_error": error}
     return found | {
         "held_out": {
             "n": n,
@@ -235,15 +256,6 @@ def count_bits(
             "sha256": digest(batch["x"]),
         }
     }
-
-
-def in_parts(
-    runner: runners.Runner, mapped: Callable, params: Any, batch: dict[str, np.ndarray], size: int
-) -> Iterator[np.ndarray]:
-    """Yield what `runners.in_batches` returns, one batch at a time."""
-    for start in range(0, len(batch["index"]), size):
-        part = jax.tree.map(lambda x, start=start: x[start : start + size], batch)
-        yield runners.in_batches(runner, mapped, params, part, size)
 
 
 def compare(args: Arguments) -> None:

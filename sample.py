@@ -73,7 +73,7 @@ def sample(args: Arguments) -> None:
         config = located(e.config, args.data_path)
         shape = args.shape or example_shape(config)
         dtype = example_dtype(config)
-        _, params, _ = checkpoint.load(args.workdir)
+        _, params, _ = checkpoint.load(args.workdir, args.drawing.average)
         sampling.check_shape(e, params, shape)
         sampling.check_parameters(params, args.workdir)
         generate = sampling.make_generate(e, shape)

@@ -21,12 +21,21 @@ import jax
 import numpy as np
 
 from diffjax import data, keys, losses, plots, super_resolution
-from diffjax.evaluation import sampling
+from diffjax.evaluation import distances, reference, sampling
 from diffjax.experiment import Config, Experiment, dataset, resolve
 from diffjax.experiment.command_line import error_exit, parse
 from diffjax.experiment.functions import initial_state
-from diffjax.experiment.run_directory import open_run
-from diffjax.training import Batch, Losses, LossFn, metrics, preemption, telemetry, train_step
+from diffjax.experiment.run_directory import SNAPSHOTS, open_run
+from diffjax.training import (
+    Batch,
+    Losses,
+    LossFn,
+    averaging,
+    metrics,
+    preemption,
+    telemetry,
+    train_step,
+)
 from diffjax.training.checkpoints import UnwrittenError
 from diffjax.training.distributed import (
     ALONE,
@@ -122,6 +131,10 @@ def train(
         e.grid()
         e.times.check()
         config = dataset.recorded(config, train_set)
+        both = data.Dataset(train_set, test_set)
+        real = None
+        if config.eval.features is not None:
+            real = reference.known(config.eval, both, config.data.name, runner)
         checkpoints = open_run(workdir, config, dataset.fingerprint(train_set, test_set))
 
     # Pure functions: the loss, the step, and a sample.
@@ -154,6 +167,19 @@ def train(
             x, rows = super_resolution.beside(x, batch["x"], config.low_resolution), 4
         recorder.picture(step, "samples", plots.samples, x, rows)
         recorder.picture(step, "loss", plots.progress, metrics.read(workdir))
+        if real is not None:
+            recorder.picture(step, "distances", plots.distances, metrics.read(workdir))
+
+    def measure(real: reference.Known) -> dict[str, float]:
+        """The distances of samples of the moving average to the reference, by name."""
+        wanted = sampling.request(config, test_set, config.eval.n)
+        rows = sampling.in_parts(wanted["index"], size=config.batch_size)
+        parts = (
+            data.to_bytes(mapped(generate_fn, {name: x[i] for name, x in wanted.items()}))
+            for i in rows
+        )
+        found = distances.measure(real.look(parts, config.eval.n), real.seen)
+        return {f"eval_{name}": value for name, value in found.items()}
 
     devices = f"{jax.process_count()} x {jax.local_device_count()} {jax.default_backend()} devices"
     state = runner.init(initial_state(e, shape))
@@ -212,9 +238,17 @@ def train(
                 window = []
                 if done % config.eval_every == 0 or last:
                     row["eval_loss"] = float(mapped(held_out_fn, held_out).mean())
+                if real is not None and (done % config.eval.every == 0 or last):
+                    row |= measure(real)
                 recorder.write(done, config.batch_size, **row)
+            if config.snapshot_every and (done % config.snapshot_every == 0 or last):
+                # Before the checkpoint: a run that is resumed from it will not write them again.
+                for snapshot in averaging.snapshots_of(
+                    state.opt_state, config.averages, config.snapshot_dtype
+                ):
+                    recorder.attempt(averaging.write_snapshot, workdir / SNAPSHOTS, done, snapshot)
             if done % config.save_every == 0 or last:
-                checkpoints.save(done, state, row.get("eval_loss", math.inf))
+                checkpoints.save(done, state, row.get(config.keep_best_by, math.inf))
             if done % config.sample_every == 0 and not last:
                 draw(done)
                 recorder.start(done)
@@ -225,7 +259,7 @@ def train(
             if config.sampling.eval_samples:
                 batch = sampling.request(config, test_set, config.sampling.eval_samples)
                 x = mapped(generate_fn, batch)
-                scores = sampling.evaluate(config, data.Dataset(train_set, test_set), batch, x)
+                scores = sampling.evaluate(config, both, batch, x)
                 recorder.attempt(write_text, workdir / "scores.json", json.dumps(scores) + "\n")
                 recorder.say("  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
         recorder.say(f"{time.perf_counter() - began:.0f} s in all; see {workdir}/samples.png")

@@ -335,6 +335,22 @@ def training_curves(
     return _figure(ax)
 
 
+def distances(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
+    """Plot the distances of samples to data that a run has measured, over its steps.
+
+    Args:
+      rows: rows of metrics, as `metrics.read` returns them; some have `eval_frechet` or the like.
+    """
+    found = {k: None for row in rows for k in row if k.startswith("eval_") and k != "eval_loss"}
+    figure, axes = panels(1, len(found) or 1)
+    for name, ax in zip(found, axes, strict=False):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        ax.plot(*zip(*points, strict=True), "o-", markersize=3.5, color=COLOURS[0])
+        ax.set_xlabel("step")
+        ax.set_title(name.removeprefix("eval_"))
+    return rendered(figure)
+
+
 def progress(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
     """Plot the progress of a run: its training curve, and its loss by log-SNR early and late.
 

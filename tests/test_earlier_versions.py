@@ -86,6 +86,18 @@ def test_its_run_is_resumed(finished, tmp_path):
     assert run_directory.read_config(tmp_path / "run").sampling.guidance
 
 
+def test_a_run_of_its_config_has_the_same_arrays(earlier, finished):
+    """Options that came later, such as averages, add nothing to a checkpoint without them."""
+    then, now = (
+        json.loads(path.read_text())
+        for path in (
+            earlier / "run/checkpoints/20/arrays.json",
+            finished / "checkpoints/20/arrays.json",
+        )
+    )
+    assert then == now
+
+
 def test_its_samples_are_known_as_finished(earlier, capsys, monkeypatch):
     monkeypatch.setattr(runners, "in_batches", lambda *_: pytest.fail("drew again"))
     monkeypatch.setattr(jax, "device_count", lambda: 1)

@@ -6,6 +6,8 @@ zeros; the architectures are the published ones, narrower where that is enough.
 
 import dataclasses
 import functools
+import importlib
+import importlib.util
 import pickle
 import sys
 import types
@@ -18,8 +20,10 @@ import pytest
 
 import diffjax
 from diffjax import checkpoint, published
+from diffjax.evaluation import dinov2, distances, features, inception, summing
 from diffjax.experiment import resolve
-from diffjax.published import openai, weights
+from diffjax.published import arrays, openai, weights
+from diffjax.training.runners import RUNNERS
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -393,3 +397,145 @@ def test_ddpms_network_for_cifar_10_walks_as_its_own_pipeline(tmp_path):
     assert walked.std() > 0.1
     print(f" {np.abs(ours - walked).max():.1e}", end=" ")
     np.testing.assert_allclose(ours, walked, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def fidelity():
+    """The modules of torch-fidelity that need PyTorch alone: as a package it needs torchvision."""
+    package = types.ModuleType("torch_fidelity")
+    package.__path__ = importlib.util.find_spec("torch_fidelity").submodule_search_locations
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torch_fidelity", package)
+        utilities = types.ModuleType("torch_fidelity.utils")  # of which nothing here is called
+        utilities.__dict__["__getattr__"] = lambda name: None
+        patch.setitem(sys.modules, utilities.__name__, utilities)
+        yield lambda name: importlib.import_module(f"torch_fidelity.{name}")
+
+
+@pytest.fixture(scope="module")
+def extractor(fidelity, tmp_path_factory):
+    """torch-fidelity's Inception network with random weights, and the file that holds them."""
+    make = fidelity("feature_extractor_inceptionv3").FeatureExtractorInceptionV3
+    with pytest.MonkeyPatch.context() as patch:  # it is made with weights only
+        patch.setattr(torch, "load", lambda *_, **__: {})
+        patch.setattr(make, "load_state_dict", lambda *_: None)
+        shapes = make("x", ["2048"], "none").state_dict()
+    rng = np.random.default_rng(0)
+    state = {}
+    for name, like in shapes.items():
+        x = rng.standard_normal(like.shape)
+        if name.endswith("conv.weight") or name == "fc.weight":
+            x *= np.sqrt(2 / x[0].size)
+        elif name.endswith(("bn.weight", "running_var")):
+            x = np.exp(0.2 * x)
+        else:
+            x *= 0.1
+        if not name.endswith("num_batches_tracked"):
+            state[name] = torch.from_numpy(np.asarray(x, np.float32))
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(state, path)
+    names = ["2048", "logits_unbiased"]
+    return make("x", names, str(path)), path
+
+
+def pixels(seed, n=6, side=32, channels=3):
+    """uint8 images with edges and gradients."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (n, side // 4, side // 4, channels))
+    return np.uint8(
+        np.clip(coarse.repeat(4, 1).repeat(4, 2) + rng.normal(0, 20, (side, side, 1)), 0, 255)
+    )
+
+
+@pytest.mark.parametrize(("side", "channels"), [(32, 3), (64, 1), (320, 3)])
+def test_inception_sees_what_torch_fidelitys_sees(extractor, side, channels):
+    net, path = extractor
+    params = inception.convert(path, arrays.read(path))
+    x = pixels(0, 3, side, channels)
+    peers = net(torch.from_numpy(np.moveaxis(x.repeat(3 // channels, -1), -1, 1)))
+    ours = jax.jit(inception.outputs)(params, x)
+    for found, peer in zip((ours["features"], ours["logits"]), peers, strict=True):
+        assert difference(found, peer) < 1e-4
+
+
+def test_a_frechet_distance_end_to_end_is_torch_fidelitys(extractor, fidelity):
+    """Of images, by their extractor and their distance, and by ours in sums on eight devices."""
+    net, path = extractor
+    x, y = pixels(1, 40), pixels(2, 48)
+    metric = fidelity("metric_fid")
+
+    def peer(statistics):
+        name = metric.KEY_METRIC_FID
+        return metric.fid_statistics_to_metric(*statistics, False)[name]
+
+    statistics = []
+    for images in (x, y):
+        found = [net(theirs(part))[0].double() for part in np.array_split(images, 4)]
+        statistics.append(metric.fid_features_to_statistics(torch.cat(found)))
+    space = features.named("inception", np.zeros((1, 32, 32, 3), np.float32), path)
+    assert space.name == "inception of unknown weights"
+    look = summing.look(space, RUNNERS["pmap"](1))
+    seen = [look([images]).moments for images in (x, y)]
+    ours, theirs_ = distances.frechet_distance(*seen), peer(statistics)
+    print(f" {ours:.6f} {theirs_:.6f} {abs(ours / theirs_ - 1):.1e}", end=" ")
+    # With fewer images than features, the roots of rounding errors are a part of either number.
+    assert ours == pytest.approx(theirs_, rel=2e-4)
+    few = slice(24)
+    part = [{"mu": s["mu"][few], "sigma": s["sigma"][few, few]} for s in statistics]
+    moments = [distances.Moments(s["mu"], s["sigma"]) for s in part]
+    seen = [distances.Moments(m.mean[few], m.covariance[few, few]) for m in seen]
+    for found, rel in ((moments, 1e-6), (seen, 1e-5)):
+        ours = distances.frechet_distance(*found)
+        print(f" {abs(ours / peer(part) - 1):.1e}", end=" ")
+        assert ours == pytest.approx(peer(part), rel=rel)
+
+
+def test_dinov2_is_that_of_transformers():
+    """A narrow one, from its names in the published file, with positions of the final size."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(
+        hidden_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=224, patch_size=14
+    )
+    net = shaken(Dinov2Model(config))
+    state = {name: x.numpy() for name, x in net.state_dict().items()}
+    renamed = {}
+    for name, x in state.items():
+        for old, new in (
+            ("embeddings.patch_embeddings.projection", "patch_embed.proj"),
+            ("embeddings.position_embeddings", "pos_embed"),
+            ("embeddings.", ""),
+            ("encoder.layer.", "blocks."),
+            ("attention.o_proj", "attn.proj"),
+            ("layer_scale1.lambda1", "ls1.gamma"),
+            ("layer_scale2.lambda1", "ls2.gamma"),
+            ("layernorm", "norm"),
+        ):
+            name = name.replace(old, new)
+        renamed[name] = x
+    for i in range(2):
+        for leaf in ("weight", "bias"):
+            parts = [renamed.pop(f"blocks.{i}.attention.{part}_proj.{leaf}") for part in "qkv"]
+            renamed[f"blocks.{i}.attn.qkv.{leaf}"] = np.concatenate(parts)
+    params = dinov2.convert("here", renamed)
+    x = pixels(0, 3, 64)
+    ours = jax.jit(dinov2.outputs)(params, x)["features"]
+    seen = torch.from_numpy(np.moveaxis(np.array(dinov2.scaled(x)), -1, 1))
+    peers = net(pixel_values=seen).last_hidden_state[:, 0]
+    assert difference(ours, peers) < 1e-4
+    resized = torch.nn.functional.interpolate(
+        theirs(x).float(), size=(224, 224), mode="bicubic", antialias=True
+    )
+    mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in (dinov2.MEAN, dinov2.STD))
+    assert difference(dinov2.scaled(x), (resized / 255 - mean) / std) < 1e-4
+
+
+def test_positions_are_interpolated_as_dinov2_does():
+    grid = np.random.default_rng(0).standard_normal((1, 1 + 37 * 37, 8)).astype(np.float32)
+    square = torch.from_numpy(grid[:, 1:].reshape(1, 37, 37, 8)).permute(0, 3, 1, 2)
+    scale = (16 + 0.1) / 37
+    peers = torch.nn.functional.interpolate(
+        square, scale_factor=(scale, scale), mode="bicubic", antialias=False
+    )
+    ours = dinov2.positions(grid)[:, 1:].reshape(1, 16, 16, 8)
+    assert difference(ours, peers) < 1e-5

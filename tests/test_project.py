@@ -27,6 +27,7 @@ from diffjax.evaluation import distances
 from diffjax.experiment import (
     Config,
     Data,
+    Eval,
     Optimizer,
     Sampling,
     Walk,
@@ -56,13 +57,13 @@ MAY_IMPORT = {
         *("mathematics", "models", "data", "training", "plots"),
         *("experiment", "published", "evaluation"),
     },
-    "doors": {"training", "experiment", "published"},
+    "doors": {"training", "experiment", "published", "evaluation"},
 }
 """Which parts of diffjax may import which. `mathematics` is every file and package of diffjax/ that
 is not named here."""
-OF_TRAINING = {"types", "keys", "losses"}
+OF_TRAINING = {"types", "keys", "losses", "averages"}
 """The mathematics that training may know: it trains anything."""
-DOORS = {"checkpoint", "launch", "inspect", "export"}
+DOORS = {"checkpoint", "launch", "inspect", "export", "average"}
 """Modules that users name: `diffjax.checkpoint.load` and `python -m diffjax.launch`."""
 
 
@@ -228,12 +229,13 @@ def test_every_field_of_a_config_is_explained():
         Optimizer,
         Walk,
         Sampling,
+        Eval,
         *(row.config for row in MODELS.values()),
     ):
         tree = ast.parse(inspect.getsource(section)).body[0]
         for field, after in itertools.pairwise(tree.body):
             if isinstance(field, ast.AnnAssign):
-                sections = ("data", "optimizer", "sampling")
+                sections = ("data", "optimizer", "sampling", "eval")
                 explained = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
                 assert explained or field.target.id in sections, (section, field.target.id)
 

@@ -243,6 +243,41 @@ def test_objects_that_contain_one_another_twice_are_visited_once(tmp_path):
             published.load(tmp_path / "edm.pkl")
 
 
+class Scripted:
+    """A module as TorchScript has it: an object whose attributes are tensors, numbers, modules."""
+
+    def __init__(self, **attributes):
+        self.__dict__ |= attributes
+
+
+def test_the_arrays_of_torchscript_are_read_without_its_code(torch, tmp_path):
+    kernel = Tensor(Storage("0", NUMBERS), 0, (3, 4), (4, 1))
+    conv = Scripted(weight=kernel, stride=2)
+    layers = Scripted(conv=conv, training=False, again=conv)
+    as_zip(tmp_path / "net.pt", Scripted(layers=layers, is_optimized=None))
+    with zipfile.ZipFile(tmp_path / "net.pt", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("net/code/__torch__.py", "import os; os.abort()\n" * 9)
+    found = torchfile.arrays(torchfile.read(tmp_path / "net.pt"))
+    assert list(found) == ["layers.conv.weight"]
+    np.testing.assert_array_equal(found["layers.conv.weight"], NUMBERS.reshape(3, 4))
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("dtype", ["<f4", ">f8"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_arrays_that_numpy_pickled_are_rebuilt_from_their_numbers(tmp_path, protocol, dtype, order):
+    x = np.asarray(np.random.default_rng(0).standard_normal((3, 4)), dtype, order=order)
+    (tmp_path / "stats.pkl").write_bytes(pickle.dumps({"mu": x, "n": 3}, protocol))
+    found = torchfile.read(tmp_path / "stats.pkl")
+    got = torchfile.numpy_array(found["mu"])
+    assert got.dtype == x.dtype.newbyteorder("=") and found["n"] == 3
+    np.testing.assert_array_equal(got, x)
+    for bad in (np.array([print]), np.arange(3), "mu"):
+        (tmp_path / "bad.pkl").write_bytes(pickle.dumps(bad, protocol))
+        with pytest.raises(ValueError, match="not an array that NumPy pickled"):
+            torchfile.numpy_array(torchfile.read(tmp_path / "bad.pkl"))
+
+
 class Pickled:
     """An object that is pickled as EDM's are: as a call with the metadata of its class."""
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -11,17 +12,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 import evaluate
 import sample
 from diffjax import GUIDANCES, checkpoint, data, plots, samplers
-from diffjax.evaluation import comparison, sampling
+from diffjax.averages import Snapshot
+from diffjax.evaluation import comparison, distances, features, sampling, widths
 from diffjax.evaluation.sampling import Drawing
-from diffjax.experiment import Config, Walk, command_line, dataset, resolve
+from diffjax.experiment import Config, Walk, command_line, dataset, resolve, run_directory
+from diffjax.experiment.config import to_json
+from diffjax.experiment.dataset import load_data
 from diffjax.published import export
-from diffjax.training import runners
-from diffjax.training.files import digest
+from diffjax.training import averaging, runners
+from diffjax.training.files import digest, file_digest
 
 CONFIG = command_line.from_file("configs/digits.py:smoke")
 
@@ -345,7 +350,7 @@ def test_a_name_for_samples_that_cannot_be_is_refused_before_drawing(
 def test_parameters_that_are_not_finite_draw_nothing(finished, tmp_path, monkeypatch):
     step, params, config = checkpoint.load(finished)
     params["conv_out"]["bias"] = params["conv_out"]["bias"] * np.nan
-    monkeypatch.setattr(checkpoint, "load", lambda _: (step, params, config))
+    monkeypatch.setattr(checkpoint, "load", lambda *_: (step, params, config))
     message = r"error: .*run: 1 of \d+ arrays of parameters are not finite, such as conv_out/bias"
     with pytest.raises(SystemExit, match=message):
         draw(finished, tmp_path / "a.npz")
@@ -487,6 +492,116 @@ def test_any_number_of_devices_evaluates_any_batch(finished, tmp_path):
     assert abs(a - b) < 1e-5 * abs(a)
 
 
+@pytest.fixture
+def tracked(finished, tmp_path):
+    """A copy of the run, as if it had tracked averages: those of step k are k times its own."""
+    workdir = shutil.copytree(finished, tmp_path / "tracked")
+    config = dataclasses.replace(
+        run_directory.read_config(workdir), averages=(0.05, 0.1), snapshot_every=10
+    )
+    (workdir / "config.json").write_text(to_json(config))
+    params = jax.device_get(run_directory.read_params(workdir))
+    for step, std in itertools.product((10, 20, 30, 40), (0.05, 0.1)):
+        scaled = jax.tree.map(lambda x, step=step: x * np.float32(step / 40), params)
+        averaging.write_snapshot(workdir / "snapshots", step, Snapshot(step, std, scaled))
+    return workdir
+
+
+def test_samples_are_drawn_with_an_average_made_after_training(tracked, finished, drawn, tmp_path):
+    """With the newest average where a width was tracked; the settings say which it was."""
+    _, plain = drawn[1]
+    examples, settings = draw_by(tracked, tmp_path / "a.npz", "--n=4", "--steps=3", "--average=0.1")
+    _, params, _ = checkpoint.load(tracked, 0.1)
+    _, newest, _ = checkpoint.load(finished)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, newest)
+    assert settings["average"] == 0.1 and plain["average"] is None
+    assert settings["parameters"] == {"average": 0.1, "sha256": digest(params)}
+    assert plain["parameters"]["ema"] == CONFIG.ema
+    others, _ = draw_by(tracked, tmp_path / "b.npz", "--n=4", "--steps=3", "--average=0.2")
+    assert (others.x != examples.x).any()
+    with pytest.raises(SystemExit, match=r"average: it has 0\.1, asked for 0\.05"):
+        draw_by(tracked, tmp_path / "a.npz", "--n=4", "--steps=3", "--average=0.05")
+
+
+def test_samples_of_an_average_are_evaluated_with_it(tracked, tmp_path):
+    words = ["--n=20", "--steps=1", "--sampler=ddim", "--average=0.1"]
+    draw_by(tracked, tmp_path / "a.npz", *words)
+    result = evaluate_run(tracked, samples=tmp_path / "a.npz", held_out=0)
+    assert result["parameters"]["average"] == result["samples"]["average"] == 0.1
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("bound_bits_per_dim",),
+        pytest.param(("bound_bits_per_dim", "frechet"), marks=pytest.mark.faults),
+    ],
+)
+def test_widths_are_compared(tracked, capsys, names):
+    """Where a width was tracked, here, its average is that of the constant decay."""
+    words = ["--features=pca24", "--n=20"] if "frechet" in names else []
+    with on_devices(2):
+        widths.main(
+            [str(tracked), "--std", "0.2", "0.1", "--held_out=16", "--bound_samples=2", *words]
+        )
+    constant, narrow, wide = json.loads((tracked / widths.RESULT).read_text())["rows"]
+    assert constant["ema"] == CONFIG.ema and (narrow["average"], wide["average"]) == (0.1, 0.2)
+    for name in names:
+        np.testing.assert_allclose(narrow[name], constant[name], rtol=1e-3)
+        assert abs(wide[name] / constant[name] - 1) > 1e-3
+    assert narrow["profile_error"] < 1e-6 < wide["profile_error"]
+    assert "average 0.1, profile to" in capsys.readouterr().out
+    with Image.open(tracked / "averages.png") as drawn:
+        assert np.asarray(drawn).std() > 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--std", "0.1", "0.3"], "relative width 0.3: must be above 0"),
+        (["--n=19"], "n=19: must be at least 20"),
+        (["--held_out=1"], "held_out=1: must be at least 2"),
+        (["--bound_samples=1"], "bound_samples=1: must be at least 2"),
+        (["--features=fid"], "unknown features 'fid': one of"),
+    ],
+)
+def test_a_bad_comparison_of_widths_is_one_clear_line(tracked, monkeypatch, words, message):
+    monkeypatch.setattr(widths, "load_data", lambda *_: pytest.fail("went on"))
+    with pytest.raises(SystemExit, match=f"error: .*{re.escape(message)}"):
+        widths.main([str(tracked), *words])
+
+
+def test_averages_that_cannot_be_made_are_refused(tracked, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(sampling, "make_generate", lambda *_: pytest.fail("went on"))
+    folder, out = tracked / "snapshots", tmp_path / "a.npz"
+    for workdir, std, message in (
+        (finished, 0.1, "average=0.1: the run has tracked no averages"),
+        (tracked, 0.3, "relative width 0.3: must be above 0, and at most"),
+        (tracked, 0.0, "relative width 0.0: must be above 0"),
+        (tracked, float("nan"), "relative width nan: must be above 0"),
+    ):
+        with pytest.raises(SystemExit, match=f"error: .*{re.escape(message)}"):
+            draw_by(workdir, out, "--n=4", f"--average={std}")
+    weights = tmp_path / "a.safetensors"
+    export.export(finished, weights)
+    with pytest.raises(ValueError, match="is a file, not the directory of a run"):
+        checkpoint.load(weights, 0.1)
+    # The newest may be written while this reads; the others, and those before a checkpoint, not.
+    (folder / averaging.name(50, 0.05)).write_text("")
+    checkpoint.load(tracked, 0.1)
+    path = folder / averaging.name(20, 0.05)
+    path.write_bytes(path.read_bytes()[:-4] + b"\x00\x01\x02\x03")
+    with pytest.raises(SystemExit, match=r"00000020-0\.05\.safetensors is damaged"):
+        draw_by(tracked, out, "--n=4", "--average=0.1")
+    path.unlink()
+    (folder / averaging.name(40, 0.1)).unlink()
+    for workdir, message in ((tracked, "lacks 2 snapshots"), (finished, "tracked no averages")):
+        with pytest.raises(SystemExit, match=message):
+            widths.main([str(workdir), "--std", "0.1"])
+    with pytest.raises(SystemExit, match=r"lacks 2 snapshots, those of step 20, 40: an average"):
+        draw_by(tracked, out, "--n=4", "--average=0.1")
+
+
 @pytest.fixture(scope="module")
 def evaluated(finished, tmp_path_factory):
     """A copy of the run, evaluated by all there is."""
@@ -521,6 +636,56 @@ def test_every_number_comes_with_what_it_depends_on(evaluated):
     hashes = [result[part]["sha256"] for part in ("held_out", "features", "reference")]
     assert {len(h) for h in [*hashes, result["parameters"]["sha256"]]} == {64}
     assert result["config"]["target"] == "eps" and result["program"]["diffjax"]
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    """A file of weights of a network in Inception's place that is cheap, and its features."""
+    matrix = np.random.default_rng(0).standard_normal((64, 3)).astype(np.float32)
+    safetensors.numpy.save_file({"matrix": matrix}, tmp_path / "weights.safetensors")
+
+    def outputs(params, x):
+        x = jnp.broadcast_to(x, (*x.shape[:3], 3))[:, :8, :8, 0].reshape(len(x), -1)
+        x = jnp.matmul(x.astype(jnp.float32) / 64, params, precision="highest")
+        return {"features": x, "spatial": x[:, :2], "logits": x}
+
+    known = (file_digest(tmp_path / "weights.safetensors"),)
+    make = features.of_network("inception", known, lambda _, arrays: arrays["matrix"], outputs)
+    monkeypatch.setitem(features.FEATURES, "inception", make)
+    return tmp_path / "weights.safetensors", lambda x: np.asarray(outputs(matrix, x)["features"])
+
+
+def test_fid_by_a_reference_of_ones_own(finished, drawn, weights, tmp_path, capsys):
+    """Statistics are written, read back, and compared with several draws in parts."""
+    run, stats = shutil.copytree(finished, tmp_path / "run"), tmp_path / "stats.npz"
+    file, features_of = weights
+    options = dict(features="inception", weights=file, held_out=0)
+    none = dataclasses.replace(FEW, n=0)
+    evaluate_run(run, **options, drawing=none, reference="test", write_reference=stats)
+    assert "frechet" not in found(run)
+    test = load_data(checkpoint.read_config(run)).test
+    samples, _ = drawn[1]
+    exact = distances.frechet_distance(features_of(samples.x), features_of(test.x))
+    result = evaluate_run(run, **options, drawing=FEW, reference=str(stats), draws=2)
+    assert result["samples"]["seeds"] == [0, 1] and result["reference"]["file"] == "stats.npz"
+    assert result["frechet"] <= result["frechet_mean"] and result["class_score"] >= 1
+    assert "precision" not in result and "precision_of_all" not in result
+    shown = capsys.readouterr().out
+    assert re.search(r"^FID: .*, mean .* of 2 draws \(n=20, draws=2", shown, re.M)
+    assert "sFID: " in shown and "Inception Score: " in shown
+    # The draw of seed 0 is that of the file: by its parts, and by all of its features at once.
+    result = evaluate_run(run, **options, samples=drawn[0], reference="test")
+    assert result["frechet"] == pytest.approx(exact, rel=1e-5)
+    assert 0 <= result["precision_of_all"] <= 1 and "KID: " in capsys.readouterr().out
+    # Any other weights, and it is no FID.
+    matrix = safetensors.numpy.load_file(file)["matrix"]
+    safetensors.numpy.save_file({"matrix": 2 * matrix}, file)
+    result = evaluate_run(run, **options, samples=drawn[0], reference="test")
+    assert result["frechet"] == pytest.approx(4 * exact, rel=1e-5)
+    shown = capsys.readouterr().out
+    assert "FID" not in shown and "features=inception of unknown weights" in shown
+    with pytest.raises(SystemExit, match="it was made with other weights"):
+        evaluate_run(run, **options, samples=drawn[0], reference=str(stats))
 
 
 def test_samples_that_were_drawn_are_measured_alike(evaluated, drawn, tmp_path):
@@ -569,8 +734,16 @@ def test_refusals_of_evaluate(finished, drawn, tmp_path, monkeypatch):
             {"result": Path("no/where.json")},
             "result=no/where.json: must be a file .json in a folder",
         ),
-        ({"reference": "all"}, "unknown reference 'all': one of train, test"),
-        ({"features": "fid"}, "unknown features 'fid': one of pca24, fashion_classifier, or"),
+        ({"reference": "all"}, "unknown reference 'all': one of train, test, or a file .npz"),
+        ({"features": "fid"}, "unknown features 'fid': one of pca24, fashion_classifier, incep"),
+        ({"features": "inception"}, "features=inception, weights=None: it needs a file of w"),
+        ({"features": "inception", "weights": Path("no")}, "weights=no: there is no such file"),
+        ({"weights": Path("no")}, "features=pca24, weights=no: it takes none"),
+        ({"reference": "no.npz"}, "reference=no.npz: there is no such file"),
+        ({"draws": 0}, "draws=0: must be at least 1"),
+        ({"draws": 2, "samples": drawn[0]}, "draws=2: a file of samples is one draw"),
+        ({"write_reference": Path("a.npz")}, "write_reference=a.npz: features=pca24 have no"),
+        ({"write_reference": Path("a.pkl")}, "write_reference=a.pkl: must be a file .npz in"),
     ):
         with pytest.raises(SystemExit, match=f"error: .*{re.escape(message)}"):
             evaluate.run(evaluate.Arguments(finished, **options))

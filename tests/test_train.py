@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 from test_images import draw_folder
 
@@ -21,6 +22,7 @@ import evaluate
 import sample
 import train
 from diffjax import TARGETS, checkpoint, data, plots
+from diffjax.evaluation import distances, features, sampling
 from diffjax.evaluation.sampling import Drawing
 from diffjax.experiment import (
     command_line,
@@ -30,10 +32,12 @@ from diffjax.experiment import (
     resolve,
     run_directory,
 )
+from diffjax.experiment.dataset import load_data
 from diffjax.models import MODELS, MLPConfig, SongUNetConfig
 from diffjax.published import export
-from diffjax.training import checkpoints, metrics, runners
+from diffjax.training import averaging, checkpoints, metrics, runners
 from diffjax.training.distributed import Distributed
+from diffjax.training.files import digest
 from test_data import write_cifar, write_mnist
 
 ROOT = Path(__file__).parents[1]
@@ -125,6 +129,37 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(finished, tmp_path, 
     assert step_a == step_b == 40
     assert_bitwise_equal(a, b)
     assert (parts / "samples.png").read_bytes() == (finished / "samples.png").read_bytes()
+
+
+@pytest.mark.faults
+def test_averages_are_tracked_resumed_and_made_after_training(tmp_path, monkeypatch, capsys):
+    """The averages and snapshots of a run that was killed are those of one that was not."""
+    save, argv = checkpoints.Checkpoints.save, [*TINY, "--config.snapshot_every=10"]
+    argv += ["--config.averages", "0.05", "0.1"]
+
+    def save_after_its_snapshots(self, step, *args):
+        assert (self.directory.parent / "snapshots" / averaging.name(step, 0.05)).exists()
+        assert (self.directory.parent / "snapshots" / averaging.name(step, 0.1)).exists()
+        return save(self, step, *args)
+
+    monkeypatch.setattr(checkpoints.Checkpoints, "save", save_after_its_snapshots)
+    run(tmp_path / "whole", *argv, "--config.steps=40")
+    run(tmp_path / "parts", *argv, "--config.steps=20")
+    run(tmp_path / "parts", *argv, "--config.steps=40")
+    assert_bitwise_equal(newest(tmp_path / "parts")[1], newest(tmp_path / "whole")[1])
+    whole, parts = (
+        {path.name: averaging.read_snapshot(path) for path in (tmp_path / name).iterdir()}
+        for name in ("whole/snapshots", "parts/snapshots")
+    )
+    assert len(whole) == 8 and {s.time for s in whole.values()} == {10, 20, 30, 40}
+    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+    # A tracked width is what the checkpoint holds.
+    _, params, _ = checkpoint.load(tmp_path / "parts", 0.1)
+    tracked = newest(tmp_path / "parts")[1]["opt_state"]["averages"][1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, tracked)
+    evaluate.main([f"--workdir={tmp_path / 'parts'}", "--average=0.1", "--n=0", "--held_out=16"])
+    result = json.loads((tmp_path / "parts/evaluation.json").read_text())
+    assert result["parameters"] == {"average": 0.1, "sha256": digest(params)}
 
 
 def test_a_density_changes_how_the_loss_varies_and_not_its_mean_unless_it_is_asked_to():
@@ -455,7 +490,47 @@ BAD = {
         "fsdp=3: must be 0, for all, or divide the 2 devices",
     ),
     "best": (["--config.keep_best=1", "--config.eval_every=40"], "a multiple of eval_every=40"),
+    "best distance": (["--config.keep_best_by=eval_frechet"], "eval_frechet: needs eval.features"),
+    "best of few": (
+        [
+            *("--config.eval.features=pca24", "--config.eval.every=40", "--config.keep_best=1"),
+            "--config.keep_best_by=eval_frechet",
+        ],
+        "save_every=20 must be a multiple of eval.every=40",
+    ),
+    "eval every": (
+        ["--config.eval.features=pca24", "--config.eval.every=15"],
+        "eval.every=15: must be a multiple of log_every=10",
+    ),
+    "eval n": (["--config.eval.n=19"], "eval.n=19: must be at least 20"),
+    "eval reference": (["--config.eval.reference=all"], "eval.reference='all': one of train, test"),
+    "eval features": (
+        ["--config.eval.features=fid", "--config.eval.every=20"],
+        "unknown features 'fid': one of pca24",
+    ),
+    "eval weights": (
+        ["--config.eval.features=inception", "--config.eval.every=20"],
+        "features=inception, weights=None: it needs a file of weights",
+    ),
     "skip": (["--config.skip_nonfinite=-1"], "skip_nonfinite=-1: must be at least 0"),
+    "average": (["--config.averages", "0.1", "0.3"], "relative width 0.3: must be above 0, and"),
+    "averages": (
+        ["--config.averages", "0.1", "--config.snapshot_every=None"],
+        "averages=(0.1,), snapshot_every=None: give both, or neither",
+    ),
+    "snapshots": (["--config.snapshot_every=10"], "snapshot_every=10: give both, or neither"),
+    "two widths": (
+        ["--config.snapshot_every=10", "--config.averages", "0.1", "0.1"],
+        "averages=(0.1, 0.1): a width is there twice",
+    ),
+    "snapshot": (
+        ["--config.snapshot_every=15", "--config.averages", "0.1"],
+        "snapshot_every=15: must be a multiple of log_every=10",
+    ),
+    "snapshot_dtype": (
+        ["--config.snapshot_dtype=int8"],
+        "unknown snapshot_dtype 'int8': one of float32, float16",
+    ),
     "log_every": (["--config.log_every=0"], "log_every=0: must be at least 1"),
     "order": (
         ["--config.sampling.sampler=unipc", "--config.sampling.options", "order=5"],
@@ -479,6 +554,44 @@ def test_bad_input_is_one_clear_line_before_anything_is_compiled(
         run(tmp_path / "run", *TINY, *argv)
     assert message in str(stop.value) and str(stop.value).startswith("error: ")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("parallel", [*runners.RUNNERS])
+def test_a_run_measures_its_samples_and_keeps_the_best(tmp_path, monkeypatch, parallel):
+    """By a cheap network in Inception's place; the last distance is found again from the files."""
+    outputs = lambda matrix, x: {
+        "features": jnp.matmul(
+            x.reshape(len(x), -1)[:, :64].astype(jnp.float32) / 64, matrix, precision="highest"
+        )
+    }
+    matrix = np.random.default_rng(0).standard_normal((64, 3)).astype(np.float32)
+    (tmp_path / "weights.safetensors").write_bytes(safetensors.numpy.save({"matrix": matrix}))
+    make = features.of_network("inception", (), lambda _, arrays: arrays["matrix"], outputs)
+    monkeypatch.setitem(features.FEATURES, "inception", make)
+    argv = [f"--config.parallel={parallel}", "--config.keep=1", "--config.keep_best=1"]
+    argv += [
+        "--config.eval.features=inception",
+        f"--config.eval.weights={tmp_path}/weights.safetensors",
+    ]
+    argv += ["--config.eval.reference=test", "--config.eval.every=20", "--config.eval.n=20"]
+    run(tmp_path / "run", *TINY, *argv, "--config.keep_best_by=eval_frechet")
+    found = {
+        r["step"]: r["eval_frechet"] for r in metrics.read(tmp_path / "run") if "eval_frechet" in r
+    }
+    assert [*found] == [20, 40, 60] and (tmp_path / "run" / "distances.png").is_file()
+    kept = {int(path.name) for path in run_directory.list_checkpoints(tmp_path / "run")}
+    assert kept == {60, min(found, key=lambda step: found[step])}
+    _, params, config = checkpoint.load(tmp_path / "run")
+    e = resolve(config)
+    index = np.arange(20, dtype=np.int32)
+    batch = {"index": index, "label": index % 10}
+    x = data.to_bytes(np.asarray(sampling.make_generate(e, (8, 8, 1))(params, batch)))
+    test = load_data(config).test.x
+    exact = distances.frechet_distance(
+        outputs(matrix, x)["features"], outputs(matrix, test)["features"]
+    )
+    assert found[60] == pytest.approx(exact, rel=1e-3)
 
 
 def test_held_out_data_is_checked_too(tmp_path):

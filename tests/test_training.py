@@ -9,12 +9,20 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 import train
-from diffjax import data, keys, models
+from diffjax import averages, data, keys, models
+from diffjax.averages import Snapshot
 from diffjax.evaluation.likelihoods import variational_bound
 from diffjax.evaluation.sampling import make_generate
 from diffjax.experiment import Config, command_line, resolve
 from diffjax.experiment.functions import initial_state
-from diffjax.training import Losses, ema_warmup, init_state, train_step
+from diffjax.training import (
+    Losses,
+    averaging,
+    ema_warmup,
+    init_state,
+    runners,
+    train_step,
+)
 from diffjax.training.step import several_steps
 
 
@@ -92,6 +100,99 @@ def test_ema_warmup_starts_short_and_ends_at_its_decay():
     np.testing.assert_allclose([decay(0), decay(10), decay(10**6)], [0.1, 11 / 20, 0.99], rtol=1e-6)
     with pytest.raises(ValueError, match="must be in"):
         ema_warmup(1.0)
+
+
+@pytest.mark.parametrize("warmup", [True, False])
+def test_the_weights_of_a_moving_average_with_and_without_warm_up(warmup):
+    """Parameters that are another unit vector after each step show the weight of each in it."""
+    n = 20
+    e = resolve(Config(ema=0.995, ema_warmup=warmup))
+    # The gradient of the loss is the last parameters minus the next.
+    loss_fn = lambda key, params, batch: (params @ (params / 2 - batch["x"][0]))[None]
+    state = init_state(jax.random.key(0), jnp.eye(n + 1)[0], optax.sgd(1.0))
+    step = jax.jit(
+        functools.partial(train_step, loss_fn=loss_fn, tx=optax.sgd(1.0), ema_decay=e.ema_decay)
+    )
+    for i in range(1, n + 1):
+        state, _ = step(state, {"x": jnp.eye(n + 1)[i][None], "index": jnp.arange(1)})
+    decays = [min(0.995, (1 + k) / (10 + k)) if warmup else 0.995 for k in range(n)]
+    later = [np.prod(decays[i:]) for i in range(n + 1)]  # what is left of an entry made at i
+    made = [1.0, *(1 - np.array(decays))]
+    np.testing.assert_allclose(state.ema_params, np.multiply(made, later), rtol=1e-4, atol=1e-6)
+    assert (state.ema_params[0] > 0.9) == (not warmup)
+
+
+def test_power_function_averages_count_the_updates_that_were_made():
+    """Weights are powers of i / t, where a batch that is skipped, as every third is, counts not."""
+    stds, sound = (0.1, 0.05), [k % 3 != 1 for k in range(30)]
+    tx = averaging.averaging(optax.sgd(0.1), stds)
+    state = init_state(jax.random.key(0), jnp.array([3.0, -1.0]), tx)
+    step = functools.partial(train_step, loss_fn=quadratic, tx=tx, ema_decay=0.9)
+    step = jax.jit(functools.partial(step, skip_nonfinite=True))
+    plain = init_state(jax.random.key(0), jnp.array([3.0, -1.0]), optax.sgd(0.1))
+    thetas = []
+    for k, good in enumerate(sound):
+        batch = batch_of(4, k)
+        state, _ = step(state, batch if good else batch | {"x": batch["x"] * np.nan})
+        thetas += [np.asarray(state.params)] if good else []
+    assert int(state.step) == 30 and int(state.opt_state.updates) == len(thetas) == 20
+    i = np.arange(21) / 20
+    for std, average in zip(sorted(stds), state.opt_state.averages, strict=True):
+        weights = np.diff(i ** (averages.gamma_of(std) + 1))
+        np.testing.assert_allclose(average, weights @ np.array(thetas), rtol=1e-5)
+    assert jax.tree.structure(plain.opt_state) == jax.tree.structure(state.opt_state.inner)
+
+
+@pytest.mark.parametrize("make", [runners.pmap, lambda: runners.sharded(0)], ids=["pmap", "fsdp"])
+def test_averages_are_where_the_parameters_are_and_the_same(make, monkeypatch):
+    """Under fsdp each device has its part of them, and a snapshot on the host is whole."""
+    monkeypatch.setattr(runners, "SMALL", 16)
+    tx = averaging.averaging(optax.sgd(0.1), (0.1,))
+    step = functools.partial(train_step, tx=tx, ema_decay=0.9)
+    step = functools.partial(
+        step, loss_fn=lambda key, p, batch: jnp.mean((p["w"][None] - batch["x"]) ** 2, -1)
+    )
+    init = lambda: init_state(jax.random.key(0), {"w": jnp.arange(16.0)}, tx)
+    runner = make()
+    state, alone, mapped = runner.init(init), init(), runner.step(step)
+    for k in range(3):
+        x = np.random.default_rng(k).standard_normal((8, 16)).astype(np.float32)
+        batch = {"x": x, "index": np.arange(8, dtype=np.int32)}
+        state, alone = mapped(state, runner.put(batch))[0], step(alone, batch)[0]
+    (average,) = state.opt_state.averages
+    assert average["w"].sharding.is_equivalent_to(state.params["w"].sharding, 1)
+    (snapshot,) = averaging.snapshots_of(state.opt_state, (0.1,), "float32")
+    assert snapshot.time == 3
+    np.testing.assert_allclose(snapshot.params["w"], alone.opt_state.averages[0]["w"], rtol=1e-6)
+
+
+def test_a_snapshot_is_read_back_or_refused(tmp_path):
+    snapshot = Snapshot(7, 0.1, {"a": {"b": np.arange(3, dtype=np.float32)}, "c": np.float16([2])})
+    averaging.write_snapshot(tmp_path, 9, snapshot)
+    path = tmp_path / averaging.name(9, 0.1)
+    assert [p.name for p in tmp_path.iterdir()] == ["00000009-0.1.safetensors"]
+    again = averaging.read_snapshot(path)
+    assert again[:2] == (7, 0.1) == (averaging.read_time(path), 0.1)
+    jax.tree.map(np.testing.assert_array_equal, again.params, snapshot.params)
+    path.rename(tmp_path / averaging.name(8, 0.1))
+    with pytest.raises(ValueError, match="is damaged"):
+        averaging.read_snapshot(tmp_path / averaging.name(8, 0.1))
+    whole = (tmp_path / averaging.name(8, 0.1)).read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # a bit of the last number
+    with pytest.raises(ValueError, match="is damaged"):
+        averaging.read_snapshot(path)
+    for text in (b"", b"{", whole[:100]):
+        path.write_bytes(text)
+        with pytest.raises(ValueError, match="is not a snapshot"):
+            averaging.read_snapshot(path)
+
+
+def test_float16_that_overflows_is_not_stored(tmp_path):
+    state = averaging.Averaging((), jnp.int32(3), ({"w": jnp.array([1.0, 7e4])},))
+    (snapshot,) = averaging.snapshots_of(state, (0.1,), "float16")
+    with pytest.raises(OSError, match="w has numbers that float16 does not hold"):
+        averaging.write_snapshot(tmp_path, 3, snapshot)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("parts", [2, 4])

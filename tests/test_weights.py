@@ -233,12 +233,22 @@ def test_absurd_numbers_are_refused_at_once(file, change, message):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 300 * 2**10
 
 
+def test_a_run_that_measures_its_samples_is_written_without_its_files(tmp_path, params):
+    measured = config_lib.Eval(features="inception", weights=tmp_path / "w.pth")
+    config = dataclasses.replace(CONFIG, eval=measured, keep_best_by="eval_frechet")
+    weights.save(tmp_path / "net.safetensors", params, config)
+    assert weights.read(tmp_path / "net.safetensors")[1].eval == config_lib.Eval()
+    assert b"w.pth" not in (tmp_path / "net.safetensors").read_bytes()
+
+
 def test_what_a_file_says_about_a_machine_is_not_used(file, tmp_path):
     """Its path of data may be anything, and processes are started by the user alone."""
 
     def of_another_machine(config):
         config["data"].update(path=str(tmp_path / "pipe"), workers=64, name="folder")
         config.update(parallel="sharded", fsdp=8, steps_per_call=2, writers=["wandb"])
+        config["eval"].update(features="inception", weights=str(tmp_path / "pipe"))
+        config.update(keep_best_by="eval_frechet")
 
     rewrite(file, metadata=with_config(of_another_machine))
     config, default = weights.read(file)[1], config_lib.Config()

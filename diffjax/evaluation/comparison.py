@@ -1,8 +1,9 @@
 """The results of evaluate.py, as lines for one run, or as a table and a figure for several runs."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.table import Table
@@ -24,6 +25,7 @@ class Measure(NamedTuple):
 
     Attributes:
       title: its name in tables.
+      known: its name in feature spaces in which it has one of its own.
       best: `min` or `max`, whichever is better.
       conditions: names of settings that must be equal for the values of two runs to be comparable.
       error: name of its standard error, which not every measure has.
@@ -33,14 +35,22 @@ class Measure(NamedTuple):
     best: Callable[[Iterable[float]], float]
     conditions: tuple[str, ...]
     error: str
+    known: Mapping[str, str] = MappingProxyType({})
 
 
 BITS = ("held_out.n", "held_out.levels", "held_out.sha256")
-DISTANCES = ("samples.n", "features.name", "features.sha256", "reference.sha256")
+DISTANCES = (
+    "samples.n",
+    "samples.draws",
+    "features.name",
+    "features.sha256",
+    "reference.sha256",
+)
 FLAGS = {
     "held_out.n": "held_out",
     "held_out.levels": "levels",
     "samples.n": "n",
+    "samples.draws": "draws",
     "features.name": "features",
 }
 """The flag of evaluate.py, if there is one, by the name of a setting in evaluation.json."""
@@ -50,7 +60,7 @@ MEASURES = {
     "bound_bits_per_dim": Measure("bound, bits/dim", min, BITS, "bound_standard_error"),
     "flow_bits_per_dim": Measure("flow, bits/dim", min, BITS, "flow_standard_error"),
 } | {
-    name: Measure(metric.title, metric.best, DISTANCES, f"{name}_standard_error")
+    name: Measure(metric.title, metric.best, DISTANCES, f"{name}_standard_error", metric.known)
     for name, metric in METRICS.items()
 }
 
@@ -72,7 +82,11 @@ def lines(result: Result) -> list[str]:
             # Hashes are left out; the file has them.
             given = [c for c in measure.conditions if c in result and not c.endswith("sha256")]
             conditions = ", ".join(f"{FLAGS[c]}={result[c]}" for c in given)
-            found.append(f"{measure.title}: {shown(result, name)} ({conditions})")
+            mean = result.get(f"{name}_mean")
+            several = (
+                "" if mean is None else f", mean {mean:.4g} of {result['samples.draws']} draws"
+            )
+            found.append(f"{title(result, name)}: {shown(result, name)}{several} ({conditions})")
     dimension = result.get("features.dimension", 0)
     few = min(result.get(f"{part}.n", math.inf) for part in ("samples", "reference"))
     if few < ENOUGH * dimension:
@@ -81,6 +95,17 @@ def lines(result: Result) -> list[str]:
             f"covariance of {dimension} features; {ENOUGH * dimension} or more do"
         )
     return found
+
+
+def title(result: Result, name: str) -> str:
+    """What a measure is called in the feature space of a result.
+
+    >>> title({"features.name": "inception"}, "frechet"), title({}, "frechet")
+    ('FID', 'Frechet distance')
+    >>> title({"features.name": "inception of unknown weights"}, "frechet")
+    'Frechet distance'
+    """
+    return MEASURES[name].known.get(result.get("features.name", ""), MEASURES[name].title)
 
 
 def shown(result: Result, name: str) -> str:
@@ -127,7 +152,7 @@ def read(runs: Iterable[Path]) -> dict[str, Result]:
 def _checked(result):
     """An evaluation, if its numbers are numbers, and its settings can be compared."""
     for name, measure in MEASURES.items():
-        for part in {name, measure.error} & result.keys():
+        for part in {name, measure.error, f"{name}_mean"} & result.keys():
             parsing.field(result, part, int, float)
         for condition in {*measure.conditions} & result.keys():
             parsing.field(result, condition, str, int, float, bool, type(None))
@@ -143,7 +168,7 @@ def best(results: dict[str, Result], name: str) -> float | None:
 def table(results: dict[str, Result]) -> Table:
     """Make a table with a row per run and a column per measure; a star marks the best value."""
     names = _present(results)
-    made = Table("run", *(MEASURES[name].title for name in names))
+    made = Table("run", *(_heading(results, name) for name in names))
     for run, result in results.items():
         cells = [
             shown(result, name)
@@ -170,11 +195,15 @@ def figure(results: dict[str, Result]) -> "Figure":
                 error = result.get(measure.error)
                 ax.errorbar(result[name], row, xerr=error, fmt="o", color=colour, capsize=3)
         wanted = "lower" if measure.best is min else "higher"
-        ax.set_xlabel(f"{measure.title}\n({wanted} is better)")
+        ax.set_xlabel(f"{_heading(results, name)}\n({wanted} is better)")
         ax.margins(x=0.2)
         ax.set_yticks(range(len(runs)), runs if ax is axes[0] else [""] * len(runs))
         ax.set_ylim(len(runs) - 0.5, -0.5)
     return made
+
+
+def _heading(results, name):
+    return next(title(result, name) for result in results.values() if name in result)
 
 
 def _present(results):

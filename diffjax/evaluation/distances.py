@@ -1,10 +1,12 @@
 """Distances between samples and data, in a named feature space.
 
-None of these is FID or KID, which are defined for the features of one network. `features` has the
-spaces that come with diffjax, and accepts others. A metric is a function and a row of `METRICS`.
+`features` has the spaces. In some of them a distance has a name of its own: the Frechet distance in
+the features of Inception is FID, in any other space it is not. A metric is a function and a row of
+`METRICS`; `measure` applies those for which enough is known of both sets, which is a `Seen`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -24,11 +26,32 @@ def pca(x: np.ndarray, components: int) -> Features:
     return lambda y: (_flat(y) - mean) @ axes[:components].T
 
 
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+class Moments(NamedTuple):
+    """The mean `[d]` and the covariance `[d, d]`, divided by n - 1, of features, in float64."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+
+def moments(features: np.ndarray) -> Moments:
+    """The moments of features `[n, d]`.
+
+    >>> moments(np.array([[1, 0], [3, 0]]))
+    Moments(mean=array([2., 0.]), covariance=array([[2., 0.],
+           [0., 0.]]))
+    """
+    (features,) = _float64(features)
+    if len(features) < 2:
+        raise ValueError(f"Frechet distance of {len(features)} examples: need at least 2")
+    return Moments(features.mean(0), np.cov(features, rowvar=False).reshape(2 * features.shape[1:]))
+
+
+def frechet_distance(a: np.ndarray | Moments, b: np.ndarray | Moments) -> float:
     """The Frechet distance between Gaussians fitted to features `[n, d]` and `[m, d]`.
 
     |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), in squared units of the features (Dowson &
-    Landau 1982; Heusel et al. 2017). Small samples bias it upwards, so compare at equal n.
+    Landau 1982; Heusel et al. 2017). Small samples bias it upwards, so compare at equal n. Of a
+    large set, its `Moments` are enough.
 
     Raises:
       ValueError: if there are fewer than two examples in either.
@@ -38,15 +61,12 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     >>> print(f"{frechet_distance(a, a + [1, 2, 0]):.4f}")
     5.0000
     """
-    a, b = _float64(a, b)
-    if min(len(a), len(b)) < 2:
-        raise ValueError(f"Frechet distance of {len(a)} and {len(b)} examples: need at least 2")
-    c_a, c_b = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
+    (m_a, c_a), (m_b, c_b) = (x if isinstance(x, Moments) else moments(x) for x in (a, b))
     values, vectors = np.linalg.eigh(c_a)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
     # C_a C_b has the eigenvalues of the symmetric root(C_a) C_b root(C_a).
     cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ c_b @ root), 0)).sum()
-    gap = a.mean(0) - b.mean(0)
+    gap = m_a - m_b
     return float(gap @ gap + np.trace(c_a) + np.trace(c_b) - 2 * cross)
 
 
@@ -126,13 +146,45 @@ def recall(samples: np.ndarray, real: np.ndarray, k: int = 3) -> float:
     return _in_manifold(real, samples, k)
 
 
-def _equally_many(samples, real, k):
+def precision_of_all(samples: np.ndarray, real: np.ndarray, k: int = 3) -> float:
+    """As `precision`, with all examples of either set, however many.
+
+    Dhariwal & Nichol 2021 compare 50,000 samples with 10,000 real examples in this way.
+
+    >>> x = np.random.default_rng(0).standard_normal((100, 2))
+    >>> precision_of_all(x[:10], x), precision_of_all(x[:10] + 100, x)
+    (1.0, 0.0)
+    """
+    _enough(samples, real, k)
+    samples, real = _float64(samples, real)
+    return _in_manifold(samples, real, k)
+
+
+def recall_of_all(samples: np.ndarray, real: np.ndarray, k: int = 3) -> float:
+    """As `recall`, with all examples of either set, however many."""
+    return precision_of_all(real, samples, k)
+
+
+def inception_score(scores: Sequence[float]) -> float:
+    """The mean of the scores of parts of the samples (Salimans et al. 2016).
+
+    The score of a part is exp(E KL(p(class|sample), p(class))) (`summing.class_score`).
+    """
+    return float(np.mean(scores))
+
+
+def _enough(samples, real, k):
     n = min(len(samples), len(real))
     if not 0 < k < n:
         raise ValueError(
             f"precision and recall of {len(samples)} samples and {len(real)} real "
             f"examples: need more than k={k} of each, and k at least 1"
         )
+    return n
+
+
+def _equally_many(samples, real, k):
+    n = _enough(samples, real, k)
     rng = np.random.default_rng(0)
     return [x[rng.permutation(len(x))[:n]] for x in _float64(samples, real)]
 
@@ -151,42 +203,116 @@ def _distances(x, y, rows=1000) -> Iterator[np.ndarray]:
         yield np.maximum(squares, 0)
 
 
+class Seen(NamedTuple):
+    """What is known of a set of samples or real examples, in a feature space.
+
+    Attributes:
+      features: of all of them, `[n, d]`; None if they were not kept, or there are too many.
+      moments: of the features.
+      pool: features of Inception's, `[n, 2048]`, if they were kept.
+      spatial: the moments of Inception's features of places in the image.
+      scores: of parts of the samples, one after another, by Inception's probabilities of classes.
+    """
+
+    features: np.ndarray | None = None
+    moments: Moments | None = None
+    pool: np.ndarray | None = None
+    spatial: Moments | None = None
+    scores: tuple[float, ...] | None = None
+
+
 class Metric(NamedTuple):
     """A row of `METRICS`.
 
     Attributes:
-      measure: (features of samples `[n, d]`, of real examples `[m, d]`) -> a number or `Estimate`.
+      measure: a function of two fields of `Seen`, of samples and of real examples, or, if `alone`,
+        of one -> a number or `Estimate`.
       title: its name in tables.
       best: `min` or `max`, whichever is better.
+      of: the field of `Seen`; of several, the first that both have.
+      alone: whether it is a property of the samples.
+      known: what it is called in feature spaces in which it has a name of its own.
     """
 
-    measure: Callable[[np.ndarray, np.ndarray], float | Estimate]
+    measure: Callable[..., float | Estimate]
     title: str
     best: Callable[..., float]
+    of: tuple[str, ...] = ("features",)
+    alone: bool = False
+    known: Mapping[str, str] = MappingProxyType({})
 
 
 METRICS = {
-    "frechet": Metric(frechet_distance, "Frechet distance", min),
-    "kernel": Metric(kernel_distance, "kernel distance", min),
+    "frechet": Metric(
+        frechet_distance,
+        "Frechet distance",
+        min,
+        of=("moments",),
+        known={"inception": "FID", "dinov2": "FDD"},
+    ),
+    "spatial_frechet": Metric(
+        frechet_distance,
+        "spatial Frechet distance",
+        min,
+        of=("spatial",),
+        known={"inception": "sFID"},
+    ),
+    "kernel": Metric(
+        kernel_distance,
+        "kernel distance",
+        min,
+        of=("features", "pool"),
+        known={"inception": "KID"},
+    ),
+    "class_score": Metric(
+        inception_score,
+        "score of classes",
+        max,
+        of=("scores",),
+        alone=True,
+        known={"inception": "Inception Score"},
+    ),
     "precision": Metric(precision, "precision", max),
     "recall": Metric(recall, "recall", max),
+    "precision_of_all": Metric(precision_of_all, "precision of all", max, of=("pool",)),
+    "recall_of_all": Metric(recall_of_all, "recall of all", max, of=("pool",)),
 }
 """Every metric that evaluate.py measures, by its name in evaluation.json."""
 
 
-def measure(samples: np.ndarray, real: np.ndarray) -> dict[str, float]:
-    """All of `METRICS` between the features of samples `[n, d]` and of real examples `[m, d]`.
+def measure(samples: np.ndarray | Seen, real: np.ndarray | Seen) -> dict[str, float]:
+    """All of `METRICS` that what is known of samples and of real examples allows.
 
-    An `Estimate` adds `NAME_standard_error`.
+    Features `[n, d]` and `[m, d]` are enough for those that need no particular network. An
+    `Estimate` adds `NAME_standard_error`.
     """
+    samples, real = (x if isinstance(x, Seen) else Seen(x, moments(x)) for x in (samples, real))
     found = {}
     for name, metric in METRICS.items():
-        value = metric.measure(samples, real)
+        both = [(getattr(samples, field), getattr(real, field)) for field in metric.of]
+        given = [ab[:1] if metric.alone else ab for ab in both]
+        given = [ab for ab in given if all(x is not None for x in ab)]
+        if not given:
+            continue
+        value = metric.measure(*given[0])
         if isinstance(value, Estimate):
             found |= {name: value.value, f"{name}_standard_error": value.standard_error}
         else:
             found[name] = value
     return found
+
+
+def best_of(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The best value of every metric over several draws, and its mean, `NAME_mean`.
+
+    >>> best_of([{"frechet": 2.0, "recall": 0.5}, {"frechet": 1.0, "recall": 0.75}])
+    {'frechet': 1.0, 'frechet_mean': 1.5, 'recall': 0.75, 'recall_mean': 0.625}
+    """
+    found = {}
+    for name in METRICS.keys() & each[0].keys():
+        values = [scores[name] for scores in each]
+        found |= {name: METRICS[name].best(values), f"{name}_mean": float(np.mean(values))}
+    return dict(sorted(found.items()))
 
 
 def nearest_neighbour(x: np.ndarray, label: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:

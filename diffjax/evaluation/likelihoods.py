@@ -4,11 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from .. import keys, likelihood
 from ..experiment import Experiment
 from ..experiment.functions import conditioned
+from ..training.runners import Runner, in_parts
 from ..types import Array
+from .sampling import with_progress
 
 Bound = Callable[[Any, dict[str, Array]], Array]
 
@@ -65,3 +68,29 @@ def flow_bound(e: Experiment, levels: int | None, steps: int = 50) -> Bound:
         return -log_p - log_volume
 
     return bound
+
+
+def bits(
+    runner: Runner,
+    mapped: Callable,
+    params: Any,
+    batch: dict[str, np.ndarray],
+    size: int,
+    what: str,
+) -> tuple[float, float]:
+    """Mean bits per dimension of the examples of a host batch, and their standard error.
+
+    It shows how many examples are done.
+
+    Args:
+      runner: the runner that `mapped` was made by.
+      mapped: `runner.map(bound)`, where `bound` is one of the functions above.
+      params: of the network.
+      batch: at least two examples.
+      size: examples per call, rounded up to a multiple of the device count.
+      what: what is counted, for the progress.
+    """
+    parts = in_parts(runner, mapped, params, batch, size)
+    nats = np.concatenate(list(with_progress(parts, what, len(batch["index"]))))
+    found = np.asarray(likelihood.bits_per_dim(nats, batch["x"].shape[1:]), np.float64)
+    return float(found.mean()), float(found.std(ddof=1) / np.sqrt(len(found)))

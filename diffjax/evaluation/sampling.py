@@ -26,6 +26,7 @@ from ..data import limits
 from ..experiment import Config, Experiment, Walk, config as config_lib, resolve
 from ..experiment.config import known_name
 from ..experiment.functions import conditioned
+from ..experiment.run_directory import check_average
 from ..process import prior_sample
 from ..super_resolution import enlarge, psnr, shrink
 from ..training import parsing
@@ -55,6 +56,9 @@ class Drawing:
     """Seed of the noise."""
     walk: tyro.conf.OmitArgPrefixes[Walk] = Walk()  # noqa: RUF009, it is frozen
     """How the samples are drawn."""
+    average: float | None = None
+    """Relative width, such as 0.1, of the power-function average of parameters to draw with, made
+    from the run's snapshots; None: the moving average of decay `ema`."""
 
 
 def drawn_by(config: Config, drawing: Drawing) -> Experiment:
@@ -76,6 +80,8 @@ def drawn_by(config: Config, drawing: Drawing) -> Experiment:
     if drawing.label is not None and not 0 <= drawing.label < config.model.labels:
         has = f"classes 0 to {config.model.labels - 1}" if config.model.labels else "no classes"
         raise ValueError(f"label={drawing.label}: the run has {has}")
+    if drawing.average is not None:
+        check_average(config, drawing.average)
     sampling = dataclasses.replace(config.sampling, **_shallow(drawing.walk))
     return resolve(dataclasses.replace(config, sampling=sampling, seed=drawing.seed))
 
@@ -192,15 +198,16 @@ def settings(e: Experiment, drawing: Drawing, params: Any) -> dict[str, Any]:
         {
             **chosen,
             "function_evaluations": function_evaluations(e),
-            "parameters": parameters(e.config, params),
+            "parameters": parameters(e.config, params, drawing.average),
             "config": config_lib.to_tree(e.config),
         }
     )
 
 
-def parameters(config: Config, params: Any) -> dict[str, Any]:
-    """The decay `ema` of the parameters' moving average, and their hash."""
-    return {"ema": config.ema, "sha256": digest(params)}
+def parameters(config: Config, params: Any, average: float | None = None) -> dict[str, Any]:
+    """The decay `ema` of the parameters' average, or its width `average`, and their hash."""
+    kind = {"ema": config.ema} if average is None else {"average": average}
+    return kind | {"sha256": digest(params)}
 
 
 def function_evaluations(e: Experiment) -> int:
@@ -288,6 +295,13 @@ def check_parameters(params: Any, workdir: Path) -> None:
             f"{workdir}: {len(bad)} of {len(leaves)} arrays of parameters are not finite, such as "
             f"{name}: nothing can be drawn with them"
         )
+
+
+def in_parts(x: Any, order: np.ndarray | None = None, size: int = 1024) -> Iterator[np.ndarray]:
+    """Yield rows of x in parts, in an order if one is given; x may read its rows from a disk."""
+    for start in range(0, len(x), size):
+        rows = np.arange(start, min(start + size, len(x)))
+        yield np.asarray(x[rows if order is None else order[rows]])
 
 
 def with_progress(

@@ -26,6 +26,7 @@ from ..samplers import SAMPLERS, TIMES
 from ..schedules import LONGEST as LONGEST_GRID, SCHEDULES
 from ..targets import TARGETS
 from ..training import parsing
+from ..training.averaging import DTYPES
 from ..training.files import flatten, unequal
 from ..training.runners import RUNNERS
 from ..training.writers import WRITERS
@@ -290,6 +291,40 @@ class Sampling(Walk):
 
 
 @dataclasses.dataclass(frozen=True)
+class Eval:
+    """How a run measures the distance of its samples to data, at intervals."""
+
+    features: str | None = None
+    """The feature space, as evaluate.py has them: inception for FID; None: measure nothing."""
+    weights: Path | None = None
+    """The file with the weights of inception or dinov2."""
+    reference: str = "train"
+    """What samples are compared with: train, test, or a file of statistics."""
+    every: int = 10_000
+    """Steps between measurements, beside the one at the end."""
+    n: int = 10_000
+    """Number of samples that are drawn for each; the distance depends on it."""
+
+    def check(self) -> None:
+        """Raise a ValueError if the section is impossible whatever the other sections are."""
+        at_least(self, "eval.", every=1, n=20)
+        require(
+            (
+                self.reference in ("train", "test") or self.reference.endswith((".npz", ".pkl")),
+                f"eval.reference={self.reference!r}: one of train, test, or a file .npz or .pkl",
+            ),
+            (
+                self.weights is None or self.features is not None,
+                f"eval.weights={self.weights}: needs eval.features",
+            ),
+        )
+
+
+BEST = ("eval_loss", "eval_frechet")
+"""The metrics by which the best checkpoints can be chosen; the lowest is the best."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """An experiment. When a run is resumed, the fields in `CHANGEABLE` may change."""
 
@@ -344,6 +379,17 @@ class Config:
     optimizer: Optimizer = Optimizer()
     ema: float = 0.999
     """Decay of the moving average of parameters."""
+    ema_warmup: bool = True
+    """Let the decay grow with the step k, min(ema, (1 + k) / (10 + k)), so that the average forgets
+    the initial parameters; it holds a decay above 1 - 9 / (10 + steps) back for the whole run.
+    False: the decay is constant."""
+    averages: tuple[float, ...] = ()
+    """Relative widths of power-function averages to track, such as 0.05 0.1, from whose snapshots
+    averages of other widths are made after training. Empty: none."""
+    snapshot_every: int | None = None
+    """Steps between snapshots of these averages; there is one at the end too."""
+    snapshot_dtype: Annotated[str, one_of(DTYPES)] = "float32"
+    """The numbers in snapshots; float16 takes half the space."""
     batch_size: int = 128
     """Examples per step, over all devices."""
     seed: int = 0
@@ -371,12 +417,16 @@ class Config:
     keep_every: int | None = None
     """Also keep every checkpoint whose step is a multiple of this."""
     keep_best: int = 0
-    """Also keep this many checkpoints with the lowest held-out loss; save_every must be a multiple
-    of eval_every."""
+    """Also keep this many checkpoints that are best by keep_best_by; save_every must be a multiple
+    of eval_every, or of eval.every."""
+    keep_best_by: Annotated[str, one_of(BEST)] = "eval_loss"
+    """What the best checkpoints have the lowest of: the held-out loss, or the Frechet distance of
+    the section eval."""
     skip_nonfinite: int = 0
     """Number of batches with an infinite or undefined loss or gradient to skip before the run
     stops."""
     sampling: Sampling = Sampling()
+    eval: Eval = Eval()
     writers: Annotated[tuple[str, ...], one_of(WRITERS)] = ()
     """Where metrics and pictures go beside the run's directory."""
 
@@ -395,6 +445,8 @@ CHANGEABLE = {
     "keep_best",
     "skip_nonfinite",
     "sampling",
+    "eval.every",
+    "eval.weights",
     "writers",
     "data.path",
     "data.shape",
@@ -407,6 +459,7 @@ def smoke(config: Config, **changes: Any) -> Config:
     """The same experiment in seconds: a few steps, a checkpoint every 20, few samples."""
     sampling = dataclasses.replace(config.sampling, steps=4, columns=2, eval_samples=0)
     short = dict(steps=60, batch_size=16, log_every=10, eval_every=20, sample_every=40)
+    short |= dict(snapshot_every=20 if config.averages else None)
     short |= dict(save_every=20, keep=3, sampling=sampling) | changes
     return dataclasses.replace(config, **short)
 

@@ -29,6 +29,7 @@ from ..samplers import SAMPLERS, TIMES, Sampler
 from ..schedules import SCHEDULES, Schedule
 from ..super_resolution import shrink, small_image
 from ..training import TrainState, ema_warmup, init_state, projected
+from ..training.averaging import averaging
 from ..types import Array, Data, Denoiser, Key, Network, Real
 from ..weightings import WEIGHTINGS, Weighting
 from .config import Config, known_name, parse_guidance
@@ -88,7 +89,7 @@ class Experiment(NamedTuple):
       grid: () -> the times that samples walk along; a ValueError if two of them fall together.
       learning_rate: steps taken -> learning rate.
       ema_decay: steps taken -> decay of the moving average.
-      optimizer: the optax transformation.
+      optimizer: the optax transformation, which tracks the averages too, if there are any.
       keys: () -> the keys of the run, from its seed.
     """
 
@@ -187,8 +188,10 @@ def resolve(config: Config) -> Experiment:
         sampler=_sampler(config, schedule),
         grid=grid,
         learning_rate=_learning_rate(config.optimizer),
-        ema_decay=ema_warmup(config.ema),
-        optimizer=_optimizer(config.optimizer, project),
+        ema_decay=ema_warmup(config.ema)
+        if config.ema_warmup
+        else lambda _: jnp.asarray(config.ema),
+        optimizer=_tracking(_optimizer(config.optimizer, project), config.averages),
         keys=streams,
     )
 
@@ -380,6 +383,11 @@ def _learning_rate(o):
     if since is None:
         return ramp
     return lambda step: ramp(step) / jnp.sqrt(jnp.maximum(step / since, 1))
+
+
+def _tracking(tx, averages):
+    """Without averages the optimiser itself, so that its state is what it always was."""
+    return averaging(tx, averages) if averages else tx
 
 
 def _optimizer(o, project):

@@ -9,15 +9,17 @@ import math
 
 import numpy as np
 
+from ..averages import check_width
 from ..data import Examples
 from ..densities import DENSITIES
 from ..guidance import GUIDANCES
 from ..schedules import LONGEST, SCHEDULES, Schedule
 from ..targets import decode, row, unit_variance
 from ..training import writers
+from ..training.averaging import DTYPES
 from ..training.runners import RUNNERS
 from ..weightings import WEIGHTINGS
-from .config import Config, at_least, known_name, require
+from .config import BEST, Config, at_least, known_name, require
 
 LARGEST_GAIN = 1e5
 """The largest factor from a network's relative error to x_0 that passes without a word. It is 1,800
@@ -38,11 +40,14 @@ def check(config: Config) -> None:
     known_name("weighting", WEIGHTINGS, c.weighting)
     known_name("density", DENSITIES, c.density)
     known_name("runner", RUNNERS, c.parallel)
+    known_name("snapshot_dtype", DTYPES, c.snapshot_dtype)
+    known_name("keep_best_by", BEST, c.keep_best_by)
     for name in c.writers:
         writers.check(name)
-    for section in (c.data, c.optimizer, c.sampling):
+    for section in (c.data, c.optimizer, c.sampling, c.eval):
         section.check()
     at_least(c, steps=1, steps_per_call=1, log_every=1, eval_every=1, sample_every=1, save_every=1)
+    at_least(c, snapshot_every=1)
     at_least(c, keep=1, keep_every=1, keep_best=0, skip_nonfinite=0, time_steps=1)
     require(
         (
@@ -54,6 +59,7 @@ def check(config: Config) -> None:
         (0 <= c.label_drop < 1, f"label_drop={c.label_drop}: must be in [0, 1)"),
         (math.isfinite(c.schedule_shift), f"schedule_shift={c.schedule_shift}: must be finite"),
         *_of_intervals(c),
+        *_of_averages(c),
         *_of_time(c),
         *_of_conditioning(c),
     )
@@ -67,14 +73,55 @@ def _of_intervals(c):
             f"multiples of log_every={c.log_every}, so that a resumed run logs the same",
         ),
         (
-            c.keep_best == 0 or c.save_every % c.eval_every == 0,
+            c.keep_best == 0 or c.keep_best_by != "eval_loss" or c.save_every % c.eval_every == 0,
             f"keep_best={c.keep_best}: to find the best, save_every={c.save_every} must be a "
             f"multiple of eval_every={c.eval_every}",
+        ),
+        (
+            c.keep_best_by != "eval_frechet" or c.eval.features is not None,
+            f"keep_best_by={c.keep_best_by}: needs eval.features",
+        ),
+        (
+            c.keep_best == 0
+            or c.keep_best_by != "eval_frechet"
+            or c.save_every % c.eval.every == 0,
+            f"keep_best={c.keep_best}: to find the best, save_every={c.save_every} must be a "
+            f"multiple of eval.every={c.eval.every}",
+        ),
+        (
+            c.eval.features is None or c.eval.every % c.log_every == 0,
+            f"eval.every={c.eval.every}: must be a multiple of log_every={c.log_every}",
+        ),
+        (
+            c.eval.features is None or c.low_resolution is None,
+            f"eval.features={c.eval.features}: a run that enlarges images "
+            f"(low_resolution={c.low_resolution}) cannot draw samples by itself",
         ),
         (
             not any(n % c.steps_per_call for n in (c.steps, c.log_every, c.sample_every)),
             f"steps_per_call={c.steps_per_call}: must be at least 1, and divide steps={c.steps}, "
             f"log_every={c.log_every} and sample_every={c.sample_every}",
+        ),
+    )
+
+
+def _of_averages(c):
+    """Power-function averages and their snapshots."""
+    for std in c.averages:
+        check_width(std)
+    return (
+        (
+            len({f"{std:g}" for std in c.averages}) == len(c.averages),
+            f"averages={c.averages}: a width is there twice",
+        ),
+        (
+            bool(c.averages) == (c.snapshot_every is not None),
+            f"averages={c.averages}, snapshot_every={c.snapshot_every}: give both, or neither",
+        ),
+        (
+            c.snapshot_every is None or c.snapshot_every % c.log_every == 0,
+            f"snapshot_every={c.snapshot_every}: must be a multiple of log_every={c.log_every}, "
+            "at which the numbers are checked",
         ),
     )
 

@@ -1,4 +1,4 @@
-"""The directory of a run: `config.json`, `checkpoints/<step>/`, metrics and pictures."""
+"""The directory of a run: `config.json`, `checkpoints/<step>/`, `snapshots/`, metrics, pictures."""
 
 import contextlib
 import warnings
@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..training import checkpoints, parsing
+from ..averages import check_width, solve, weighted_sum
+from ..training import averaging, checkpoints, parsing
 from ..training.checkpoints import Checkpoints
 from ..training.files import Lock, flatten, unequal, write_text
 from . import config as config_lib
@@ -17,6 +18,7 @@ from .config import Config
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
+SNAPSHOTS = "snapshots"
 
 
 def open_run(workdir: Path, config: Config, data: dict[str, Any] | None = None) -> Checkpoints:
@@ -130,3 +132,65 @@ def read_params(workdir: Path) -> Any:
             return read_params(workdir)  # the run is deleting it, because it has written another
         warnings.warn(f"{path} is damaged: {damage}; trying an older one", stacklevel=2)
     raise FileNotFoundError(f"{workdir / CHECKPOINTS} holds no sound checkpoint")
+
+
+def check_average(config: Config, std: float) -> None:
+    """Raise a ValueError unless a run of this config can have an average of this relative width."""
+    check_width(std)
+    if not config.averages:
+        raise ValueError(
+            f"average={std}: the run has tracked no averages to make it from; train with "
+            "--config.averages and --config.snapshot_every"
+        )
+
+
+def read_average(workdir: Path, std: float) -> tuple[Any, float]:
+    """The power-function average of a relative width, made from a run's snapshots.
+
+    It is the average at the newest snapshot. The directory is only read.
+
+    Returns:
+      The parameters, and the error of the profile (see `averages.solve`).
+
+    Raises:
+      ValueError: if there is no such width, the run has tracked no averages, or a snapshot is
+        damaged.
+      FileNotFoundError: if a snapshot since the start of training is missing; lists the steps.
+    """
+    config = read_config(workdir)
+    check_average(config, std)
+    paths = list_snapshots(workdir, config)
+    # Two snapshots of the same time hold the same: the steps between them were skipped.
+    at = {(averaging.read_time(path), width): path for width, path in paths}
+    at = {key: path for key, path in at.items() if key[0]}
+    times, widths = zip(*at, strict=True) if at else ((), ())
+    coefficients, error = solve(times, widths, std)
+    trees = (averaging.read_snapshot(path).params for path in at.values())
+    return jax.tree.map(jnp.asarray, weighted_sum(coefficients, trees)), error
+
+
+def list_snapshots(workdir: Path, config: Config) -> list[tuple[float, Path]]:
+    """The widths and files of a run's snapshots, oldest first.
+
+    Raises:
+      FileNotFoundError: if one is missing from the start of training to the newest.
+    """
+    folder, every = workdir / SNAPSHOTS, config.snapshot_every or 1
+    has: dict[int, set[str]] = {}
+    for path in folder.glob("*-*.safetensors"):
+        step = path.name.partition("-")[0]
+        if step.isdecimal():
+            has.setdefault(int(step), set()).add(path.name)
+    files = lambda step: {averaging.name(step, std): std for std in config.averages}
+    whole = [step for step in sorted(has) if files(step).keys() <= has[step]]
+    # The run writes a snapshot before the checkpoint of the same step.
+    saved = [int(path.name) for path in list_checkpoints(workdir)]
+    newest = max(whole[-1:] + saved[-1:], default=every)
+    missing = [step for step in range(every, newest + 1, every) if step not in whole]
+    if missing:
+        steps = ", ".join(map(str, missing[:5])) + ", ..." * (len(missing) > 5)
+        raise FileNotFoundError(
+            f"{folder} lacks {len(missing)} snapshots, those of step {steps}: an average needs all "
+            "of them from the start of training"
+        )
+    return [(std, folder / name) for step in whole for name, std in files(step).items()]

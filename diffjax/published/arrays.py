@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import safetensors.numpy
 from flax.traverse_util import unflatten_dict
 
 from ..experiment import Config
 from ..models import UNetConfig
-from . import weights
+from . import torchfile, weights
 
 
 class Names(NamedTuple):
@@ -70,11 +71,37 @@ def convert(where: Path, state: dict[str, Any], config: Config, names: Names) ->
             wrong.append(f"{theirs} gives {value.shape}, need {like.shape}")
         flat[path] = np.asarray(value, like.dtype)
     wrong += [f"{theirs} is not an array of this network" for theirs in left]
-    if wrong:
-        more = f"\n  and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        lines = "\n  ".join(wrong[:5])
-        raise ValueError(f"{where} is not the network it is taken for:\n  {lines}{more}")
+    refuse_lines(f"{where} is not the network it is taken for", wrong)
     return unflatten_dict(flat, sep="/")
+
+
+def refuse_lines(what: str, lines: list[str]) -> None:
+    """Raise a ValueError that says what is wrong, and the first few lines, if there are any."""
+    if lines:
+        more = f"\n  and {len(lines) - 5} more" if len(lines) > 5 else ""
+        raise ValueError(f"{what}:\n  " + "\n  ".join(lines[:5]) + more)
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    """Read the arrays of a network, by name, from a file of safetensors or of PyTorch.
+
+    Nothing in the file is executed, and its architecture is not looked at.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is damaged, or holds no arrays.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.numpy.load_file(path)
+        except Exception as error:  # untrusted input may raise anything
+            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    found = torchfile.arrays(torchfile.read(path))
+    if not found:
+        raise ValueError(f"{path} holds no arrays of a network")
+    return found
 
 
 def unet(config: Config) -> UNetConfig:

@@ -93,7 +93,7 @@ def load(path: Path) -> tuple[Any, Config]:
         has = _state(net).get(name, value)
         if has != value:
             raise ValueError(f"{path}: {outer} with {name}={reprlib.repr(has)}, need {value}")
-    state = {name.removeprefix("model."): value for name, value in _arrays(net).items()}
+    state = {name.removeprefix("model."): value for name, value in torchfile.arrays(net).items()}
     config = make_config(path, state, outer, inner)
     names = Names(modules(config), LAYERS, "hck", cos_first=inner == "DhariwalUNet")
     return convert(path, renamed(state, inner), config, names), config
@@ -189,12 +189,8 @@ def modules(config: Config) -> dict[str, str]:
 
 
 def _state(net):
-    """The attributes of a module, from its pickled state or from the metadata of its class."""
-    if not isinstance(net, torchfile.Record):
-        return {}
-    meta = net.args[0] if net.args and isinstance(net.args[0], dict) else {}
-    state = net.state or meta.get("state")
-    return state if isinstance(state, dict) else {}
+    """The attributes of a module; none of any other object."""
+    return torchfile.attributes(net) if isinstance(net, torchfile.Record) else {}
 
 
 def _class(net) -> str:
@@ -207,21 +203,3 @@ def _class(net) -> str:
 def _modules(net):
     found = _state(net).get("_modules")
     return found if isinstance(found, dict) else {}
-
-
-def _arrays(net, prefix="", seen=None):
-    """The parameters and buffers of a module, by their names in its state dict.
-
-    A module that is found a second time is left out: no network of EDM shares one, and a file in
-    which each of many modules contains the next one twice would never end.
-    """
-    seen = set() if seen is None else seen
-    if id(net) in seen:
-        return {}
-    seen.add(id(net))
-    state = _state(net)
-    own = {**state.get("_parameters", {}), **state.get("_buffers", {})}
-    found = {prefix + name: value for name, value in own.items() if isinstance(value, np.ndarray)}
-    for name, module in _modules(net).items():
-        found |= _arrays(module, f"{prefix}{name}.", seen)
-    return found

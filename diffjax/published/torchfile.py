@@ -2,8 +2,10 @@
 
 A pickle is a program: it names functions and calls them. This reader replaces every name by a
 `Record`, which stores the arguments of the call, except for the few in `KNOWN`, which rebuild
-tensors. Three formats are read: the zip files of `torch.save`, its older streams (before PyTorch
-1.6), and plain pickles that contain such streams, as EDM's do.
+tensors. Four formats are read: the zip files of `torch.save`, and those of TorchScript, whose code
+is left alone; the older streams of `torch.save` (before PyTorch 1.6); and plain pickles that
+contain such streams, as EDM's do. `arrays` then finds the arrays of a module by their names, and
+`numpy_array` makes those that NumPy itself pickled.
 
 A short pickle can also describe objects that take much memory or time. Each operation of a file,
 and each copy that it causes, is therefore charged to a `Budget`, which grows with the file's size.
@@ -119,6 +121,63 @@ def read(path: Path | str) -> Any:
             raise ValueError(f"{path}: not a readable file of PyTorch ({why})") from error
 
 
+def arrays(found: Any) -> dict[str, np.ndarray]:
+    """The arrays of what was read, by the names that a state dict gives them.
+
+    Args:
+      found: a state dict, or a module: of TorchScript, of PyTorch's own pickles, or of NVIDIA's,
+        which contain the source of their classes.
+
+    An object that is found a second time is left out: a file in which each of many modules contains
+    the next one twice would never end.
+    """
+    arrays, seen, left = {}, set(), [("", found)]
+    while left:
+        name, thing = left.pop()
+        if isinstance(thing, np.ndarray):
+            arrays[name.removesuffix(".")] = thing
+        elif isinstance(thing, dict | Record) and id(thing) not in seen:
+            seen.add(id(thing))
+            inside = [
+                # These are dicts of a module, which are no part of a name.
+                (name if key in ("_parameters", "_buffers", "_modules") else f"{name}{key}.", part)
+                for key, part in attributes(thing).items()
+                if isinstance(key, str)
+            ]
+            left += reversed(inside)
+    return arrays
+
+
+def attributes(thing: dict | Record) -> dict:
+    """The entries of a dict, or the attributes of an object, if the file has them."""
+    if isinstance(thing, dict):
+        return thing
+    # NVIDIA's pickles have them in the first argument of the call that makes the object.
+    meta = thing.args[0] if thing.args and isinstance(thing.args[0], dict) else {}
+    state = thing.state or meta.get("state")
+    return state if isinstance(state, dict) else {}
+
+
+def numpy_array(found: Any) -> np.ndarray:
+    """The array of numbers that NumPy pickled.
+
+    Raises:
+      ValueError: if it is none, or not as large as it claims.
+    """
+    try:
+        data: Any
+        _, shape, dtype, fortran, data = found.state
+        kind, order = dtype.args[0], dtype.state[1]
+        if not found.path.endswith(".multiarray._reconstruct") or kind not in ("f4", "f8"):
+            raise ValueError(f"{found.path} of {reprlib.repr(kind)}")
+        if getattr(data, "path", None) == "_codecs.encode":  # of protocol 2
+            data = data.args[0].encode("latin1")
+        flat = np.frombuffer(data, np.dtype(kind).newbyteorder(order))
+        return flat.reshape(shape, order="F" if fortran else "C").astype(kind)
+    except Exception as error:  # untrusted input may raise anything
+        raise ValueError(f"not an array that NumPy pickled ({error!r:.200})") from error
+
+
 class _Operations(dict):
     """The operations of a pickle, by their codes; each use of one is charged."""
 
@@ -207,21 +266,26 @@ class _Unpickler(pickle._Unpickler):
 def _zip(file: BinaryIO, budget: Budget) -> Any:
     with zipfile.ZipFile(file) as archive:
         members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-        if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
-            raise ValueError("it is compressed, which files of torch.save never are")
-        if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
+
+        def member(name):
+            # The code in a file of TorchScript is compressed. It is never read.
+            if members[name].compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{name} is compressed, which PyTorch never does")
+            return archive.read(members[name])
+
+        if "byteorder" in members and member("byteorder") != b"little":
             raise ValueError("it is big endian")
         storages: dict[str, np.ndarray] = {}
 
         def storage(dtype, key, size):
             if key not in storages:
                 budget.spend(members[f"data/{key}"].file_size)
-                storages[key] = np.frombuffer(archive.read(members[f"data/{key}"]), dtype)
+                storages[key] = np.frombuffer(member(f"data/{key}"), dtype)
             if len(storages[key]) != size or storages[key].dtype != dtype:
                 raise ValueError(f"storage {key} is not {size} x {dtype}")
             return storages[key]
 
-        pickled = io.BytesIO(archive.read(members["data.pkl"]))
+        pickled = io.BytesIO(member("data.pkl"))
         return _Unpickler(pickled, budget, storage).load()
 
 

@@ -11,20 +11,25 @@ from . import weights
 from .pretrained import PRETRAINED
 
 
-def load(source: Path | str) -> tuple[Callable[..., Data], Any, Config]:
+def load(
+    source: Path | str, average: float | None = None
+) -> tuple[Callable[..., Data], Any, Config]:
     """Load a trained network.
 
     Args:
       source: a run's directory; a file that `python -m diffjax.export` wrote; or, if there is no
         such path, a name in `PRETRAINED`, a network that comes with diffjax.
+      average: relative width of a power-function average that is made from the run's snapshots, in
+        place of the moving average of constant decay.
 
     Returns:
       `apply`, a function (params, x_t, log_snr, cond) -> an estimate of `config.target`; the moving
-      average of its parameters at the newest sound checkpoint; and the config.
+      average of its parameters at the newest sound checkpoint, or at the newest snapshot; and the
+      config.
 
     Raises:
-      FileNotFoundError: if there is no config or no sound checkpoint.
-      ValueError: if the config or the file cannot be read.
+      FileNotFoundError: if there is no config, no sound checkpoint, or a snapshot is missing.
+      ValueError: if the config or the file cannot be read, or there is no such average.
 
     From the network to a denoiser, and to samples:
 
@@ -42,10 +47,13 @@ def load(source: Path | str) -> tuple[Callable[..., Data], Any, Config]:
     """
     path = _located(source)
     if path.is_file():
+        if average is not None:
+            raise ValueError(f"average={average}: {path} is a file, not the directory of a run")
         params, config = weights.read(path)
     else:
         config = read_config(path)
-        params = run_directory.read_params(path)
+        read = run_directory.read_params
+        params = read(path) if average is None else run_directory.read_average(path, average)[0]
     return resolve(config).apply, params, config
 
 

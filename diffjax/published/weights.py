@@ -24,15 +24,17 @@ from ..training import parsing
 from ..training.files import digest, replacing, unequal
 
 CONFIG, SEAL = "diffjax.config", "diffjax.sha256"
-MACHINE = ("parallel", "fsdp", "steps_per_call", "writers")
+MEASURED = ("eval", "keep_best_by")
+"""Fields of the config that name files of a run's measurements; they are not written."""
+MACHINE = ("parallel", "fsdp", "steps_per_call", "writers", *MEASURED)
 """Fields of the config that are about the machine of a run; a file's values are not used."""
 
 
 def save(path: Path | str, params: Any, config: Config) -> None:
     """Write parameters and their config to a file, and replace an existing file.
 
-    `data.shape` is added to the config, so that its reader needs no data, and `data.path` is left
-    out.
+    `data.shape` is added to the config, so that its reader needs no data. `data.path` and the
+    section `eval` are left out: they name files of one machine.
 
     Raises:
       ValueError: if the parameters are not those of the config's network; the message lists the
@@ -41,7 +43,8 @@ def save(path: Path | str, params: Any, config: Config) -> None:
     """
     path = Path(path)
     data = dataclasses.replace(config.data, shape=example_shape(config), path=None)
-    config = dataclasses.replace(config, data=data)
+    unmeasured = {name: getattr(Config(), name) for name in MEASURED}
+    config = dataclasses.replace(config, data=data, **unmeasured)
     # safetensors writes a transposed array in the order of its memory, so make it contiguous.
     flat = flatten_dict(params, sep="/")
     arrays = {name: np.ascontiguousarray(value) for name, value in flat.items()}

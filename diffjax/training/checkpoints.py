@@ -66,7 +66,7 @@ class Checkpoints:
       directory: the folder of the checkpoints.
       keep: the number of newest checkpoints to keep.
       keep_every: also keep every checkpoint whose step is a multiple of this; None: no others.
-      keep_best: also keep this many checkpoints with the lowest held-out loss.
+      keep_best: also keep this many checkpoints with the lowest `loss` given to `save`.
       about: JSON that is sealed into each checkpoint, such as the run's config.
       lock: of the run's directory, which is released at the end of the context.
 
@@ -166,7 +166,7 @@ class Checkpoints:
         self._known = step
         return state
 
-    def save(self, step: int, state: Any, eval_loss: float = float("inf")) -> None:
+    def save(self, step: int, state: Any, loss: float = float("inf")) -> None:
         """Start to write a checkpoint, after the one before is written.
 
         Nothing is written, and `failed` says why, if the directory is no longer the one that was
@@ -175,7 +175,7 @@ class Checkpoints:
         Args:
           step: steps taken.
           state: a pytree of arrays.
-          eval_loss: the held-out loss, by which `keep_best` chooses.
+          loss: a held-out loss or a distance, by which `keep_best` chooses the lowest.
         """
         self.wait()
         self._remove_failed_saves()
@@ -193,7 +193,7 @@ class Checkpoints:
         leaves = jax.tree_util.tree_leaves_with_path(state)
         self._names = {jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves}
         args = ocp.args.StandardSave(jax.tree.map(_savable, state))
-        metrics = {"eval_loss": eval_loss if np.isfinite(eval_loss) else float("inf")}
+        metrics = {"eval_loss": loss if np.isfinite(loss) else float("inf")}
 
         def write():
             if not self._manager.save(step, args=args, metrics=metrics):

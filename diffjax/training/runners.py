@@ -9,7 +9,7 @@ Each process feeds its own slots of every global batch, and gets every output.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -173,15 +173,20 @@ def in_batches(
     Returns:
       f's outputs, `[n, ...]`, on the host, in every process.
     """
+    return np.concatenate(list(in_parts(runner, mapped, params, batch, size)))
+
+
+def in_parts(
+    runner: Runner, mapped: Callable, params: Any, batch: dict[str, np.ndarray], size: int
+) -> Iterator[np.ndarray]:
+    """Yield what `in_batches` returns, one batch after the other."""
     n, devices = len(batch["index"]), len(_devices())
     size = -(-size // devices) * devices
-    parts = []
     for start in range(0, n, size):
         rows = np.minimum(start + runner.slots(size), n - 1)
         part = jax.tree.map(lambda x, rows=rows: x[rows], batch)
-        parts.append(np.asarray(mapped(params, runner.put(part))))
+        yield np.asarray(mapped(params, runner.put(part)))[: n - start]
         preemption.report_progress()
-    return np.concatenate(parts)[:n]
 
 
 SMALL = 2**12
