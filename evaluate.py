@@ -123,7 +123,7 @@ def evaluate(args: Arguments) -> dict[str, Any]:
     )
     runner = runners.RUNNERS[config.parallel](1)
     which = Eval(args.features, args.weights, args.reference)
-    real = reference.known(which, dataset, config.data.name, runner) if measures else None
+    real = reference.load(which, dataset, config.data.name, runner) if measures else None
     _, params, _ = checkpoint.load(args.workdir, average)
     sampling.check_parameters(params, args.workdir)
     made_by = {
@@ -142,14 +142,16 @@ def evaluate(args: Arguments) -> dict[str, Any]:
         return found
     if args.write_reference is not None and jax.process_index() == 0:
         about = found | {"features": real.features, "reference": real.about}
-        reference.write(args.write_reference, real.seen, about)
+        reference.write(args.write_reference, real.summary, about)
         print(f"written: {args.write_reference}")
     if not (given or args.drawing.n):
         return found
 
     if given:
         samples, settings = given
-        scores = distances.measure(real.look([np.asarray(samples.x)], len(samples.x)), real.seen)
+        scores = distances.measure(
+            real.summarise([np.asarray(samples.x)], len(samples.x)), real.summary
+        )
     else:
         scores, settings = draw(drawn, args, runner, params, dataset.train.x, real)
     # A file of samples has these too, or `found` has them.
@@ -205,7 +207,7 @@ def draw(
     runner: runners.Runner,
     params: Any,
     like: data.Rows,
-    real: reference.Known,
+    real: reference.Reference,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """The distances of samples that are drawn, and the settings that a file of them would have."""
     wanted, size = args.drawing, e.config.batch_size
@@ -217,7 +219,7 @@ def draw(
         generate = sampling.make_generate(sampling.drawn_by(e.config, drawing), shape)
         parts = sampling.draw(runner, generate, params, label, range(wanted.n), size, dtype)
         shown = sampling.with_progress(parts, f"samples of seed {seed}", wanted.n)
-        each.append(distances.measure(real.look(shown, wanted.n), real.seen))
+        each.append(distances.measure(real.summarise(shown, wanted.n), real.summary))
     settings = sampling.settings(e, wanted, params)
     if len(each) == 1:
         return each[0], settings

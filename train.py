@@ -134,7 +134,7 @@ def train(
         both = data.Dataset(train_set, test_set)
         real = None
         if config.eval.features is not None:
-            real = reference.known(config.eval, both, config.data.name, runner)
+            real = reference.load(config.eval, both, config.data.name, runner)
         checkpoints = open_run(workdir, config, dataset.fingerprint(train_set, test_set))
 
     # Pure functions: the loss, the step, and a sample.
@@ -170,15 +170,15 @@ def train(
         if real is not None:
             recorder.picture(step, "distances", plots.distances, metrics.read(workdir))
 
-    def measure(real: reference.Known) -> dict[str, float]:
+    def measure(real: reference.Reference) -> dict[str, float]:
         """The distances of samples of the moving average to the reference, by name."""
         wanted = sampling.request(config, test_set, config.eval.n)
-        rows = sampling.in_parts(wanted["index"], size=config.batch_size)
+        rows = sampling.parts_of(wanted["index"], size=config.batch_size)
         parts = (
             data.to_bytes(mapped(generate_fn, {name: x[i] for name, x in wanted.items()}))
             for i in rows
         )
-        found = distances.measure(real.look(parts, config.eval.n), real.seen)
+        found = distances.measure(real.summarise(parts, config.eval.n), real.summary)
         return {f"eval_{name}": value for name, value in found.items()}
 
     devices = f"{jax.process_count()} x {jax.local_device_count()} {jax.default_backend()} devices"
@@ -204,7 +204,7 @@ def train(
         if start:
             recorder.say(f"resumed from the checkpoint of step {start} of {config.steps}")
         advice = telemetry.advice(), idle_cores(config.batch_size, accumulate)
-        for line in (*filter(None, advice), *dataset.doubts(config, e.schedule, train_set)):
+        for line in (*filter(None, advice), *dataset.cautions(config, e.schedule, train_set)):
             recorder.say(line)
         if start < config.steps:
             recorder.say("compiling ...")

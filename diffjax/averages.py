@@ -77,7 +77,7 @@ def std_of(gamma: float) -> float:
     return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
 
 
-def rate(gamma: float, t: Array) -> Array:
+def update_weight(gamma: float, t: Array) -> Array:
     """1 - beta, the weight of the parameters of update t = 1, 2, ..., in float32.
 
     It keeps its relative precision when beta is close to 1.
@@ -86,21 +86,21 @@ def rate(gamma: float, t: Array) -> Array:
     return -jnp.expm1((gamma + 1) * jnp.log1p(-1 / t))
 
 
-def moved(average: Any, params: Any, by: Array) -> Any:
-    """The average a part `by` nearer to the parameters: average + by (params - average).
+def next_average(average: Any, params: Any, weight: Array) -> Any:
+    """The next average, average + weight (params - average).
 
     Rounding errs ten times less this way than with beta average + (1 - beta) params.
 
     Args:
       average: a pytree of arrays; those of floating point are of at least float32.
       params: a pytree of the same structure; arrays that are not of floating point are copied.
-      by: in [0, 1].
+      weight: of the new parameters, in [0, 1], such as `update_weight`.
     """
 
     def one(a, p):
         if not jnp.issubdtype(jnp.result_type(a), jnp.floating):
             return p
-        return a + by.astype(a.dtype) * (p.astype(a.dtype) - a)
+        return a + weight.astype(a.dtype) * (p.astype(a.dtype) - a)
 
     return jax.tree.map(one, average, params)
 

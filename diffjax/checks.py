@@ -16,8 +16,8 @@ def schedule(value: Any) -> None:
     """Raise a TypeError unless `value` is a schedule: it is callable and has `log_snr`."""
     if not (callable(value) and callable(getattr(value, "log_snr", None))):
         raise TypeError(
-            f"need a Schedule, such as diffjax.cosine(), got {_told(value)}; network or denoiser "
-            "come before the schedule, data after it"
+            f"need a Schedule, such as diffjax.cosine(), got {_described(value)}; network or "
+            "denoiser come before the schedule, data after it"
         )
 
 
@@ -26,7 +26,7 @@ def network(value: Any) -> None:
     if isinstance(value, Schedule) or not callable(value):
         raise TypeError(
             f"need a network, a function (x_t, log_snr, cond) -> estimate of the target, got "
-            f"{_told(value)}; the network comes before the schedule"
+            f"{_described(value)}; the network comes before the schedule"
         )
     if isinstance(getattr(value, "schedule", None), Schedule) and _ours(value):
         raise TypeError(
@@ -39,7 +39,7 @@ def weighting(value: Any) -> None:
     """Raise a TypeError unless `value` may be a weighting, or is None."""
     if value is not None and (not callable(value) or _makes(value, "weightings")):
         raise TypeError(
-            f"need a weighting, such as diffjax.weightings.min_snr(), got {_told(value)}"
+            f"need a weighting, such as diffjax.weightings.min_snr(), got {_described(value)}"
         )
 
 
@@ -47,7 +47,7 @@ def sampler(value: Any) -> None:
     """Raise a TypeError unless `value` is a sampler: it has `init` and `step`."""
     if not (callable(getattr(value, "init", None)) and callable(getattr(value, "step", None))):
         raise TypeError(
-            f"need a Sampler, such as diffjax.ddim(denoise, schedule), got {_told(value)}"
+            f"need a Sampler, such as diffjax.ddim(denoise, schedule), got {_described(value)}"
         )
 
 
@@ -116,7 +116,7 @@ def _note(error, text):
         error.add_note(text)
 
 
-def _told(value):
+def _described(value):
     """What a caller passed, and how it becomes what is needed."""
     if isinstance(value, str):
         return f"the name {value!r}: names are for configs, here call the function of that name"

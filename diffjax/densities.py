@@ -67,8 +67,7 @@ def normal(schedule: Schedule, mean: Scalar = 2.4, std: Scalar = 2.4) -> Density
     Raises:
       ValueError: unless `std > 0`, or if the schedule's ends hold less than `LEAST_MASS` of it.
 
-    Source: Karras et al. 2022, table 1; Karras et al. 2024, appendix B; Esser et al. 2024, section
-    3.1.
+    Source: Karras et al. 2022, table 1; Karras et al. 2024; Esser et al. 2024, section 3.1.
     """
     if known(mean, std) and not std > 0:
         raise ValueError(f"{std=}: must be positive")

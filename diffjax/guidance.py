@@ -46,7 +46,6 @@ def classifier_free(denoise: Denoiser, weight: Time, null: Cond) -> Denoiser:
     Raises:
       ValueError: when called, if `cond` is not a pytree like `null`.
     """
-    checks.takes(denoise, None, None, cond=None)
     both = _with_and_without(denoise, null)
 
     def guided(x_t, t, cond=None):
@@ -67,8 +66,8 @@ def apg(
 
     The difference of the two estimates of x_0 is shortened to a radius, and the part of it that is
     parallel to the conditional estimate, which raises the contrast, is scaled by eta (Sadat et al.
-    2025, "Eliminating oversaturation and artifacts of high guidance scales", equations 5 to 8,
-    without their momentum). With `eta=1` and no radius it is `classifier_free`.
+    2025, arXiv 2410.02416, without their momentum). With `eta=1` and no radius it is
+    `classifier_free`.
 
     Args:
       denoise: a denoiser trained with and without its conditioning.
@@ -109,8 +108,8 @@ def cfg_zero(
 
     The factor <v_c, v_u> / <v_u, v_u> makes the unconditional velocity the nearest to the
     conditional one, so that guidance amplifies the difference in direction alone. The first steps
-    of a walk can stand still, where an estimate is worse than none (Fan et al. 2025, "CFG-Zero*",
-    Algorithm 1; they stop for the first 4 % of the times).
+    of a walk can stand still, where an estimate is worse than none (Fan et al. 2025, arXiv
+    2503.18886; they stop for the first 4 % of the times).
 
     Args:
       denoise: a denoiser trained with and without its conditioning.
@@ -140,6 +139,7 @@ def cfg_zero(
 
 def _with_and_without(denoise, null):
     """(x_t, t, cond) -> the predictions without and with the condition, by one call if possible."""
+    checks.takes(denoise, None, None, cond=None)
 
     def apart(x_t, t, cond=None):
         return denoise(x_t, t, cond=None), predict(denoise, x_t, t, cond)

@@ -8,7 +8,7 @@ In a notebook, after `%matplotlib inline`, a figure is shown as the value of a c
 A function that takes `ax` draws into existing axes, so that pictures can be combined; `panels`
 makes a figure of empty axes in the common style.
 
-Images are `[n, height, width, 1, 3 or 4]` in [-1, 1], and points are `[n, 2]`. A walk is a sampling
+Images are `[n, height, width, channels]` in [-1, 1], and points are `[n, 2]`. A walk is a sampling
 trajectory that `sample` records with `observe=lambda state, t: (state.x, state.x_0, t)`: x_t and
 the estimates of x_0 `[steps, n, ...]`, and times `[steps]`.
 """

@@ -46,7 +46,7 @@ def tracked(stds, thetas, at):
         def step(state, inputs):
             t, theta = inputs
             new = [
-                averages.moved(a, theta, averages.rate(g, t))
+                averages.next_average(a, theta, averages.update_weight(g, t))
                 for a, g in zip(state, gammas, strict=True)
             ]
             return new, new

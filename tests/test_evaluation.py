@@ -24,7 +24,7 @@ from diffjax.evaluation import (
     summing,
 )
 from diffjax.experiment import Config, Sampling, resolve
-from diffjax.experiment.dataset import check_data, doubts
+from diffjax.experiment.dataset import cautions, check_data
 from diffjax.models import UNetConfig
 from diffjax.schedules import SCHEDULES
 from diffjax.training import files
@@ -281,7 +281,7 @@ def test_distances_of_features_of_any_dtype_are_those_of_the_same_numbers_in_flo
 def test_what_is_hardly_meant_gets_a_line():
     digits = data.load("digits").train
     ramp = np.linspace(0, 1, 20, dtype=np.float32).reshape(10, 2)
-    said = lambda x, **changes: doubts(
+    said = lambda x, **changes: cautions(
         config := Config(**changes), resolve(config).schedule, data.Examples(x)
     )
     zero_terminal = {"schedule": "cosine_betas", "schedule_options": {"max_beta": 1.0}}
@@ -440,18 +440,18 @@ def test_the_moments_on_the_devices_are_those_of_all_features_at_once(parallel, 
     monkeypatch.setattr(summing, "PART", 30)
     network = toy_network()
     space = features.Space("toy", "0" * 64, None, network)
-    look = summing.look(space, RUNNERS[parallel](1))
-    seen = look([BYTES[:40], BYTES[40:43], BYTES[43:]], keep=50)
+    summarise = summing.summariser(space, RUNNERS[parallel](1))
+    summary = summarise([BYTES[:40], BYTES[40:43], BYTES[43:]], keep=50)
     out = jax.tree.map(np.float64, network.outputs(network.params, BYTES))
-    for found, all_of in ((seen.moments, out["features"]), (seen.spatial, out["spatial"])):
+    for found, all_of in ((summary.moments, out["features"]), (summary.spatial, out["spatial"])):
         exact = distances.moments(all_of)
         np.testing.assert_allclose(found.mean, exact.mean, rtol=1e-6)
         scale = np.abs(exact.covariance).max()
         np.testing.assert_allclose(found.covariance, exact.covariance, atol=1e-5 * scale)
-    np.testing.assert_allclose(seen.pool, out["features"][:50], rtol=1e-5)
+    np.testing.assert_allclose(summary.pool, out["features"][:50], rtol=1e-5)
     scores = [summing.class_score(out["logits"][k : k + 30]) for k in (0, 30, 60)]
-    np.testing.assert_allclose(seen.scores, scores, rtol=1e-5)
-    assert look([BYTES[:9]]).pool is None
+    np.testing.assert_allclose(summary.scores, scores, rtol=1e-5)
+    assert summarise([BYTES[:9]]).pool is None
 
 
 def test_the_score_of_classes_against_closed_forms():
@@ -471,8 +471,8 @@ def test_moments_are_enough_for_the_frechet_distance():
     of_moments = distances.frechet_distance(distances.moments(a), distances.moments(b))
     assert of_moments == distances.frechet_distance(a, b)
     found = distances.measure(
-        distances.Seen(moments=distances.moments(a), scores=(2.0, 4.0)),
-        distances.Seen(moments=distances.moments(b)),
+        distances.Summary(moments=distances.moments(a), scores=(2.0, 4.0)),
+        distances.Summary(moments=distances.moments(b)),
     )
     assert found == {"frechet": of_moments, "class_score": 3}
 
@@ -484,18 +484,20 @@ def toy_space(sha256="0" * 64):
 def test_statistics_are_read_from_the_files_of_others(tmp_path):
     rng = np.random.default_rng(0)
     mu, sigma, spatial = rng.standard_normal(6), np.eye(6), (np.zeros(3), np.eye(3))
-    seen = distances.Seen(moments=distances.Moments(mu, sigma), spatial=distances.Moments(*spatial))
+    summary = distances.Summary(
+        moments=distances.Moments(mu, sigma), spatial=distances.Moments(*spatial)
+    )
     np.savez(tmp_path / "edm.npz", mu=mu, sigma=sigma)
     adm = {"mu": mu, "sigma": sigma, "mu_s": spatial[0], "sigma_s": spatial[1]}
     np.savez(tmp_path / "adm.npz", **adm, arr_0=BYTES)
     edm2 = {"num_images": 9, "fid": {"mu": mu, "sigma": sigma}, "fd_dinov2": {}}
     (tmp_path / "edm2.pkl").write_bytes(pickle.dumps(edm2, 4))
-    reference.write(tmp_path / "ours.npz", seen, {"features": {"sha256": "0" * 64}})
+    reference.write(tmp_path / "ours.npz", summary, {"features": {"sha256": "0" * 64}})
     for name in ("edm.npz", "adm.npz", "edm2.pkl", "ours.npz"):
         found = reference.read(tmp_path / name, "inception", toy_space())
-        np.testing.assert_array_equal(found.seen.moments.mean, mu)
-        np.testing.assert_array_equal(found.seen.moments.covariance, sigma)
-        assert (found.seen.spatial is not None) == (name in ("adm.npz", "ours.npz"))
+        np.testing.assert_array_equal(found.summary.moments.mean, mu)
+        np.testing.assert_array_equal(found.summary.moments.covariance, sigma)
+        assert (found.summary.spatial is not None) == (name in ("adm.npz", "ours.npz"))
         assert (found.images is not None) == (name == "adm.npz")
     with np.load(tmp_path / "ours.npz") as file:  # as EDM and pytorch-fid read it
         np.testing.assert_array_equal(file["mu"], mu)
@@ -503,7 +505,7 @@ def test_statistics_are_read_from_the_files_of_others(tmp_path):
 
 def test_statistics_that_are_none_are_refused(tmp_path):
     mu, sigma = np.zeros(6), np.eye(6)
-    good = distances.Seen(moments=distances.Moments(mu, sigma))
+    good = distances.Summary(moments=distances.Moments(mu, sigma))
     reference.write(tmp_path / "ours.npz", good, {"features": {"sha256": "1" * 64}})
     for arrays, message in (
         ({"mu": np.zeros(5), "sigma": np.eye(5)}, "its mu is of 5 features, features=x are 6"),

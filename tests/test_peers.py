@@ -474,8 +474,8 @@ def test_a_frechet_distance_end_to_end_is_torch_fidelitys(extractor, fidelity):
         statistics.append(metric.fid_features_to_statistics(torch.cat(found)))
     space = features.named("inception", np.zeros((1, 32, 32, 3), np.float32), path)
     assert space.name == "inception of unknown weights"
-    look = summing.look(space, RUNNERS["pmap"](1))
-    seen = [look([images]).moments for images in (x, y)]
+    summarise = summing.summariser(space, RUNNERS["pmap"](1))
+    seen = [summarise([images]).moments for images in (x, y)]
     ours, theirs_ = distances.frechet_distance(*seen), peer(statistics)
     print(f" {ours:.6f} {theirs_:.6f} {abs(ours / theirs_ - 1):.1e}", end=" ")
     # With fewer images than features, the roots of rounding errors are a part of either number.

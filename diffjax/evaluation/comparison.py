@@ -35,7 +35,7 @@ class Measure(NamedTuple):
     best: Callable[[Iterable[float]], float]
     conditions: tuple[str, ...]
     error: str
-    known: Mapping[str, str] = MappingProxyType({})
+    names: Mapping[str, str] = MappingProxyType({})
 
 
 BITS = ("held_out.n", "held_out.levels", "held_out.sha256")
@@ -60,7 +60,7 @@ MEASURES = {
     "bound_bits_per_dim": Measure("bound, bits/dim", min, BITS, "bound_standard_error"),
     "flow_bits_per_dim": Measure("flow, bits/dim", min, BITS, "flow_standard_error"),
 } | {
-    name: Measure(metric.title, metric.best, DISTANCES, f"{name}_standard_error", metric.known)
+    name: Measure(metric.title, metric.best, DISTANCES, f"{name}_standard_error", metric.names)
     for name, metric in METRICS.items()
 }
 
@@ -105,7 +105,7 @@ def title(result: Result, name: str) -> str:
     >>> title({"features.name": "inception of unknown weights"}, "frechet")
     'Frechet distance'
     """
-    return MEASURES[name].known.get(result.get("features.name", ""), MEASURES[name].title)
+    return MEASURES[name].names.get(result.get("features.name", ""), MEASURES[name].title)
 
 
 def shown(result: Result, name: str) -> str:

@@ -2,7 +2,7 @@
 
 `features` has the spaces. In some of them a distance has a name of its own: the Frechet distance in
 the features of Inception is FID, in any other space it is not. A metric is a function and a row of
-`METRICS`; `measure` applies those for which enough is known of both sets, which is a `Seen`.
+`METRICS`; `measure` applies those for which enough is known of both sets, which is a `Summary`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -203,7 +203,7 @@ def _distances(x, y, rows=1000) -> Iterator[np.ndarray]:
         yield np.maximum(squares, 0)
 
 
-class Seen(NamedTuple):
+class Summary(NamedTuple):
     """What is known of a set of samples or real examples, in a feature space.
 
     Attributes:
@@ -225,13 +225,13 @@ class Metric(NamedTuple):
     """A row of `METRICS`.
 
     Attributes:
-      measure: a function of two fields of `Seen`, of samples and of real examples, or, if `alone`,
-        of one -> a number or `Estimate`.
+      measure: a function of two fields of `Summary`, of samples and of real examples, or, if
+        `alone`, of one -> a number or `Estimate`.
       title: its name in tables.
       best: `min` or `max`, whichever is better.
-      of: the field of `Seen`; of several, the first that both have.
+      of: the field of `Summary`; of several, the first that both have.
       alone: whether it is a property of the samples.
-      known: what it is called in feature spaces in which it has a name of its own.
+      names: what it is called in feature spaces in which it has a name of its own.
     """
 
     measure: Callable[..., float | Estimate]
@@ -239,7 +239,7 @@ class Metric(NamedTuple):
     best: Callable[..., float]
     of: tuple[str, ...] = ("features",)
     alone: bool = False
-    known: Mapping[str, str] = MappingProxyType({})
+    names: Mapping[str, str] = MappingProxyType({})
 
 
 METRICS = {
@@ -248,21 +248,21 @@ METRICS = {
         "Frechet distance",
         min,
         of=("moments",),
-        known={"inception": "FID", "dinov2": "FDD"},
+        names={"inception": "FID", "dinov2": "FDD"},
     ),
     "spatial_frechet": Metric(
         frechet_distance,
         "spatial Frechet distance",
         min,
         of=("spatial",),
-        known={"inception": "sFID"},
+        names={"inception": "sFID"},
     ),
     "kernel": Metric(
         kernel_distance,
         "kernel distance",
         min,
         of=("features", "pool"),
-        known={"inception": "KID"},
+        names={"inception": "KID"},
     ),
     "class_score": Metric(
         inception_score,
@@ -270,7 +270,7 @@ METRICS = {
         max,
         of=("scores",),
         alone=True,
-        known={"inception": "Inception Score"},
+        names={"inception": "Inception Score"},
     ),
     "precision": Metric(precision, "precision", max),
     "recall": Metric(recall, "recall", max),
@@ -280,13 +280,15 @@ METRICS = {
 """Every metric that evaluate.py measures, by its name in evaluation.json."""
 
 
-def measure(samples: np.ndarray | Seen, real: np.ndarray | Seen) -> dict[str, float]:
+def measure(samples: np.ndarray | Summary, real: np.ndarray | Summary) -> dict[str, float]:
     """All of `METRICS` that what is known of samples and of real examples allows.
 
     Features `[n, d]` and `[m, d]` are enough for those that need no particular network. An
     `Estimate` adds `NAME_standard_error`.
     """
-    samples, real = (x if isinstance(x, Seen) else Seen(x, moments(x)) for x in (samples, real))
+    samples, real = (
+        x if isinstance(x, Summary) else Summary(x, moments(x)) for x in (samples, real)
+    )
     found = {}
     for name, metric in METRICS.items():
         both = [(getattr(samples, field), getattr(real, field)) for field in metric.of]

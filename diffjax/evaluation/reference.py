@@ -21,39 +21,39 @@ from ..training import parsing
 from ..training.files import digest, file_digest, replacing
 from ..training.runners import Runner
 from . import features, sampling, summing
-from .distances import Moments, Seen
+from .distances import Moments, Summary
 from .features import Space
 
 EDM2 = {"inception": "fid", "dinov2": "fd_dinov2"}
 """EDM2's names of our feature spaces."""
 
 
-class Reference(NamedTuple):
-    """What a file says of a data set.
+class Statistics(NamedTuple):
+    """The statistics of a data set that a file holds.
 
     Attributes:
-      seen: its moments.
+      summary: its moments.
       images: some of its images, uint8 `[n, height, width, 3]`, if the file has any.
       sha256: of the file.
     """
 
-    seen: Seen
+    summary: Summary
     images: np.ndarray | None
     sha256: str
 
 
-class Known(NamedTuple):
-    """A reference, and how to look at samples in the same feature space.
+class Reference(NamedTuple):
+    """A reference, and how to summarise samples in the same feature space.
 
     Attributes:
-      seen: what is known of the reference.
-      look: (parts of samples, their number in all) -> what is known of them.
+      summary: of the reference.
+      summarise: (parts of samples, their number in all) -> their `Summary`.
       features: the name, the hash and the dimension of the feature space.
       about: what the reference is.
     """
 
-    seen: Seen
-    look: Callable[[Iterable[np.ndarray], int], Seen]
+    summary: Summary
+    summarise: Callable[[Iterable[np.ndarray], int], Summary]
     features: dict[str, Any]
     about: dict[str, Any]
 
@@ -62,8 +62,8 @@ POOL = 10_000
 """The number of real examples that Inception's precision and recall compare with, as ADM's."""
 
 
-def known(which: Eval, dataset: data.Dataset, data_name: str, runner: Runner) -> Known:
-    """Look at a reference in a feature space: at a part of the data, or at a file.
+def load(which: Eval, dataset: data.Dataset, data_name: str, runner: Runner) -> Reference:
+    """Summarise a reference, a part of the data or a file, in a feature space.
 
     Args:
       which: the feature space, its weights, and the reference.
@@ -81,23 +81,23 @@ def known(which: Eval, dataset: data.Dataset, data_name: str, runner: Runner) ->
     fitted = not features.takes_weights(name)
     examples = data.first(part, len(part.x) if fitted else 1)["x"]
     space = features.named(name, examples, which.weights)
-    look = summing.look(space, runner)
+    summarise = summing.summariser(space, runner)
     if is_file(which.reference):
         file = read(Path(which.reference), name, space)
-        seen, about = file.seen, {"file": Path(which.reference).name, "sha256": file.sha256}
+        summary, about = file.summary, {"file": Path(which.reference).name, "sha256": file.sha256}
         if file.images is not None:
-            pool = look(sampling.in_parts(file.images), len(file.images)).pool
-            seen = seen._replace(pool=pool)
+            pool = summarise(sampling.parts_of(file.images), len(file.images)).pool
+            summary = summary._replace(pool=pool)
     else:
         about = {"data": data_name, "part": which.reference, "n": len(part.x)}
         about["sha256"] = digest(part.x)
         # In random order, so that the first features, which are kept, are of all classes.
         order = None if fitted else np.random.default_rng(0).permutation(len(part.x))
-        seen = look(sampling.in_parts(part.x, order), POOL)
-    of_samples = lambda parts, n: look(parts, 0 if seen.pool is None else n)
-    dimension = 0 if seen.moments is None else len(seen.moments.mean)
+        summary = summarise(sampling.parts_of(part.x, order), POOL)
+    of_samples = lambda parts, n: summarise(parts, 0 if summary.pool is None else n)
+    dimension = 0 if summary.moments is None else len(summary.moments.mean)
     named = {"name": space.name, "sha256": space.sha256, "dimension": dimension}
-    return Known(seen, of_samples, named, about)
+    return Reference(summary, of_samples, named, about)
 
 
 def is_file(reference: str) -> bool:
@@ -105,7 +105,7 @@ def is_file(reference: str) -> bool:
     return reference.endswith((".npz", ".pkl"))
 
 
-def read(path: Path, name: str, space: Space) -> Reference:
+def read(path: Path, name: str, space: Space) -> Statistics:
     """Read a file of statistics.
 
     Args:
@@ -142,7 +142,7 @@ def read(path: Path, name: str, space: Space) -> Reference:
     sha256 = about.get("features", {}).get("sha256", space.sha256)
     if sha256 != space.sha256:
         raise ValueError(f"reference={path}: it was made with other weights, of SHA-256 {sha256}")
-    return Reference(Seen(**found), images, file_digest(path))
+    return Statistics(Summary(**found), images, file_digest(path))
 
 
 FIELDS = {"moments": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
@@ -151,15 +151,15 @@ OUTPUTS = {"moments": "features", "spatial": "spatial"}
 """The outputs of a network whose moments they are."""
 
 
-def write(path: Path, seen: Seen, about: dict[str, Any]) -> None:
-    """Write the moments of what was seen, and JSON that says what they are of.
+def write(path: Path, summary: Summary, about: dict[str, Any]) -> None:
+    """Write the moments of a summary, and JSON that says what they are of.
 
     Raises:
       OSError: if the file cannot be written; an existing file is then left as it is.
     """
     arrays = {"about": np.array(json.dumps(about))}
     for field, names in FIELDS.items():
-        moments = getattr(seen, field)
+        moments = getattr(summary, field)
         if moments is not None:
             arrays |= dict(zip(names, moments, strict=True))
     with replacing(path) as new, new.open("wb") as file:

@@ -297,7 +297,7 @@ def check_parameters(params: Any, workdir: Path) -> None:
         )
 
 
-def in_parts(x: Any, order: np.ndarray | None = None, size: int = 1024) -> Iterator[np.ndarray]:
+def parts_of(x: Any, order: np.ndarray | None = None, size: int = 1024) -> Iterator[np.ndarray]:
     """Yield rows of x in parts, in an order if one is given; x may read its rows from a disk."""
     for start in range(0, len(x), size):
         rows = np.arange(start, min(start + size, len(x)))

@@ -1,4 +1,4 @@
-"""What is seen of a stream of images in a feature space: sums on the devices, not the features.
+"""Summaries of a stream of images in a feature space: sums on the devices, not the features.
 
 Means and covariances of a network's features are summed in float32, with products of the highest
 precision, around the mean of the first batch, which makes rounding harmless: of 50,000 features of
@@ -6,7 +6,8 @@ precision, around the mean of the first batch, which makes rounding harmless: of
 host.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,11 +18,11 @@ from .. import data
 from ..training import preemption
 from ..training.runners import Runner
 from ..types import Array
-from .distances import Moments, Seen, moments
-from .features import Space
+from .distances import Moments, Summary, moments
+from .features import Network, Space
 
 IMAGES = 64
-"""The most images that a device sees at once."""
+"""The most images in one call on a device."""
 PART = 5000
 """The number of samples, one after another, that have one score of classes."""
 
@@ -35,8 +36,8 @@ class Sums(NamedTuple):
     second: Array
 
 
-def look(space: Space, runner: Runner) -> Callable[..., Seen]:
-    """A function (parts, keep=0) -> `Seen`, for a stream of samples or examples in parts.
+def summariser(space: Space, runner: Runner) -> Callable[..., Summary]:
+    """A function (parts, keep=0) -> `Summary`, for a stream of samples or examples in parts.
 
     The parts are uint8 images or float32 vectors `[n, ...]`, the same in every process, and at
     least two in all. Of a network, only `keep` features are kept, the first ones. The function
@@ -47,15 +48,20 @@ def look(space: Space, runner: Runner) -> Callable[..., Seen]:
       runner: maps over the devices.
     """
     if space.network is None:
+        return functools.partial(_at_once, space)
+    return _by_sums(space.network, runner)
 
-        def at_once(parts, keep=0):
-            x = np.concatenate(list(parts))
-            features = space.features(data.take(data.Examples(x), np.arange(len(x)))["x"])
-            return Seen(features, moments(features))
 
-        return at_once
+def _at_once(space: Space, parts: Iterable[np.ndarray], keep: int = 0) -> Summary:
+    """The summary by the features of all parts, which are in memory at once."""
+    x = np.concatenate(list(parts))
+    features = space.features(data.take(data.Examples(x), np.arange(len(x)))["x"])
+    return Summary(features, moments(features))
 
-    network, shapes = space.network, space.network.shapes()
+
+def _by_sums(network: Network, runner: Runner) -> Callable[..., Summary]:
+    """The function that sums the features of a network on the devices."""
+    shapes = network.shapes()
     summed = [name for name in ("features", "spatial") if name in shapes]
 
     def add(state, batch, axis_name=None):
@@ -92,7 +98,7 @@ def look(space: Space, runner: Runner) -> Callable[..., Seen]:
         if any(map(len, logits)):
             scores.append(class_score(np.concatenate(logits)))
         found = {name: _moments(sums) for name, sums in jax.device_get(state[1]).items()}
-        return Seen(
+        return Summary(
             moments=found["features"],
             pool=np.concatenate(kept)[:keep] if keep else None,
             spatial=found.get("spatial"),

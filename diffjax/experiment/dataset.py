@@ -13,7 +13,7 @@ from ..data import Dataset, Examples, batch_indices, load, train_batch, train_ba
 from ..training.files import local
 from .config import Config
 from .functions import Experiment
-from .rules import check_data as check_data, doubts as doubts
+from .rules import cautions as cautions, check_data as check_data
 
 
 def load_data(config: Config) -> Dataset:

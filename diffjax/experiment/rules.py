@@ -22,8 +22,8 @@ from ..weightings import WEIGHTINGS
 from .config import BEST, Config, at_least, known_name, require
 
 LARGEST_GAIN = 1e5
-"""The largest factor from a network's relative error to x_0 that passes without a word. It is 1,800
-for the cosine schedule, 20,000 for its betas, and 160,000 for a table with zero terminal SNR."""
+"""The largest factor from a network's relative error to x_0 without a warning. It is 1,800 for the
+cosine schedule, 20,000 for its betas, and 160,000 for a table with zero terminal SNR."""
 
 
 def check(config: Config) -> None:
@@ -198,8 +198,12 @@ def _needs_null(name):
     return name in GUIDANCES and "null" in inspect.signature(GUIDANCES[name]).parameters
 
 
-def doubts(config: Config, schedule: Schedule, train: Examples) -> list[str]:
-    """Lines about what runs, but is hardly meant."""
+def cautions(config: Config, schedule: Schedule, train: Examples) -> list[str]:
+    """Warnings, a line each, of a config and data that a run accepts but that are likely mistakes.
+
+    They are of float data without a negative number, and of a target whose estimate of x_0 at t = 1
+    multiplies the network's relative error by more than `LARGEST_GAIN`.
+    """
     x, found = train.x, []
     if isinstance(x, np.ndarray) and x.dtype == np.float32 and x.min() >= 0:
         found.append(

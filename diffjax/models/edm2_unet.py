@@ -6,7 +6,7 @@ used, and activations, sums and concatenations are scaled by constants. The netw
 directions of its filters alone, so that training keeps their lengths at one (`normalised`).
 
 Karras et al. 2024, "Analyzing and improving the training dynamics of diffusion models", whose
-configuration G this is; equations are those of its appendix B. `edm2_config` has the paper's sizes.
+configuration G this is, written from its appendix B. `edm2_config` has the paper's sizes.
 As published it is trained with target F, unit_input and weighting edm, as EDM's networks are.
 """
 
@@ -228,8 +228,7 @@ class Uncertainty(nn.Module):
 class Linear(nn.Module):
     """A linear map of channels, or of `side` x `side` pixels, whose filters have length one.
 
-    Inputs of root mean square one, uncorrelated, give outputs of root mean square one (equation
-    66).
+    Inputs of root mean square one, uncorrelated, give outputs of root mean square one.
     """
 
     features: int
@@ -272,7 +271,7 @@ def normalise(x: Array, axis: Any) -> Array:
 
 
 def silu(x: Array) -> Array:
-    """SiLU, scaled so that standard normal numbers keep their root mean square (equation 81)."""
+    """SiLU, scaled so that standard normal numbers keep their root mean square."""
     return nn.silu(x) / 0.596
 
 
@@ -282,14 +281,14 @@ def mix(a: Array, b: Array, part: float) -> Array:
 
 
 def join(a: Array, b: Array) -> Array:
-    """The channels of both, scaled so that each half contributes equally (equation 103)."""
+    """The channels of both, scaled so that each half contributes equally."""
     n, m = a.shape[-1], b.shape[-1]
     scale = math.sqrt((n + m) / 2)
     return jnp.concatenate([scale / math.sqrt(n) * a, scale / math.sqrt(m) * b], axis=-1)
 
 
 def fourier(noise: Array, frequencies: Array, phases: Array) -> Array:
-    """Random Fourier features of a noise level: `[batch]` -> `[batch, n]` (equation 75)."""
+    """Random Fourier features of a noise level: `[batch]` -> `[batch, n]`."""
     return math.sqrt(2) * jnp.cos(noise[:, None] * frequencies[None] + phases[None])
 
 

@@ -21,7 +21,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
-from ..averages import Snapshot, gamma_of, moved, rate
+from ..averages import Snapshot, gamma_of, next_average, update_weight
 from ..types import Array, at_least_float32
 from .files import digest, replacing
 
@@ -69,7 +69,7 @@ def averaging(
         updates, inner = tx.update(updates, state.inner, params, **extra)
         t, new = state.updates + 1, optax.apply_updates(params, updates)
         averages = (
-            moved(average, new, rate(gamma, t))
+            next_average(average, new, update_weight(gamma, t))
             for average, gamma in zip(state.averages, gammas, strict=True)
         )
         return updates, Averaging(inner, t, tuple(averages))

@@ -143,7 +143,7 @@ def peak_memory() -> float:
 
 
 def advice() -> str | None:
-    """Where to read of a setting that would make this CPU faster, in one line; or None.
+    """A line that says which page describes a faster setting for this CPU; or None.
 
     XLA allocates large buffers at every step, and glibc by default returns them to the kernel.
     """
