@@ -644,11 +644,13 @@ def write_diffusers(folder, state, **changes):
     safetensors.numpy.save_file(theirs, folder / "diffusion_pytorch_model.safetensors")
 
 
-def test_a_folder_of_diffusers_is_the_same_dit(torch, tmp_path):
+@pytest.mark.parametrize("old", [False, True])
+def test_a_folder_of_diffusers_is_the_same_dit(torch, tmp_path, old):
     state, path = arrays_of_dit(), tmp_path / "DiT-small.pt"
     as_zip(path, as_tensors(state))
     (tmp_path / "transformer").mkdir()
-    write_diffusers(tmp_path / "transformer", state)
+    older = {"_class_name": "Transformer2DModel"} | published.diffusers.ONLY_OF_DIT
+    write_diffusers(tmp_path / "transformer", state, **(older if old else {}))
     params, config = published.dit.load(path, heads=HEADS)
     got, same = published.load(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, got, params)
@@ -667,6 +669,7 @@ def test_a_folder_of_diffusers_is_the_same_dit(torch, tmp_path):
         ({"_class_name": "Transformer2DModel"}, "norm_type=None, need ada_norm_zero"),
         ({"sample_size": [32, 64]}, "sample_size=.*one number"),
         ({"num_embeds_ada_norm": None}, "num_embeds_ada_norm=None, need one number"),
+        ({"norm_eps": 1e-3}, r"norm_eps=0\.001, need 1e-5 or 1e-6"),
         ({"out_channels": 6}, "out_channels=6, need 4, or twice it"),
         ({"num_layers": 3}, r"transformer_blocks\.2\.\S+ is missing"),
         ({"num_layers": 1}, r"transformer_blocks\.1\.\S+ is not an array of this network"),

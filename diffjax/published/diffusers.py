@@ -157,6 +157,8 @@ def make_dit_config(folder: Path, inside: Path) -> Config:
     for name, value in ONLY_OF_DIT.items():
         if c.get(name) != value:
             raise ValueError(f"{where}: {name}={c.get(name)}, need {value}")
+    if c.get("norm_eps", 1e-5) not in (1e-5, 1e-6):  # between which the output hardly differs
+        raise ValueError(f"{where}: norm_eps={c['norm_eps']}, need 1e-5 or 1e-6")
     size, channels, heads = c["sample_size"], c["in_channels"], c["num_attention_heads"]
     for name in ("sample_size", "num_embeds_ada_norm"):
         if not isinstance(c[name], int):
