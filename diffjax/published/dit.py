@@ -201,14 +201,19 @@ def described(
         a DiT; those of a SiT mean nothing.
     """
     fields, fixed = KINDS[kind]
-    sampling = Sampling("heun", steps=50)
+    sampling, bound_weight = Sampling("heun", steps=50), None
     if kind == "DiT":
-        options = options | ({"out_channels": 2 * shape[-1]} if learned else {})
         variance = "learned" if learned else "beta"
         sampling = Sampling("ancestral", {"variance": variance}, steps=250)
-        fields = fields | ({"bound_weight": 0.001} if learned else {})
-    data = Data("npz", shape=shape)
-    return Config(data=data, model=DiTConfig(**fixed, **options), sampling=sampling, **fields)
+    if kind == "DiT" and learned:
+        bound_weight, options = 0.001, {**options, "out_channels": 2 * shape[-1]}
+    return Config(
+        data=Data("npz", shape=shape),
+        model=DiTConfig(**fixed, **options),
+        sampling=sampling,
+        bound_weight=bound_weight,
+        **fields,
+    )
 
 
 def renamed(
