@@ -65,6 +65,25 @@ def test_guidance_is_linear_in_its_weight_and_takes_one_per_example():
     np.testing.assert_allclose(mixed[0], at(0.0)[0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("weight", [0.0, 3.0, jnp.array([0.0, 1.0, 3.0, 4.0])])
+def test_guidance_of_the_leading_channels_leaves_the_others_conditional(weight):
+    denoise = diffjax.denoiser(labelled, diffjax.cosine(), "v")
+    null, n = {"label": jnp.int32(9)}, X.shape[-1] - 1
+    given = denoise(X, 0.4, COND)
+    every = diffjax.classifier_free(denoise, weight, null)(X, 0.4, COND)
+    guided = diffjax.classifier_free(denoise, weight, null, channels=n)(X, 0.4, COND)
+    for got, full, plain in zip(guided, every, given, strict=True):
+        np.testing.assert_allclose(got[..., :n], full[..., :n], rtol=1e-6)
+        np.testing.assert_allclose(got[..., n:], plain[..., n:], rtol=1e-6)
+        assert jnp.abs(full[..., n:] - plain[..., n:]).max() > 0.1
+    too_many = diffjax.classifier_free(denoise, 2.0, null, channels=n + 2)
+    with pytest.raises(ValueError, match=f"channels={n + 2}: x_t has {n + 1}"):
+        too_many(X, 0.4, COND)
+    for bad in (0, -1):
+        with pytest.raises(ValueError, match=f"channels={bad}: must be a whole number"):
+            diffjax.classifier_free(denoise, 2.0, null, channels=bad)
+
+
 NULL = {"label": jnp.int32(9)}
 
 

@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 
 import diffjax
-from diffjax import checkpoint, published
+from diffjax import checkpoint, models, published
 from diffjax.evaluation import dinov2, distances, features, inception, summing
 from diffjax.experiment import resolve
+from diffjax.models.dit import dit_config
 from diffjax.published import arrays, openai, weights
 from diffjax.training.runners import RUNNERS
 
@@ -29,7 +30,13 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import torch
     from azula.plugins.adm._src.unet import SuperResModel, UNetModel
-    from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
+    from diffusers import (
+        DDIMPipeline,
+        DDIMScheduler,
+        DDPMScheduler,
+        DiTTransformer2DModel,
+        UNet2DModel,
+    )
     from physicsnemo.diffusion.preconditioners import EDMPrecond, VEPrecond, VPPrecond
     from physicsnemo.models.diffusion_unets import DhariwalUNet, SongUNet
 
@@ -193,6 +200,86 @@ def test_an_upsampler_of_guided_diffusion(tmp_path):
     large = torch.nn.functional.interpolate(theirs(small), (16, 16), mode="bilinear")
     cond = {"label": label, "image": np.moveaxis(large.numpy(), 1, -1)}
     assert difference(said(loaded, x, i, cond), peers) < 1e-4
+
+
+DIT = dict(
+    num_attention_heads=4,
+    attention_head_dim=16,
+    num_layers=3,
+    sample_size=16,
+    num_embeds_ada_norm=7,
+    out_channels=8,
+)
+PUBLISHED_DIT = dict(labels=1000, null_label=True, out_channels=8, log_snr_scale=1.0)
+
+
+def as_the_paper_has_it(net):
+    """diffusers' DiT, with the published one's frequencies and epsilon, and one embedding."""
+    first = net.transformer_blocks[0].norm1.emb
+    for block in net.transformer_blocks:
+        block.norm1.emb.load_state_dict(first.state_dict())
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+        block.norm3.eps = 1e-6
+    return net
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+def test_a_transformer_of_diffusers(safe, tmp_path):
+    net = as_the_paper_has_it(shaken(DiTTransformer2DModel(**DIT)))
+    DDIMScheduler().save_pretrained(tmp_path / "scheduler")
+    net.save_pretrained(tmp_path / "transformer", safe_serialization=safe)
+    x, label = inputs((16, 16, 4))
+    label = label + 5  # the last of which is none
+    i = np.array([0, 500, 999])
+    peers = net(theirs(x), torch.from_numpy(i), torch.from_numpy(label).long()).sample
+    loaded = published.load(tmp_path)
+    params, config = loaded
+    assert difference(said(loaded, x, i, {"label": label}), peers) < 1e-4
+    # Without the rounding of the time, which comes from log-SNR.
+    network = functools.partial(models.apply, models.make_module(config.model), params)
+    ours = jax.jit(network)(x, i.astype(np.float32), {"label": label})
+    assert difference(ours, peers) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def jit_of_azula():
+    """azula's module of JiT, whose blocks would be compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda f: f)
+        return importlib.import_module("azula.plugins.jit._src.model")
+
+
+def test_a_jit_of_azula(jit_of_azula, tmp_path):
+    options = dict(hidden_size=64, num_heads=4, depth=4, bottleneck_dim=12, num_classes=7)
+    options |= dict(input_size=32, patch_size=8, in_context_len=3, in_context_start=1)
+    net = shaken(jit_of_azula.JiT(**options))
+    positions = jit_of_azula.get_2d_sincos_pos_embed(64, 4)
+    net.pos_embed.data.copy_(torch.from_numpy(positions)[None])
+    average = {f"net.{name}": p for name, p in net.state_dict().items()}
+    newest = {name: 2 * p for name, p in average.items()}
+    file = tmp_path / "checkpoint-last.pth"
+    torch.save({"model": newest, "model_ema1": average, "model_ema2": newest, "epoch": 3}, file)
+    loaded = published.load(file)
+    x, label = inputs((32, 32, 3))
+    label = label + 5
+    t = np.array([0.02, 0.5, 0.98], np.float32)
+    peers = net(theirs(x), torch.from_numpy(t), torch.from_numpy(label).long())
+    params, config = loaded
+    log_snr = 2 * np.log(t / (1 - t))
+    ours = jax.jit(resolve(config).apply)(params, x, log_snr, {"label": label})
+    assert config.target == "x_0"
+    assert difference(ours, peers) < 1e-5
+
+
+def test_the_published_transformer_of_diffusers_has_as_many_parameters(tmp_path):
+    """Without the copies of the embedding that all blocks but the first have."""
+    with torch.device("meta"):
+        net = DiTTransformer2DModel(out_channels=8)
+    net.save_config(tmp_path)
+    config = published.diffusers.make_dit_config(tmp_path, tmp_path)
+    copies = sum(p.numel() for b in net.transformer_blocks[1:] for p in b.norm1.emb.parameters())
+    assert count(config) == net.num_parameters() - copies
+    assert config.model == dit_config("XL", **PUBLISHED_DIT)
 
 
 def edm_pickle(net, path, monkeypatch):

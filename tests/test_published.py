@@ -1,23 +1,28 @@
 """Files of strangers: read without running them, or refused. Parity itself is in test_peers.py."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
 import pickle
 import random
+import re
 import resource
 import sys
 import time
 import types
 import zipfile
 
+import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from diffjax import published
 from diffjax.denoisers import time_input
 from diffjax.experiment import config as config_lib, resolve, rules
+from diffjax.models import dit
 from diffjax.published import torchfile, weights
 
 
@@ -460,3 +465,295 @@ def test_a_schedule_that_ours_cannot_be_is_refused(tmp_path, scheduler, message)
     (tmp_path / "scheduler_config.json").write_text(json.dumps(scheduler))
     with pytest.raises(ValueError, match=message):
         published.load(tmp_path)
+
+
+WIDTH, BLOCKS, HEADS, PATCH, CLASSES, SIDE = 16, 2, 2, 2, 3, 8
+"""Of the small transformers below, on latents of four channels."""
+
+
+def sincos(n, width):
+    """`[n n, width]`: the first half of the channels encodes the column, the second the row."""
+    row, column = np.divmod(np.arange(n * n), n)
+    waves = 10000.0 ** (-np.arange(width // 4) / (width // 4))
+    halves = [at[:, None] * waves for at in (column, row)]
+    return np.concatenate([f(half) for half in halves for f in (np.sin, np.cos)], axis=1)
+
+
+def arrays_of_dit(outputs=8):
+    """A DiT with random weights, in its own names."""
+    d, hidden = WIDTH, 4 * WIDTH
+    layers = {
+        "x_embedder.proj": (d, 4, PATCH, PATCH),
+        "t_embedder.mlp.0": (d, 256),
+        "t_embedder.mlp.2": (d, d),
+        "final_layer.linear": (PATCH**2 * outputs, d),
+        "final_layer.adaLN_modulation.1": (2 * d, d),
+    }
+    for i in range(BLOCKS):
+        inside = {"attn.qkv": (3 * d, d), "attn.proj": (d, d), "adaLN_modulation.1": (6 * d, d)}
+        inside |= {"mlp.fc1": (hidden, d), "mlp.fc2": (d, hidden)}
+        layers |= {f"blocks.{i}.{name}": shape for name, shape in inside.items()}
+    shapes = {f"{name}.weight": shape for name, shape in layers.items()}
+    shapes |= {f"{name}.bias": shape[:1] for name, shape in layers.items()}
+    shapes["y_embedder.embedding_table.weight"] = CLASSES + 1, d
+    rng = np.random.default_rng(0)
+    state = {name: 0.2 * rng.standard_normal(shape, "f4") for name, shape in shapes.items()}
+    return state | {"pos_embed": sincos(SIDE // PATCH, d)[None].astype("f4")}
+
+
+def dit_in_numpy(w, x, t, label):
+    """The output of the paper's DiT, in float64, for x `[batch, channel, row, column]`."""
+    w = {name: value.astype(float) for name, value in w.items()}
+    linear = lambda name, h: h @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+    silu = lambda h: h / (1 + np.exp(-h))
+    gelu = lambda h: h / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
+    normal = lambda h: (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + 1e-6)
+    angles = t[:, None] * 10000.0 ** (-np.arange(128) / 128)
+    c = linear("t_embedder.mlp.0", np.concatenate([np.cos(angles), np.sin(angles)], 1))
+    c = linear("t_embedder.mlp.2", silu(c)) + w["y_embedder.embedding_table.weight"][label]
+    chunks = lambda name, n: np.split(linear(name, silu(c))[:, None], n, -1)
+    n, b = SIDE // PATCH, len(x)
+    patches = x.reshape(b, 4, n, PATCH, n, PATCH)
+    kernel = w["x_embedder.proj.weight"]
+    h = np.einsum("bcipjq,dcpq->bijd", patches, kernel) + w["x_embedder.proj.bias"]
+    h = h.reshape(b, n * n, WIDTH) + w["pos_embed"]
+    for i in range(BLOCKS):
+        name = f"blocks.{i}."
+        shift, scale, gate, shift_m, scale_m, gate_m = chunks(name + "adaLN_modulation.1", 6)
+        qkv = linear(name + "attn.qkv", normal(h) * (1 + scale) + shift)
+        q, k, v = np.moveaxis(qkv.reshape(b, n * n, 3, HEADS, -1), (2, 3), (0, 2))
+        weight = np.exp(q @ k.swapaxes(-1, -2) / np.sqrt(WIDTH // HEADS))
+        weight /= weight.sum(-1, keepdims=True)
+        h = h + gate * linear(name + "attn.proj", (weight @ v).swapaxes(1, 2).reshape(h.shape))
+        inner = gelu(linear(name + "mlp.fc1", normal(h) * (1 + scale_m) + shift_m))
+        h = h + gate_m * linear(name + "mlp.fc2", inner)
+    shift, scale = chunks("final_layer.adaLN_modulation.1", 2)
+    out = linear("final_layer.linear", normal(h) * (1 + scale) + shift)
+    out = out.reshape(b, n, n, PATCH, PATCH, -1)
+    return np.einsum("bijpqc->bcipjq", out).reshape(b, -1, SIDE, SIDE)
+
+
+def as_tensors(state, prefix=""):
+    """Arrays as the tensors that a fake PyTorch pickles."""
+    strides = lambda x: tuple(s // x.itemsize for s in x.strides)
+    return {
+        name: Tensor(Storage(f"{prefix}{i}", x.ravel()), 0, x.shape, strides(x))
+        for i, (name, x) in enumerate(state.items())
+    }
+
+
+def said_of_latents(loaded, log_snr):
+    """What our network says of three latents with a label each, and those latents as theirs."""
+    x, label = np.random.default_rng(1).standard_normal((3, 4, SIDE, SIDE), "f4"), np.arange(1, 4)
+    params, config = loaded
+    ours = resolve(config).apply(params, np.moveaxis(x, 1, -1), log_snr, {"label": label})
+    return np.moveaxis(np.asarray(ours), -1, 1), x, label
+
+
+def close(ours, theirs):
+    assert theirs.std() > 0.1
+    np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_a_published_dit_is_given_its_times_and_gives_a_variance(torch, tmp_path):
+    state, path = arrays_of_dit(), tmp_path / "DiT-small.pt"
+    as_zip(path, as_tensors(state))
+    loaded = published.dit.load(path, heads=HEADS)
+    _, config = loaded
+    steps = np.array([0, 500, 999])
+    log_snr = resolve(config).schedule.log_snr((steps + 1) / np.float32(1000))
+    ours, x, label = said_of_latents(loaded, log_snr)
+    # The whole numbers are found by bisection of the log-SNR, to 1e-4 of a step.
+    np.testing.assert_allclose(ours, dit_in_numpy(state, x, steps, label), atol=1e-4)
+    assert (config.target, config.bound_weight, config.model.out_channels) == ("eps", 0.001, 8)
+    assert (config.model.labels, config.data.shape) == (CLASSES, (SIDE, SIDE, 4))
+    assert config_lib.from_json(config_lib.to_json(config)) == config
+
+
+@pytest.mark.parametrize("outputs", [8, 4])
+def test_a_published_sit_says_the_velocity_of_our_flow_at_its_own_times(torch, tmp_path, outputs):
+    """Their time is the share of the data, and their velocity points to it."""
+    state, path = arrays_of_dit(outputs), tmp_path / "SiT-small.pt"
+    as_zip(path, as_tensors(state))
+    loaded = published.dit.load(path, heads=HEADS)
+    t = np.array([0.1, 0.5, 0.97])
+    schedule = resolve(loaded[1]).schedule
+    log_snr = (2 * np.log(t / (1 - t))).astype("f4")
+    alpha, sigma = np.asarray(schedule(np.float32(0.3)))
+    np.testing.assert_allclose(alpha + sigma, 1, rtol=1e-6)
+    ours, x, label = said_of_latents(loaded, log_snr)
+    close(-ours, dit_in_numpy(state, x, t, label)[:, :4])
+    assert (loaded[1].target, loaded[1].model.out_channels) == ("flow", None)
+
+
+def test_a_checkpoint_of_training_gives_its_moving_average(torch, tmp_path):
+    state, path = arrays_of_dit(), tmp_path / "SiT-small.pt"
+    newest = {name: 2 * x for name, x in state.items()}
+    found = {"model": as_tensors(newest, "a"), "ema": as_tensors(state, "b"), "args": Stateful()}
+    as_zip(path, found)
+    params, _ = published.dit.load(path, heads=HEADS)
+    label = state["y_embedder.embedding_table.weight"]
+    np.testing.assert_array_equal(params["label"]["embedding"], label)
+
+
+DIFFUSERS = {
+    "x_embedder.": "pos_embed.",
+    "blocks.": "transformer_blocks.",
+    "attn.proj": "attn1.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+    "final_layer.linear": "proj_out_2",
+    "final_layer.adaLN_modulation.1": "proj_out_1",
+    ".adaLN_modulation.1": ".norm1.linear",
+}
+CONFIG = {
+    "_class_name": "DiTTransformer2DModel",
+    "num_attention_heads": HEADS,
+    "attention_head_dim": WIDTH // HEADS,
+    "num_layers": BLOCKS,
+    "patch_size": PATCH,
+    "sample_size": SIDE,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_embeds_ada_norm": CLASSES,
+}
+
+
+def write_diffusers(folder, state, **changes):
+    """A DiT as diffusers has it: with a copy of the embeddings in each block.
+
+    Changes are entries of its config, or, by names with a point, arrays.
+    """
+    theirs = {}
+    for name, x in state.items():
+        for ours, new in DIFFUSERS.items():
+            name = name.replace(ours, new)
+        if name.startswith(("t_", "y_")):
+            name = name.replace("t_embedder.mlp.0", "timestep_embedder.linear_1")
+            name = name.replace("t_embedder.mlp.2", "timestep_embedder.linear_2")
+            name = name.replace("y_embedder", "class_embedder")
+            theirs |= {f"transformer_blocks.{i}.norm1.emb.{name}": x for i in range(BLOCKS)}
+        elif ".attn.qkv." in name:
+            for q, rows in zip("qkv", np.split(x, 3), strict=True):
+                theirs[name.replace("attn.qkv", f"attn1.to_{q}")] = rows
+        elif name != "pos_embed":
+            theirs[name] = x
+    theirs |= {name: x for name, x in changes.items() if "." in name}
+    config = CONFIG | {name: x for name, x in changes.items() if "." not in name}
+    (folder / "config.json").write_text(json.dumps(config))
+    safetensors.numpy.save_file(theirs, folder / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_folder_of_diffusers_is_the_same_dit(torch, tmp_path, old):
+    state, path = arrays_of_dit(), tmp_path / "DiT-small.pt"
+    as_zip(path, as_tensors(state))
+    (tmp_path / "transformer").mkdir()
+    older = {"_class_name": "Transformer2DModel"} | published.diffusers.ONLY_OF_DIT
+    write_diffusers(tmp_path / "transformer", state, **(older if old else {}))
+    params, config = published.dit.load(path, heads=HEADS)
+    got, same = published.load(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, got, params)
+    sampling = dataclasses.replace(config.sampling, steps=1000)  # as its scheduler trains
+    ends = {"start": 1e-4, "end": 0.02}
+    options = config.schedule_options | ends
+    expected = dataclasses.replace(config, sampling=sampling, schedule_options=options)
+    assert same == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm_type": "ada_norm_single"}, "norm_type=ada_norm_single, need ada_norm_zero"),
+        ({"activation_fn": "geglu"}, "activation_fn=geglu"),
+        ({"_class_name": "Transformer2DModel"}, "norm_type=None, need ada_norm_zero"),
+        ({"sample_size": [32, 64]}, "sample_size=.*one number"),
+        ({"num_embeds_ada_norm": None}, "num_embeds_ada_norm=None, need one number"),
+        ({"norm_eps": 1e-3}, r"norm_eps=0\.001, need 1e-5 or 1e-6"),
+        ({"out_channels": 6}, "out_channels=6, need 4, or twice it"),
+        ({"num_layers": 3}, r"transformer_blocks\.2\.\S+ is missing"),
+        ({"num_layers": 1}, r"transformer_blocks\.1\.\S+ is not an array of this network"),
+        (
+            {f"{published.dit.EMBEDDING.format(1)}timestep_embedder.linear_2.bias": np.ones(WIDTH)},
+            r"blocks\.1\.norm1\.emb\.timestep_embedder\.linear_2\.bias is not equal to that of",
+        ),
+    ],
+    ids=lambda x: None if isinstance(x, str) else next(iter(x)),
+)
+def test_a_folder_of_another_transformer_is_refused(tmp_path, change, message):
+    write_diffusers(tmp_path, arrays_of_dit(), **change)
+    with pytest.raises(ValueError, match=message):
+        published.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", [n for n in arrays_of_dit() if not re.search("bias|s.0.", n)])
+def test_each_array_of_a_dit_is_needed_and_none_is_left_over(torch, tmp_path, name):
+    state, path = arrays_of_dit(), tmp_path / "DiT-small.pt"
+    state[f"{name}_ema"] = state.pop(name)
+    as_zip(path, as_tensors(state))
+    with pytest.raises(ValueError, match=rf"DiT-small\.pt(.|\n)* {re.escape(name)} is missing"):
+        published.dit.load(path, heads=HEADS)
+    state[name] = state[f"{name}_ema"]
+    as_zip(path, as_tensors(state))
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}_ema is not an array of this network"):
+        published.dit.load(path, heads=HEADS)
+    del state[f"{name}_ema"]
+    state[name] = np.repeat(state[name], 2, axis=-1)
+    as_zip(path, as_tensors(state))
+    with pytest.raises(ValueError, match=rf"DiT-small\.pt(.|\n)* {re.escape(name)} is "):
+        published.dit.load(path, heads=HEADS)
+
+
+def test_what_a_file_of_a_transformer_does_not_say_must_be_passed(torch, tmp_path):
+    state = arrays_of_dit()
+    as_zip(tmp_path / "DiT-small.pt", as_tensors(state))
+    with pytest.raises(ValueError, match="no published DiT is 16 wide.*pass `heads`"):
+        published.load(tmp_path / "DiT-small.pt")
+    as_zip(tmp_path / "mine.pth", as_tensors(state))
+    with pytest.raises(ValueError, match="whether it is a DiT or a SiT.*pass `kind`"):
+        published.load(tmp_path / "mine.pth")
+    assert published.dit.load(tmp_path / "mine.pth", "SiT", HEADS)[1].target == "flow"
+    moved = state | {"pos_embed": state["pos_embed"][:, ::-1].copy()}
+    as_zip(tmp_path / "DiT-small.pt", as_tensors(moved))
+    with pytest.raises(ValueError, match="pos_embed is not the fixed sines"):
+        published.dit.load(tmp_path / "DiT-small.pt", heads=HEADS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "patch", "side", "parameters"),
+    [
+        ("DiT", "XL", 2, 32, 674_834_720),
+        ("DiT", "XL", 2, 64, 674_834_720),
+        ("SiT", "XL", 2, 32, 674_816_272),
+        ("JiT", "B", 16, 256, 131_123_712),
+        ("JiT", "H", 16, 256, 952_514_368),
+    ],
+)
+def test_the_arrays_of_a_published_transformer_say_which_it_is(kind, size, patch, side, parameters):
+    """From the shapes of its arrays alone, the network has as many parameters as it should."""
+    width, blocks, heads = (dit.SIZES[size][name] for name in ("width", "blocks", "heads"))
+    jit = kind == "JiT"
+    channels, bottleneck = (3, 256 if size == "H" else 128) if jit else (4, width)
+    outputs = channels if jit else 2 * channels
+    shapes = {
+        "x_embedder.proj1.weight" if jit else "x_embedder.proj.weight": (
+            *(bottleneck, channels, patch, patch),
+        ),
+        "t_embedder.mlp.2.weight": (width, width),
+        "y_embedder.embedding_table.weight": (1001, width),
+        "pos_embed": (1, (side // patch) ** 2, width),
+        "final_layer.linear.weight": (patch**2 * outputs, width),
+        "blocks.0.attn.q_norm.weight": (width // heads,),
+        "in_context_posemb": (1, 32, width),
+        f"blocks.{blocks - 1}.attn.qkv.weight": (3 * width, width),
+    }
+    state = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+    config = published.dit.make_config(None, state, kind)
+    expected = weights.expected(config).values()
+    assert sum(int(np.prod(x.shape)) for x in expected) == parameters
+    assert config.model.heads == heads
+    if jit:
+        assert config.model == dit.jit_config(size, patch, labels=1000, null_label=True)
+        twice = state | {"pos_embed": np.zeros((1, 4 * (side // patch) ** 2, width))}
+        with pytest.raises(ValueError, match="noise of twice the size"):
+            published.dit.make_config(None, twice, kind)

@@ -4,6 +4,8 @@
     params, config = published.load("ddpm-cifar10-32")           # a folder of diffusers
     params, config = published.load("64x64_diffusion.pt")        # improved- or guided-diffusion
     params, config = published.load("edm-imagenet-64x64-cond-adm.pkl")        # EDM
+    params, config = published.load("DiT-XL-2-256x256.pt")       # DiT; SiT likewise
+    params, config = published.load("jit-b-16/checkpoint-last.pth")           # JiT
 
 `python -m diffjax.export SOURCE FILE` writes such a network to a file in diffjax's format, which
 `weights` defines. The config holds the network's target, its schedule, and how it is given the
@@ -16,12 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from ..experiment import Config
-from . import diffusers, edm, openai
+from . import diffusers, dit, edm, openai
 from .pretrained import PRETRAINED as PRETRAINED
+
+
+def _state_dict(path):
+    """Read a state dict, whose name says whose network it is."""
+    return (dit if path.stem.startswith(("DiT-", "SiT-")) else openai).load(path)
+
 
 FORMATS: dict[str, Callable[[Path], tuple[Any, Config]]] = {
     "": diffusers.load,
-    ".pt": openai.load,
+    ".pt": _state_dict,
+    ".pth": dit.load,
     ".pkl": edm.load,
 }
 """Readers by suffix of the path; a folder has the suffix ""."""
@@ -31,8 +40,8 @@ def load(path: Path | str) -> tuple[Any, Config]:
     """Read the parameters and the config of a published network.
 
     Args:
-      path: a folder with diffusers' `config.json`, a state dict of OpenAI with its original file
-        name, or a pickle of EDM.
+      path: a folder with diffusers' `config.json`; a state dict of OpenAI, DiT or SiT with its
+        original file name; a checkpoint of JiT; or a pickle of EDM.
 
     Raises:
       FileNotFoundError: if the path does not exist.
@@ -43,7 +52,10 @@ def load(path: Path | str) -> tuple[Any, Config]:
         raise FileNotFoundError(f"there is no {path}")
     kind = "" if path.is_dir() else path.suffix
     if kind not in FORMATS:
-        raise ValueError(f"{path}: can read a folder of diffusers, a .pt of OpenAI, a .pkl of EDM")
+        raise ValueError(
+            f"{path}: can read a folder of diffusers, a .pt of OpenAI, DiT or SiT, a .pth of JiT, "
+            "a .pkl of EDM"
+        )
     try:
         return FORMATS[kind](path)
     except OSError:

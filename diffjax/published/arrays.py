@@ -1,12 +1,14 @@
 """Conversion of published state dicts to diffjax's parameters, by a table of names.
 
-All these U-Nets are variants of DDPM's. They differ in the names of their layers, in the order of
-the rows that make queries, keys and values, and in whether sines or cosines come first.
+The U-Nets are variants of DDPM's, and the transformers are DiT's. They differ in the names of their
+layers, in the order of the rows that make queries, keys and values, and in whether sines or cosines
+come first.
 """
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import safetensors.numpy
 from flax.traverse_util import unflatten_dict
@@ -20,7 +22,8 @@ class Names(NamedTuple):
     """The names and the order of arrays in a published state dict.
 
     Attributes:
-      modules: their names of modules, by ours, such as `down_0_1/attention`.
+      modules: their names of modules, by ours, such as `down_0_1/attention`; where the arrays of
+        ours are stacked over blocks, one for each block, such as `blocks/0`.
       layers: their names of layers inside a block or an attention, by ours.
       order: order of their rows of queries, keys and values: k, which of the three; h, head;
         c, channel.
@@ -48,7 +51,9 @@ def convert(where: Path, state: dict[str, Any], config: Config, names: Names) ->
     """
     weights.refuse_larger(config, len(state))
     left, flat, wrong = dict(state), {}, []
-    for path, like in weights.expected(config).items():
+    expected = weights.expected(config)
+    stacked = {path for path in expected if f"{path.partition('/')[0]}/0" in names.modules}
+    for path, like in _apart(expected, stacked).items():
         module, _, leaf = path.rpartition("/")
         block, _, layer = module.rpartition("/")
         theirs = names.modules.get(module) or f"{names.modules[block]}.{names.layers[layer]}"
@@ -62,9 +67,10 @@ def convert(where: Path, state: dict[str, Any], config: Config, names: Names) ->
             heads = c.heads_of(channels) if isinstance(c, UNetConfig) else 1
             value = _queries_first(value, heads, names.order)
         if leaf == "kernel":
-            # Convolutions have (out, in, height, width), and matrices may be 1x1 convolutions.
+            # Convolutions have (out, in, height, width), and matrices may be convolutions too: of
+            # 1x1, or of the pixels of a patch, which ours folds in the order row, column, channel.
             value = np.moveaxis(value, (0, 1), (-1, -2))
-            value = value.reshape(value.shape[-len(like.shape) :])
+            value = value.reshape(-1, *value.shape[1 + value.ndim - len(like.shape) :])
         if path == "embed_0/kernel" and names.cos_first:
             value = np.roll(value, len(value) // 2, 0)
         if value.shape != like.shape:
@@ -72,7 +78,9 @@ def convert(where: Path, state: dict[str, Any], config: Config, names: Names) ->
         flat[path] = np.asarray(value, like.dtype)
     wrong += [f"{theirs} is not an array of this network" for theirs in left]
     refuse_lines(f"{where} is not the network it is taken for", wrong)
-    return unflatten_dict(flat, sep="/")
+    together = lambda path, like: np.stack([flat[block] for block in _blocks(path, like)])
+    tree = {p: together(p, x) if p in stacked else flat[p] for p, x in expected.items()}
+    return unflatten_dict(tree, sep="/")
 
 
 def refuse_lines(what: str, lines: list[str]) -> None:
@@ -108,6 +116,21 @@ def unet(config: Config) -> UNetConfig:
     """The network of a config for which it is a U-Net."""
     assert isinstance(config.model, UNetConfig)
     return config.model
+
+
+def _blocks(path, like):
+    """The paths of each block's part, such as `blocks/0/qkv/kernel`, of a stacked array."""
+    stack, _, rest = path.partition("/")
+    return [f"{stack}/{i}/{rest}" for i in range(like.shape[0])]
+
+
+def _apart(expected, stacked):
+    """The expected arrays, with those of each block in place of those stacked over blocks."""
+    apart = {}
+    for path, like in expected.items():
+        one = jax.ShapeDtypeStruct(like.shape[1:], like.dtype)
+        apart |= dict.fromkeys(_blocks(path, like), one) if path in stacked else {path: like}
+    return apart
 
 
 def _queries_first(rows, heads, order):

@@ -1,7 +1,12 @@
-"""A reader of diffusers' `UNet2DModel`: DDPM's networks for CIFAR-10, CelebA-HQ and LSUN, and more.
+"""A reader of diffusers' folders: DDPM's networks for CIFAR-10, CelebA-HQ and LSUN, DiT, and more.
 
 A folder holds config.json, the weights (safetensors, or a torch file) and scheduler_config.json; in
-a pipeline they are in the sub-folders unet/ and scheduler/.
+a pipeline they are in the sub-folders unet/ or transformer/, and scheduler/. The class in
+config.json says whether it is a `UNet2DModel` or a `DiTTransformer2DModel`.
+
+With the same weights the class `DiTTransformer2DModel` computes something else than DiT: its
+sinusoids of the time have other frequencies, and one of its normalisations another epsilon. A
+folder is read as the network that DiT's authors trained.
 """
 
 import dataclasses
@@ -14,7 +19,7 @@ import safetensors.numpy
 from ..experiment import Config, Data, Sampling
 from ..models import UNetConfig
 from ..training import parsing
-from . import torchfile
+from . import dit, torchfile
 from .arrays import Names, convert, unet
 
 ONLY = {
@@ -28,7 +33,16 @@ ONLY = {
     "add_attention": True,
     "class_embed_type": None,
 }
-"""Values that the network's config must have; all except the class are also the defaults."""
+"""Values that a U-Net's config must have; all except the class are also the defaults."""
+ONLY_OF_DIT = {
+    "norm_type": "ada_norm_zero",
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "norm_elementwise_affine": False,
+}
+"""Values that a transformer's config must have; they are the defaults of the newer class."""
+DIT, OLD_DIT = "DiTTransformer2DModel", "Transformer2DModel"
+"""The class of DiT, and the class that it was a case of, which the published folders name."""
 PLAIN = {
     "conv": ("DownBlock2D", "UpBlock2D"),
     "resnet": ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"),
@@ -69,11 +83,20 @@ def load(folder: Path) -> tuple[Any, Config]:
       FileNotFoundError: if a file is missing.
       ValueError: if a file is damaged, or the network or the schedule is not one that diffjax has.
     """
-    inside = folder / "unet" if (folder / "unet").is_dir() else folder
-    where, config = inside / "config.json", make_config(folder, inside)
-    flip = _json(where).get("flip_sin_to_cos", True)
-    state = merged(_state(inside))
-    return convert(inside, state, config, Names(modules(unet(config)), LAYERS, "khc", flip)), config
+    parts = [folder / name for name in ("unet", "transformer")]
+    inside = next((part for part in parts if part.is_dir()), folder)
+    where = inside / "config.json"
+    c = _json(where)
+    if c.get("_class_name") in (DIT, OLD_DIT):
+        config = make_dit_config(folder, inside)
+        state = dit.shared(inside, merged(_state(inside)))
+        blocks = dit.blocks(config, "transformer_blocks")
+        names = Names(dit.MODULES_OF_DIFFUSERS | blocks, dit.LAYERS_OF_DIFFUSERS)
+    else:
+        config, state = make_config(folder, inside), merged(_state(inside))
+        flip = c.get("flip_sin_to_cos", True)
+        names = Names(modules(unet(config)), LAYERS, "khc", flip)
+    return convert(inside, state, config, names), config
 
 
 def make_config(folder: Path, inside: Path) -> Config:
@@ -124,6 +147,36 @@ def make_config(folder: Path, inside: Path) -> Config:
     )
     data = Data("folder", size=size, shape=(size, size, c["in_channels"]))
     return _with_schedule(Config(data=data, model=model), folder, learned)
+
+
+def make_dit_config(folder: Path, inside: Path) -> Config:
+    """Make our config from the files in `folder`, whose transformer is in the folder `inside`."""
+    where = inside / "config.json"
+    c: dict[str, Any] = _json(where)
+    c = (ONLY_OF_DIT if c["_class_name"] == DIT else {}) | c
+    for name, value in ONLY_OF_DIT.items():
+        if c.get(name) != value:
+            raise ValueError(f"{where}: {name}={c.get(name)}, need {value}")
+    if c.get("norm_eps", 1e-5) not in (1e-5, 1e-6):  # between which the output hardly differs
+        raise ValueError(f"{where}: norm_eps={c['norm_eps']}, need 1e-5 or 1e-6")
+    size, channels, heads = c["sample_size"], c["in_channels"], c["num_attention_heads"]
+    for name in ("sample_size", "num_embeds_ada_norm"):
+        if not isinstance(c[name], int):
+            raise ValueError(f"{where}: {name}={c[name]}, need one number")
+    learned = c["out_channels"] == 2 * channels
+    if not learned and c["out_channels"] not in (None, channels):
+        raise ValueError(f"{where}: out_channels={c['out_channels']}, need {channels}, or twice it")
+    options = dict(
+        width=heads * c["attention_head_dim"],
+        blocks=c["num_layers"],
+        heads=heads,
+        patch=c["patch_size"],
+        dropout=c.get("dropout", 0.0),
+        labels=c["num_embeds_ada_norm"],
+        null_label=True,
+    )
+    config = dit.described("DiT", options, (size, size, channels), learned)
+    return _with_schedule(config, folder, learned)
 
 
 def _with_schedule(config, folder, learned):

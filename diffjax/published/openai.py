@@ -161,8 +161,9 @@ def load(path: Path, known: OpenAI | None = None) -> tuple[Any, Config]:
     known = known or PUBLISHED.get(path.stem)
     if known is None:
         raise ValueError(
-            f"{path}: its name is none of {', '.join(PUBLISHED)}; for a network of your own, pass "
-            "`known` to published.openai.load"
+            f"{path}: its name is none of {', '.join(PUBLISHED)}, and does not begin with DiT- or "
+            "SiT-; for a network of your own, pass `known` to published.openai.load, or `kind` to "
+            "published.dit.load"
         )
     state = torchfile.read(path)
     if not isinstance(state, dict):
