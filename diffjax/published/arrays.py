@@ -5,6 +5,7 @@ layers, in the order of the rows that make queries, keys and values, and in whet
 come first.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ class Names(NamedTuple):
 
 
 def convert(where: Path, state: dict[str, Any], config: Config, names: Names) -> Any:
-    """Convert published arrays to our parameters; every array must be used.
+    """Convert the published arrays of a diffusion network to our parameters.
 
     Args:
       where: the file, for messages.
@@ -46,12 +47,35 @@ def convert(where: Path, state: dict[str, Any], config: Config, names: Names) ->
       names: the names and the order of the published arrays.
 
     Raises:
+      ValueError: as `matched` does.
+    """
+    weights.refuse_larger(config, len(state))
+    c = config.model
+    heads = c.heads_of if isinstance(c, UNetConfig) else lambda _: 1
+    return matched(where, state, weights.expected(config), names, heads)
+
+
+def matched(
+    where: Path,
+    state: dict[str, Any],
+    expected: dict[str, Any],
+    names: Names,
+    heads: Callable[[int], int] = lambda _: 1,
+) -> Any:
+    """Convert published arrays to our parameters; every array must be used.
+
+    Args:
+      where: the file, for messages.
+      state: the published arrays, by their names.
+      expected: shapes and dtypes of our parameters, by their paths.
+      names: the names and the order of the published arrays.
+      heads: channels of an attention -> its heads, on which the order of the rows depends.
+
+    Raises:
       ValueError: if an array is missing, left over or of another shape; the message lists the first
         few.
     """
-    weights.refuse_larger(config, len(state))
     left, flat, wrong = dict(state), {}, []
-    expected = weights.expected(config)
     stacked = {path for path in expected if f"{path.partition('/')[0]}/0" in names.modules}
     for path, like in _apart(expected, stacked).items():
         module, _, leaf = path.rpartition("/")
@@ -63,9 +87,7 @@ def convert(where: Path, state: dict[str, Any], config: Config, names: Names) ->
             wrong.append(f"{theirs} is missing, or not of {like.size:,} numbers")
             continue
         if layer == "qkv":
-            c, channels = config.model, like.shape[-1] // 3
-            heads = c.heads_of(channels) if isinstance(c, UNetConfig) else 1
-            value = _queries_first(value, heads, names.order)
+            value = _queries_first(value, heads(like.shape[-1] // 3), names.order)
         if leaf == "kernel":
             # Convolutions have (out, in, height, width), and matrices may be convolutions too: of
             # 1x1, or of the pixels of a patch, which ours folds in the order row, column, channel.
