@@ -31,6 +31,7 @@ from diffjax.evaluation import (
     distances,
     features,
     likelihoods,
+    pixels,
     provenance,
     reference,
     sampling,
@@ -57,6 +58,9 @@ class Arguments:
     """A run's directory, an exported file, or the name of a network that comes with diffjax."""
     data_path: Path | None = None
     """The folder or file of the run's data; None: where the run says."""
+    autoencoder: Path | None = None
+    """The autoencoder that makes images of latents, of which distances then are; None: that of the
+    run."""
     held_out: int | None = None
     """Number of held-out examples whose bits are counted, from the first; None: all; 0: none."""
     bound_samples: int = 32
@@ -106,7 +110,8 @@ def evaluate(args: Arguments) -> dict[str, Any]:
     # Nothing would be saved, so SIGTERM may end the process at once.
     jax.config.update("jax_enable_preemption_service", False)
     setup(args.distributed)
-    dataset = load_data(located(config, args.data_path))
+    there = located(config, args.data_path, args.autoencoder)
+    dataset = load_data(there)
     part = dataset.test if args.reference == "test" else dataset.train
     measures = bool(given or args.drawing.n or args.write_reference)
     require(
@@ -123,17 +128,26 @@ def evaluate(args: Arguments) -> dict[str, Any]:
     )
     runner = runners.RUNNERS[config.parallel](1)
     which = Eval(args.features, args.weights, args.reference)
-    real = reference.load(which, dataset, config.data.name, runner) if measures else None
+    x = dataset.train.x
+    form = pixels.form(there, runner, data.shape_of(x), x.dtype.type)
+    real = None
+    if measures:
+        real = reference.load(which, form.dataset(dataset), config.data.name, runner)
     _, params, _ = checkpoint.load(args.workdir, average)
     sampling.check_parameters(params, args.workdir)
     made_by = {
         "parameters": sampling.parameters(config, params, average),
         "program": provenance.program(),
     }
-    found = made_by | {"config": json.loads(to_json(config))}
+    found = made_by | {"config": json.loads(to_json(config))} | form.about
     if given is not None and given[1]["parameters"] != found["parameters"]:
         raise ValueError(
             f"{args.samples} holds samples of other parameters than {args.workdir}'s newest"
+        )
+    if given is not None and given[1].get("space") != form.about.get("space"):
+        raise ValueError(
+            f"{args.samples} holds samples of another form, {given[1].get('space')}, not "
+            f"{form.about.get('space')}; give the autoencoder that it was drawn with"
         )
 
     if args.held_out != 0:
@@ -153,9 +167,10 @@ def evaluate(args: Arguments) -> dict[str, Any]:
             real.summarise([np.asarray(samples.x)], len(samples.x)), real.summary
         )
     else:
-        scores, settings = draw(drawn, args, runner, params, dataset.train.x, real)
+        shape = data.shape_of(dataset.train.x)
+        scores, settings = draw(drawn, args, runner, params, shape, form, real)
     # A file of samples has these too, or `found` has them.
-    elsewhere = ("parameters", "config", "program", "shape", "dtype", "sha256")
+    elsewhere = ("parameters", "config", "program", "shape", "dtype", "space", "sha256")
     recorded = {k: v for k, v in settings.items() if k not in elsewhere}
     return (
         found | scores | {"samples": recorded, "features": real.features, "reference": real.about}
@@ -206,18 +221,18 @@ def draw(
     args: Arguments,
     runner: runners.Runner,
     params: Any,
-    like: data.Rows,
+    shape: tuple[int, ...],
+    form: pixels.Form,
     real: reference.Reference,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """The distances of samples that are drawn, and the settings that a file of them would have."""
     wanted, size = args.drawing, e.config.batch_size
-    label, each, shape = sampling.labels(e.config, wanted), [], like.shape[1:]
-    dtype = like.dtype.type
+    label, each = sampling.labels(e.config, wanted), []
     seeds = range(wanted.seed, wanted.seed + args.draws)
     for seed in seeds:
         drawing = dataclasses.replace(wanted, seed=seed)
         generate = sampling.make_generate(sampling.drawn_by(e.config, drawing), shape)
-        parts = sampling.draw(runner, generate, params, label, range(wanted.n), size, dtype)
+        parts = sampling.draw(runner, generate, params, label, range(wanted.n), size, form.store)
         shown = sampling.with_progress(parts, f"samples of seed {seed}", wanted.n)
         each.append(distances.measure(real.summarise(shown, wanted.n), real.summary))
     settings = sampling.settings(e, wanted, params)
@@ -237,6 +252,7 @@ def count_bits(
     config = e.config
     levels = data.levels(config.data.name, test_set)
     batch = data.first(test_set, args.held_out or len(test_set.x))
+    shape = data.shape_of(test_set.x)
     n = len(batch["index"])
     measures = {"bound": likelihoods.variational_bound(e, levels, args.bound_samples)}
     if args.flow:
@@ -245,7 +261,9 @@ def count_bits(
     for name, measure in measures.items():
         mapped = runner.map(measure)
         what = f"{name} of held-out examples"
-        mean, error = likelihoods.bits(runner, mapped, params, batch, config.batch_size, what)
+        mean, error = likelihoods.bits(
+            runner, mapped, params, batch, config.batch_size, shape, what
+        )
         found |= {f"{name}_bits_per_dim": mean, f"{name}_standard_error": error}
     return found | {
         "held_out": {

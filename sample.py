@@ -5,7 +5,8 @@
     python sample.py --workdir=digits --guidance classifier_free:weight=3 within:low=-2,high=4
     python sample.py --help
 
-Writes OUT.npz, with `x` (uint8 if the data are bytes, else float32 in the data's range), `index`,
+Writes OUT.npz, with `x` (uint8 if the data are bytes, else float32 in the data's range; of latents
+the images that the autoencoder makes of them, or, without one, the latents in float32), `index`,
 `label` if there are classes, and `settings`, JSON of everything that the samples depend on; and
 OUT.png. The same command continues one that was stopped. Sample i does not depend on how many are
 drawn, on how many at a time, or on how many devices.
@@ -24,7 +25,7 @@ import numpy as np
 import tyro
 
 from diffjax import checkpoint, data, plots
-from diffjax.evaluation import provenance, sampling
+from diffjax.evaluation import pixels, provenance, sampling
 from diffjax.evaluation.command_line import parse_with_run
 from diffjax.evaluation.sampling import Drawing
 from diffjax.experiment.command_line import error_exit
@@ -43,9 +44,11 @@ class Arguments:
     drawing: tyro.conf.OmitArgPrefixes[Drawing] = Drawing()  # noqa: RUF009, it is frozen
     """Which samples, and how they are drawn."""
     shape: tuple[int, ...] | None = None
-    """Shape of a sample; None: that of the run's data."""
+    """Shape of a sample, or of its latent; None: that of the run's data."""
     data_path: Path | None = None
     """Where that data is, if the run is of version 0.1, which did not record the shape."""
+    autoencoder: Path | None = None
+    """The autoencoder that makes images of latents; None: that of the run."""
     out: Path | None = None
     """The file of samples, which ends with .npz; None: generated.npz in the run's directory. The
     picture has the same name with .png."""
@@ -70,24 +73,24 @@ def sample(args: Arguments) -> None:
         # What is drawn is on the disk, so SIGTERM may end the process at once.
         jax.config.update("jax_enable_preemption_service", False)
         setup(args.distributed, size)
-        config = located(e.config, args.data_path)
+        config = located(e.config, args.data_path, args.autoencoder)
         shape = args.shape or example_shape(config)
-        dtype = example_dtype(config)
         _, params, _ = checkpoint.load(args.workdir, args.drawing.average)
         sampling.check_shape(e, params, shape)
         sampling.check_parameters(params, args.workdir)
         generate = sampling.make_generate(e, shape)
         runner = runners.RUNNERS[e.config.parallel](1)
+        form = pixels.form(config, runner, shape, example_dtype(config))
 
-        settings = sampling.settings(e, args.drawing, params)
-        settings |= {"shape": list(shape), "dtype": dtype.__name__}
+        settings = sampling.settings(e, args.drawing, params) | form.about
+        settings |= {"shape": list(form.shape), "dtype": form.dtype.__name__}
         parts = out.with_suffix(".parts")
         done = open_parts(parts, out, settings)
 
     n, label = args.drawing.n, sampling.labels(e.config, args.drawing)
     first = jax.process_index() == 0
     with error_exit(OSError, FloatingPointError):
-        drawn = sampling.draw(runner, generate, params, label, range(done, n), size, dtype)
+        drawn = sampling.draw(runner, generate, params, label, range(done, n), size, form.store)
         for x in sampling.with_progress(drawn, "samples", n, done):
             if first:
                 sampling.save_part(parts, done, x)

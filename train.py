@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from diffjax import data, keys, losses, plots, super_resolution
-from diffjax.evaluation import distances, reference, sampling
+from diffjax.evaluation import distances, pixels, reference, sampling
 from diffjax.experiment import Config, Experiment, dataset, resolve
 from diffjax.experiment.command_line import error_exit, parse
 from diffjax.experiment.functions import initial_state
@@ -69,7 +69,7 @@ def make_loss(e: Experiment, levels: int | None, held_out: int | None = None) ->
     train = held_out is None
 
     def loss_fn(key, params, batch, extra):
-        key_times, key_noise, key_cond, key_dropout = jax.random.split(key, 4)
+        key_times, key_noise, key_cond, key_dropout, key_x = jax.random.split(key, 5)
         index = batch["index"]
         t, correction = e.times.draw(key_times, extra, index, held_out or config.batch_size)
         cond = e.condition(keys.fold_in(key_cond, index), batch, drop=train)
@@ -82,7 +82,7 @@ def make_loss(e: Experiment, levels: int | None, held_out: int | None = None) ->
             network,
             e.schedule,
             config.target,
-            batch["x"],
+            e.example(keys.fold_in(key_x, index), batch["x"]),
             cond=cond,
             weight=e.weighting,
             t=t,
@@ -131,14 +131,16 @@ def train(
         e.grid()
         e.times.check()
         config = dataset.recorded(config, train_set)
-        both = data.Dataset(train_set, test_set)
+        shape = dataset.example_shape(config)
+        form = pixels.form(config, runner, shape, train_set.x.dtype.type)
+        both = form.dataset(data.Dataset(train_set, test_set))
         real = None
         if config.eval.features is not None:
             real = reference.load(config.eval, both, config.data.name, runner)
         checkpoints = open_run(workdir, config, dataset.fingerprint(train_set, test_set))
 
     # Pure functions: the loss, the step, and a sample.
-    levels, shape = data.levels(config.data.name, train_set), dataset.example_shape(config)
+    levels = data.levels(config.data.name, train_set)
     step = make_step(e, make_loss(e, levels))
     held_out = data.first(test_set, 1024)
     held_out_loss = make_loss(e, levels, len(held_out["index"]))
@@ -162,7 +164,7 @@ def train(
         rows = config.model.labels or config.sampling.columns
         rows = 1 if config.low_resolution is not None else rows
         batch = sampling.request(config, test_set, rows * config.sampling.columns)
-        x = mapped(generate_fn, batch)
+        x = form.decode(mapped(generate_fn, batch))
         if config.low_resolution is not None:
             x, rows = super_resolution.beside(x, batch["x"], config.low_resolution), 4
         recorder.picture(step, "samples", plots.samples, x, rows)
@@ -175,7 +177,7 @@ def train(
         wanted = sampling.request(config, test_set, config.eval.n)
         rows = sampling.parts_of(wanted["index"], size=config.batch_size)
         parts = (
-            data.to_bytes(mapped(generate_fn, {name: x[i] for name, x in wanted.items()}))
+            form.store(mapped(generate_fn, {name: x[i] for name, x in wanted.items()}))
             for i in rows
         )
         found = distances.measure(real.summarise(parts, config.eval.n), real.summary)
@@ -258,7 +260,7 @@ def train(
             draw(config.steps)
             if config.sampling.eval_samples:
                 batch = sampling.request(config, test_set, config.sampling.eval_samples)
-                x = mapped(generate_fn, batch)
+                x = form.decode(mapped(generate_fn, batch))
                 scores = sampling.evaluate(config, both, batch, x)
                 recorder.attempt(write_text, workdir / "scores.json", json.dumps(scores) + "\n")
                 recorder.say("  ".join(f"{name} {value:.3f}" for name, value in scores.items()))

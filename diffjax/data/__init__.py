@@ -1,8 +1,9 @@
 """Data sets by name, and batches as a pure function of (seed, step).
 
 A data set is two `Examples`, for training and held out. Images are uint8 and are converted to
-float32 in [-1, 1] batch by batch; all other data is float32 in [-1, 1]. Examples are in memory, or
-on the disk, as in a folder of images (`Rows`). Nothing is downloaded.
+float32 in [-1, 1] batch by batch; latents are the float16 moments of an autoencoder's; all other
+data is float32 in [-1, 1]. Examples are in memory, or on the disk, as in a folder of images
+(`Rows`). Nothing is downloaded.
 
 A data set is defined by a function and a row in the table of its file: `readers.READERS`,
 `toy.TOYS`, `images.FOLDERS`.
@@ -19,12 +20,14 @@ from .batches import batch_indices, train_batch, train_batches
 from .examples import (
     Dataset,
     Examples,
+    Mapped,
     Rows,
     Source,
     all_examples,
     checked,
     fingerprint,
     first,
+    shape_of,
     take,
     to_bytes,
 )
@@ -38,6 +41,7 @@ __all__ = [
     "DATASETS",
     "Dataset",
     "Examples",
+    "Mapped",
     "Rows",
     "Source",
     "UnreadableError",
@@ -51,6 +55,7 @@ __all__ = [
     "levels",
     "load",
     "prefetch",
+    "shape_of",
     "take",
     "to_bytes",
     "train_batch",

@@ -1,5 +1,6 @@
 """Examples of a data set, in memory or on the disk, and their conversion to float32 batches."""
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -21,6 +22,35 @@ class Rows(Protocol):
     def __getitem__(self, index: Any, /) -> np.ndarray: ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Mapped:
+    """`Rows` that a function makes of others, when they are indexed.
+
+    Attributes:
+      source: the others.
+      function: rows `[k, ...]` -> rows `[k, *shape]`.
+      row_shape: the shape of a row.
+      dtype: of the rows.
+    """
+
+    source: Rows
+    function: Callable[[np.ndarray], np.ndarray]
+    row_shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of all rows."""
+        return (len(self.source), *self.row_shape)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: Any, /) -> np.ndarray:
+        """The rows at an index of one axis: a slice, or an array of numbers or bools."""
+        return self.function(self.source[index])
+
+
 @runtime_checkable
 class OnDisk(Protocol):
     """`Rows` that are files on the disk, with a fingerprint of them."""
@@ -32,7 +62,8 @@ class Examples(NamedTuple):
     """Examples and their labels.
 
     Attributes:
-      x: `[n, ...]`; uint8, or float32 in [-1, 1].
+      x: `[n, ...]`; uint8, float32 in [-1, 1], or the moments of latents in float16,
+        `[n, height, width, 2 channels]`, means and then standard deviations.
       label: integers `[n]`, or None.
     """
 
@@ -83,13 +114,17 @@ def checked(x: Rows, label: np.ndarray | None = None, *, where: str = "data") ->
     """Check arrays, and make `Examples` of them.
 
     Raises:
-      ValueError: unless x is uint8, or float32 within [-1, 1], and labels are integers >= 0, one
-        for each example.
+      ValueError: unless x is uint8, float32 within [-1, 1], or finite moments in float16, and
+        labels are integers >= 0, one for each example.
     """
     if len(x.shape) < 2 or 0 in x.shape:
         raise ValueError(f"{where}: examples of shape {x.shape}, need [n, ...] of at least 1 each")
-    if x.dtype not in (np.uint8, np.float32):
-        raise ValueError(f"{where}: dtype {x.dtype}, need uint8 or float32 in [-1, 1]")
+    if x.dtype not in (np.uint8, np.float32, np.float16):
+        raise ValueError(
+            f"{where}: dtype {x.dtype}, need uint8, float32 in [-1, 1], or float16 for latents"
+        )
+    if x.dtype == np.float16:
+        _check_moments(x, where)
     if isinstance(x, np.ndarray) and x.dtype == np.float32 and not abs(x).max() <= 1:
         raise ValueError(f"{where}: values from {x.min()} to {x.max()}, need [-1, 1]")
     if label is not None:
@@ -101,11 +136,38 @@ def checked(x: Rows, label: np.ndarray | None = None, *, where: str = "data") ->
     return Examples(x, label)
 
 
+def _check_moments(x, where):
+    if len(x.shape) != 4 or x.shape[3] % 2:
+        raise ValueError(
+            f"{where}: float16 of shape {x.shape}: latents are [n, height, width, 2 channels], "
+            "means and then standard deviations"
+        )
+    if isinstance(x, np.ndarray):
+        mean, std = np.split(x, 2, axis=3)
+        if not (np.isfinite(mean).all() and np.isfinite(std).all() and std.min() >= 0):
+            raise ValueError(
+                f"{where}: latents with a mean that is not finite, or a standard deviation that "
+                "is not finite and at least 0"
+            )
+
+
+def shape_of(x: Rows) -> tuple[int, ...]:
+    """The shape of an example as a network takes it: of latents, that of their means."""
+    *around, channels = x.shape[1:]
+    return (*around, channels // 2) if x.dtype == np.float16 else (*around, channels)
+
+
 def take(examples: Examples, index: np.ndarray) -> dict[str, np.ndarray]:
-    """The examples at `index`: `x`, float32 in [-1, 1], and `label`, int32, if there are labels."""
+    """The examples at `index`: `x`, float32, and `label`, int32, if there are labels.
+
+    `x` is in [-1, 1], or the moments of latents.
+    """
     x = examples.x[index]
-    if x.dtype == np.uint8:
-        x = x.astype(np.float32) / 127.5 - 1
+    x = (
+        x.astype(np.float32) / 127.5 - 1
+        if x.dtype == np.uint8
+        else x.astype(np.float32, copy=False)
+    )
     batch = {"x": x}
     if examples.label is not None:
         batch["label"] = examples.label[index].astype(np.int32)

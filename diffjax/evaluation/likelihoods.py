@@ -30,12 +30,12 @@ def variational_bound(e: Experiment, levels: int | None, samples: int = 32) -> B
     variance = "learned" if e.config.bound_weight is not None else "posterior"
 
     def bound(params, batch):
-        key, _, key_cond = jax.random.split(e.keys().held_out, 3)
+        key, _, key_cond, key_x = jax.random.split(e.keys().held_out, 4)
         return likelihood.elbo(
             keys.fold_in(key, batch["index"]),
             conditioned(e, e.clip, params, key_cond, batch),
             e.schedule,
-            batch["x"],
+            e.example(keys.fold_in(key_x, batch["index"]), batch["x"]),
             e.config.time_steps,
             variance=variance,
             levels=levels,
@@ -58,10 +58,10 @@ def flow_bound(e: Experiment, levels: int | None, steps: int = 50) -> Bound:
     """
 
     def bound(params, batch):
-        _, key, key_cond = jax.random.split(e.keys().held_out, 3)
+        _, key, key_cond, key_x = jax.random.split(e.keys().held_out, 4)
         denoise = conditioned(e, lambda denoise: denoise, params, key_cond, batch)
         key_cell, key_signs = (keys.fold_in(k, batch["index"]) for k in jax.random.split(key))
-        x, log_volume = batch["x"], 0.0
+        x, log_volume = e.example(keys.fold_in(key_x, batch["index"]), batch["x"]), 0.0
         if levels is not None:
             x, log_volume = likelihood.dequantise(key_cell, x, levels)
         log_p = likelihood.flow_log_likelihood(denoise, e.schedule, x, key_signs, steps=steps)
@@ -76,6 +76,7 @@ def bits(
     params: Any,
     batch: dict[str, np.ndarray],
     size: int,
+    shape: tuple[int, ...],
     what: str,
 ) -> tuple[float, float]:
     """Mean bits per dimension of the examples of a host batch, and their standard error.
@@ -88,9 +89,10 @@ def bits(
       params: of the network.
       batch: at least two examples.
       size: examples per call, rounded up to a multiple of the device count.
+      shape: that of an example, whose numbers are the dimensions.
       what: what is counted, for the progress.
     """
     parts = in_parts(runner, mapped, params, batch, size)
     nats = np.concatenate(list(with_progress(parts, what, len(batch["index"]))))
-    found = np.asarray(likelihood.bits_per_dim(nats, batch["x"].shape[1:]), np.float64)
+    found = np.asarray(likelihood.bits_per_dim(nats, shape), np.float64)
     return float(found.mean()), float(found.std(ddof=1) / np.sqrt(len(found)))

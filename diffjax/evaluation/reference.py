@@ -90,7 +90,7 @@ def load(which: Eval, dataset: data.Dataset, data_name: str, runner: Runner) -> 
             summary = summary._replace(pool=pool)
     else:
         about = {"data": data_name, "part": which.reference, "n": len(part.x)}
-        about["sha256"] = digest(part.x)
+        about["sha256"] = digest(part.x.source if isinstance(part.x, data.Mapped) else part.x)
         # In random order, so that the first features, which are kept, are of all classes.
         order = None if fitted else np.random.default_rng(0).permutation(len(part.x))
         summary = summarise(sampling.parts_of(part.x, order), POOL)

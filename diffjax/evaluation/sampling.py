@@ -245,7 +245,7 @@ def draw(
     label: np.ndarray | None,
     indices: range,
     size: int,
-    dtype: type = np.float32,
+    store: Callable[[np.ndarray], np.ndarray],
 ) -> Iterator[np.ndarray]:
     """Draw samples over all devices of all processes, with one compiled program.
 
@@ -256,7 +256,7 @@ def draw(
       label: the class of every sample, or None.
       indices: which samples to draw.
       size: samples per batch over all devices; rounded up to whole tiles on each device.
-      dtype: that of the data: uint8 rounds to bytes; float32 leaves the samples as they are.
+      store: what the network makes -> what is stored and measured (`pixels.Form.store`).
 
     Yields:
       The next samples, in every process.
@@ -273,7 +273,7 @@ def draw(
         batch = {"index": index, "label": None if label is None else label[index]}
         x = in_batches(runner, mapped, params, batch, size)
         check_finite(x, start)
-        yield data.to_bytes(x) if dtype == np.uint8 else x
+        yield store(x)
 
 
 def check_finite(x: np.ndarray, start: int = 0) -> None:

@@ -26,7 +26,7 @@ from ..experiment.dataset import load_data
 from ..training.distributed import ALONE, setup
 from ..training.files import write_text
 from ..training.runners import RUNNERS
-from . import distances, features, likelihoods, provenance, sampling
+from . import distances, features, likelihoods, pixels, provenance, sampling
 from .sampling import Drawing
 
 if TYPE_CHECKING:
@@ -91,20 +91,24 @@ def compare(args: Arguments) -> list[dict[str, Any]]:
     levels = data.levels(config.data.name, dataset.test)
     held_out = data.first(dataset.test, args.held_out)
     bound = runner.map(likelihoods.variational_bound(e, levels, args.bound_samples))
-    real = data.take(dataset.train, np.arange(len(dataset.train.x)))["x"]
+    shape = data.shape_of(dataset.train.x)
+    form = pixels.form(config, runner, shape, dataset.train.x.dtype.type)
+    real = data.take(form.examples(dataset.train), np.arange(len(dataset.train.x)))["x"]
     space = None if args.features is None else features.named(args.features, real)
-    generate = None if space is None else sampling.make_generate(drawn, real.shape[1:])
+    generate = None if space is None else sampling.make_generate(drawn, shape)
 
     def measure(params):
         found = likelihoods.bits(
-            runner, bound, params, held_out, config.batch_size, "held-out examples"
+            runner, bound, params, held_out, config.batch_size, shape, "held-out examples"
         )
         row = dict(zip(("bound_bits_per_dim", "bound_standard_error"), found, strict=True))
         if space is None or generate is None:
             return row
         label, indices = sampling.labels(config, _drawing(args, e)), range(args.n)
-        parts = sampling.draw(runner, generate, params, label, indices, config.batch_size)
-        x = data.take(data.Examples(np.concatenate(list(parts))), np.arange(args.n))["x"]
+        parts = sampling.draw(
+            runner, generate, params, label, indices, config.batch_size, form.decode
+        )
+        x = np.concatenate(list(parts))
         return row | distances.measure(space.features(x), space.features(real))
 
     rows = [{"ema": config.ema} | measure(run_directory.read_params(args.workdir))]

@@ -21,6 +21,7 @@ from ..data import DATASETS, check_workers
 from ..data.images import UNREADABLE
 from ..densities import DENSITIES
 from ..guidance import GUIDANCES
+from ..latents import LATENTS
 from ..models import MODELS, ModelConfig, UNetConfig, name_of
 from ..samplers import SAMPLERS, TIMES
 from ..schedules import LONGEST as LONGEST_GRID, SCHEDULES
@@ -169,11 +170,36 @@ class Data:
     """Processes that make batches (extra `data`); 0: a thread, which is usually enough."""
     flip: bool = False
     """Mirror images left to right at random."""
+    latents: Annotated[str | None, one_of(LATENTS)] = None
+    """What the data are if they are latents, means and standard deviations in float16, of which
+    training draws anew in each step: their scale, and the range of the images. None: they are not
+    latents."""
+    autoencoder: Path | None = None
+    """The folder or file of the autoencoder that makes images of latents; None: samples stay
+    latents."""
 
     def check(self) -> None:
         """Raise a ValueError if the section is impossible whatever the other sections are."""
         known_name("data set", DATASETS, self.name)
         check_workers(self.workers)
+        if self.latents is not None:
+            known_name("latents", LATENTS, self.latents)
+        require(
+            (
+                self.latents is not None or self.autoencoder is None,
+                f"data.autoencoder={self.autoencoder}: needs data.latents, one of "
+                f"{', '.join(LATENTS)}",
+            ),
+            (
+                self.latents is None or not self.flip,
+                "data.flip=True: the latent of a mirrored image is not the mirrored latent; store "
+                "the latents of the mirrored images too",
+            ),
+            (
+                self.latents is None or self.size is None,
+                f"data.size={self.size}: latents are not averaged; encode smaller images",
+            ),
+        )
         if self.shape is not None and not (
             min(self.shape, default=0) >= 1 and math.prod(self.shape) <= LARGEST
         ):
@@ -449,6 +475,7 @@ CHANGEABLE = {
     "eval.weights",
     "writers",
     "data.path",
+    "data.autoencoder",
     "data.shape",
     "data.workers",
 }

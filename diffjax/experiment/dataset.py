@@ -27,11 +27,22 @@ def load_data(config: Config) -> Dataset:
     return load(d.name, path, d.size, d.channels, d.unreadable, d.workers, d.shape)
 
 
-def located(config: Config, path: Path | None) -> Config:
-    """The config with its data at a path; None: where the config says."""
-    if path is None:
-        return config
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, path=path.absolute()))
+def located(config: Config, path: Path | None, autoencoder: Path | None = None) -> Config:
+    """The config with its data, and the autoencoder of its latents, at these paths.
+
+    Args:
+      config: the config.
+      path: of the data; None: where the config says.
+      autoencoder: its path; None: where the config says.
+
+    Raises:
+      ValueError: if there is an autoencoder, and the data are not latents.
+    """
+    given = {"path": path, "autoencoder": autoencoder}
+    new = {name: local(value).absolute() for name, value in given.items() if value is not None}
+    data = dataclasses.replace(config.data, **new)
+    data.check()
+    return dataclasses.replace(config, data=data)
 
 
 def recorded(config: Config, train: Examples) -> Config:
@@ -39,9 +50,9 @@ def recorded(config: Config, train: Examples) -> Config:
 
     So a run can be used from another directory, and sampled or exported without its data.
     """
-    config = located(config, config.data.path)
-    data = dataclasses.replace(config.data, shape=train.x.shape[1:])
-    return dataclasses.replace(config, data=data)
+    config = located(config, config.data.path, config.data.autoencoder)
+    found = dataclasses.replace(config.data, shape=data.shape_of(train.x))
+    return dataclasses.replace(config, data=found)
 
 
 def fingerprint(train: Examples, test: Examples) -> dict[str, Any]:
@@ -57,11 +68,13 @@ def example_shape(config: Config) -> tuple[int, ...]:
     """
     if config.data.shape is not None:
         return config.data.shape
-    return load_data(config).train.x.shape[1:]
+    return data.shape_of(load_data(config).train.x)
 
 
 def example_dtype(config: Config) -> type:
-    """uint8 for data of bytes, else float32, as for a file of arrays that is not there."""
+    """The dtype of the data; float32 for a file of arrays that is not there."""
+    if config.data.latents is not None:
+        return np.float16
     known = data.DATASETS[config.data.name].dtype
     if known is not None:
         return known

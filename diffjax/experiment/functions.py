@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jaxtyping import Float
 
-from .. import keys, loss_aware, losses, models, samplers, schedules
+from .. import keys, latents, loss_aware, losses, models, samplers, schedules
 from ..denoisers import (
     clip_x_0,
     denoiser,
@@ -84,6 +84,8 @@ class Experiment(NamedTuple):
         conditioned on, or None.
       denoiser: network -> denoiser, neither guided nor clipped.
       guide: denoiser -> denoiser, by the chain of guidances in `sampling.guidance`.
+      example: (keys `[batch]`, a batch's `x`) -> the examples that the network is trained on: the
+        same, or latents that are drawn by their moments, and scaled.
       clip: denoiser -> denoiser, whose x_0 stays in [-1, 1] if the data are images.
       sampler: denoiser -> `Sampler`.
       grid: () -> the times that samples walk along; a ValueError if two of them fall together.
@@ -102,6 +104,7 @@ class Experiment(NamedTuple):
     apply: Callable[..., Data]
     balance: Callable[[Any, Array, Array], Array]
     condition: Callable[..., Any]
+    example: Callable[[Key, Data], Data]
     denoiser: Callable[[Network], Denoiser]
     guide: Callable[[Denoiser], Denoiser]
     clip: Callable[[Denoiser], Denoiser]
@@ -155,7 +158,14 @@ def resolve(config: Config) -> Experiment:
             return losses.diffusion_loss
         return functools.partial(hybrid_loss, bound_weight=weight, levels=levels)
 
+    kind = config.data.latents
+
+    def example(key, x):
+        return x if kind is None else latents.draw(key, x, latents.LATENTS[kind])
+
     def clip(denoise):
+        if kind is not None:  # which have no range
+            return denoise
         clipped = clip_x_0(denoise, schedule)
         of_rank = lambda x_t: clipped if x_t.ndim == 4 else denoise
         images_clipped = lambda x_t, t, cond=None: predict(of_rank(x_t), x_t, t, cond)
@@ -180,6 +190,7 @@ def resolve(config: Config) -> Experiment:
         apply=_apply(config, module, schedule),
         balance=balance,
         condition=condition,
+        example=example,
         denoiser=lambda network: denoiser(
             network, schedule, config.target, learned_variance=learned
         ),

@@ -10,9 +10,10 @@ import math
 import numpy as np
 
 from ..averages import check_width
-from ..data import Examples
+from ..data import Examples, shape_of
 from ..densities import DENSITIES
 from ..guidance import GUIDANCES
+from ..latents import LATENTS
 from ..schedules import LONGEST, SCHEDULES, Schedule
 from ..targets import decode, row, unit_variance
 from ..training import writers
@@ -186,6 +187,11 @@ def _of_conditioning(c):
             f"sampling.guidance={' '.join(need_null)}: needs model.null_label=True",
         ),
         (
+            c.low_resolution is None or c.data.latents is None,
+            f"low_resolution={c.low_resolution}: super-resolution is of images, not of "
+            f"data.latents={c.data.latents}",
+        ),
+        (
             c.model.image_cond == (c.low_resolution is not None),
             f"model.image_cond={c.model.image_cond} and low_resolution={c.low_resolution}: the "
             "image that the network is given is that of super-resolution; give both, or neither",
@@ -229,7 +235,7 @@ def check_data(config: Config, train: Examples, test: Examples) -> None:
     Raises:
       ValueError: naming the value and the constraint.
     """
-    c, shape = config, train.x.shape[1:]
+    c, shape = config, shape_of(train.x)
     c.model.check_input(shape)
     channels = shape[-1] * (1 if c.bound_weight is None else 2)
     variance = "no learned variance" if c.bound_weight is None else "a learned variance"
@@ -240,8 +246,13 @@ def check_data(config: Config, train: Examples, test: Examples) -> None:
             f"data.shape={c.data.shape}: the examples are of shape {shape}",
         ),
         (
-            test.x.shape[1:] == shape,
-            f"held-out examples of shape {test.x.shape[1:]}, others {shape}",
+            test.x.shape[1:] == train.x.shape[1:],
+            f"held-out examples of shape {test.x.shape[1:]}, others {train.x.shape[1:]}",
+        ),
+        (
+            (c.data.latents is not None) == (train.x.dtype == np.float16),
+            f"data.latents={c.data.latents}: the data are {train.x.dtype}, and latents, which are "
+            f"float16, need one of {', '.join(LATENTS)}",
         ),
         (
             c.low_resolution is None

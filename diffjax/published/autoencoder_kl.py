@@ -9,7 +9,6 @@ a whole Stable Diffusion, `.ckpt` or `.safetensors`, of which the rest is left a
     images = autoencoder.decode(x, LATENTS["sd"])           # x as a network is trained on it
 """
 
-import functools
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,10 +93,7 @@ def load(path: Path | str) -> Autoencoder:
         path = path if path.is_file() else path.with_suffix(".bin")
     state = _state(path, arrays.read(path))
     compvis = "encoder.mid.block_1.conv1.weight" in state
-    if compvis:
-        state = _joined(state)
-    else:
-        state = merged(state)
+    state = _joined(state) if compvis else merged(state)
     config = make_config(path, state, groups)
     names = names_of_compvis(config) if compvis else names_of_diffusers(config)
     return Autoencoder(config, matched(path, state, expected(config), names))
@@ -224,7 +220,9 @@ def _groups(path):
     if c.get("_class_name") != "AutoencoderKL":
         raise ValueError(f"{path}: _class_name={c.get('_class_name')}, need AutoencoderKL")
     kinds = {*c.get("down_block_types", ()), *c.get("up_block_types", ())}
-    wrong = {name: c.get(name, value) for name, value in ONLY.items() if c.get(name, value) != value}
+    wrong = {
+        name: c.get(name, value) for name, value in ONLY.items() if c.get(name, value) != value
+    }
     if wrong or not kinds <= {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
         raise ValueError(
             f"{path}: {wrong or sorted(kinds)}, need {ONLY} and blocks DownEncoderBlock2D and "
