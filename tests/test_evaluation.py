@@ -452,6 +452,9 @@ def test_the_moments_on_the_devices_are_those_of_all_features_at_once(parallel, 
     scores = [summing.class_score(out["logits"][k : k + 30]) for k in (0, 30, 60)]
     np.testing.assert_allclose(summary.scores, scores, rtol=1e-5)
     assert summarise([BYTES[:9]]).pool is None
+    # Data of floats are rounded to the bytes that such networks are defined on.
+    floats = summarise([data.take(data.Examples(BYTES), np.arange(75))["x"]])
+    np.testing.assert_allclose(floats.moments.mean, summary.moments.mean, rtol=1e-6)
 
 
 def test_the_score_of_classes_against_closed_forms():

@@ -594,6 +594,21 @@ def test_a_run_measures_its_samples_and_keeps_the_best(tmp_path, monkeypatch, pa
     assert found[60] == pytest.approx(exact, rel=1e-3)
 
 
+@pytest.mark.faults
+def test_samples_that_are_no_images_are_measured_as_they_are(tmp_path, monkeypatch):
+    """Rounded to bytes, they would be multiples of 2 / 255, less 1."""
+    (tmp_path / "recording.py").write_text(
+        "seen = []\ndef points(x):\n    seen.append(x)\n    return x\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    argv = ["--config.eval.features=recording:points", "--config.eval.every=20"]
+    argv += ["--config.eval.n=20", "--config.steps=20"]
+    run(tmp_path / "run", "--config=configs/two_moons.py:smoke", *argv)
+    drawn = sys.modules["recording"].seen[-1]
+    levels = (drawn + 1) * 127.5
+    assert drawn.shape == (20, 2) and np.abs(levels - np.round(levels)).max() > 0.1
+
+
 def test_held_out_data_is_checked_too(tmp_path):
     x = np.zeros((32, 8, 8), np.uint8)
     y = np.arange(32) % 10

@@ -121,7 +121,7 @@ def checked(x: Rows, label: np.ndarray | None = None, *, where: str = "data") ->
         raise ValueError(f"{where}: examples of shape {x.shape}, need [n, ...] of at least 1 each")
     if x.dtype not in (np.uint8, np.float32, np.float16):
         raise ValueError(
-            f"{where}: dtype {x.dtype}, need uint8, float32 in [-1, 1], or float16 for latents"
+            f"{where}: dtype {x.dtype}, need uint8 or float32 in [-1, 1]; or float16, for latents"
         )
     if x.dtype == np.float16:
         _check_moments(x, where)

@@ -38,13 +38,15 @@ class Measure(NamedTuple):
     names: Mapping[str, str] = MappingProxyType({})
 
 
-BITS = ("held_out.n", "held_out.levels", "held_out.sha256")
+BITS = ("held_out.n", "held_out.levels", "space.latents", "held_out.sha256")
 DISTANCES = (
     "samples.n",
     "samples.draws",
     "features.name",
     "features.sha256",
     "reference.sha256",
+    "space.samples",
+    "space.sha256",
 )
 FLAGS = {
     "held_out.n": "held_out",
@@ -52,8 +54,10 @@ FLAGS = {
     "samples.n": "n",
     "samples.draws": "draws",
     "features.name": "features",
+    "space.latents": "latents",
+    "space.samples": "space",
 }
-"""The flag of evaluate.py, if there is one, by the name of a setting in evaluation.json."""
+"""The flag of evaluate.py, or another word, by the name of a setting in evaluation.json."""
 ENOUGH = 5
 """Samples for each feature from which on a Frechet distance is not mostly its own bias."""
 MEASURES = {

@@ -30,7 +30,9 @@ class Form(NamedTuple):
       decode: samples of the network `[n, ...]` -> images, or other examples, float32.
       shape: of a sample in this form.
       dtype: in which they are stored and measured: uint8 if they are images of bytes.
-      about: for JSON, in which space they are; empty where that is the space of the data.
+      about: for JSON, `space`, where it is not that of the data: of which latents bits are, whether
+        `samples`, and the examples that they are compared with, are latents or decoded images, and
+        the hash of the autoencoder.
       examples: examples of the data -> the same in this form, decoded when they are indexed.
     """
 
@@ -70,7 +72,7 @@ def form(config: Config, runner: Runner, shape: tuple[int, ...], dtype: type) ->
     latents = LATENTS[kind]
     means = lambda x: np.asarray(scaled(np.split(x.astype(np.float32), 2, axis=-1)[0], latents))
     if path is None:
-        about = {"latents": kind, "distances": "of latents"}
+        about = {"latents": kind, "samples": "latents"}
         examples = functools.partial(_mapped, means, shape, np.float32)
         return Form(lambda x: x, shape, np.float32, {"space": about}, examples)
     autoencoder = read(path, shape)
@@ -83,11 +85,7 @@ def form(config: Config, runner: Runner, shape: tuple[int, ...], dtype: type) ->
 
     factor = autoencoder.config.factor
     pixels = (factor * shape[0], factor * shape[1], autoencoder.config.channels)
-    about = {
-        "latents": kind,
-        "distances": "of decoded images; a reference of data is decoded from its latents",
-        "autoencoder": autoencoder.sha256(),
-    }
+    about = {"latents": kind, "samples": "decoded images", "sha256": autoencoder.sha256()}
     examples = functools.partial(
         _mapped, lambda x: data.to_bytes(decode(means(x))), pixels, np.uint8
     )

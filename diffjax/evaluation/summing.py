@@ -39,9 +39,9 @@ class Sums(NamedTuple):
 def summariser(space: Space, runner: Runner) -> Callable[..., Summary]:
     """A function (parts, keep=0) -> `Summary`, for a stream of samples or examples in parts.
 
-    The parts are uint8 images or float32 vectors `[n, ...]`, the same in every process, and at
-    least two in all. Of a network, only `keep` features are kept, the first ones. The function
-    compiles once for parts of one size.
+    The parts are uint8 images, or float32 examples `[n, ...]`, the same in every process, and at
+    least two in all. A network is given bytes, and only `keep` of its features are kept, the first
+    ones. The function compiles once for parts of one size.
 
     Args:
       space: the feature space.
@@ -79,6 +79,7 @@ def _by_sums(network: Network, runner: Runner) -> Callable[..., Summary]:
         state = network.params, {name: _zero(shapes[name][-1]) for name in summed}
         kept, logits, scores, size = [], [], [], 0
         for part in parts:
+            part = part if part.dtype == np.uint8 else data.to_bytes(part)
             size = size or min(IMAGES, -(-len(part) // jax.device_count())) * jax.device_count()
             for start in range(0, len(part), size):
                 rows = start + runner.slots(size)

@@ -5,8 +5,8 @@ of heads, which the width determines in the published networks. The arrays of Di
 2023) and of SiT (Ma et al. 2024) are alike, so the file's name must say which of them it is. JiT
 (Li & He 2025) has arrays of its own.
 
-DiT and SiT make latents of Stable Diffusion's autoencoder, times 0.18215. diffjax does not have
-that autoencoder.
+DiT and SiT make latents of Stable Diffusion's autoencoder, times 0.18215 (`latents.LATENTS`), which
+`autoencoder_kl` reads.
 """
 
 import math
@@ -42,6 +42,8 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
 }
 """Fields of the config, and of the network's config, by the kind of the network."""
+LATENTS = {"DiT": "sd", "SiT": "sd", "JiT": None}
+"""Whose latents they make; None for images."""
 MODULES = {
     "embed_0": "t_embedder.mlp.0",
     "embed_1": "t_embedder.mlp.2",
@@ -208,7 +210,7 @@ def described(
     if kind == "DiT" and learned:
         bound_weight, options = 0.001, {**options, "out_channels": 2 * shape[-1]}
     return Config(
-        data=Data("npz", shape=shape),
+        data=Data("npz", shape=shape, latents=LATENTS[kind]),
         model=DiTConfig(**fixed, **options),
         sampling=sampling,
         bound_weight=bound_weight,

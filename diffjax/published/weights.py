@@ -33,8 +33,8 @@ MACHINE = ("parallel", "fsdp", "steps_per_call", "writers", *MEASURED)
 def save(path: Path | str, params: Any, config: Config) -> None:
     """Write parameters and their config to a file, and replace an existing file.
 
-    `data.shape` is added to the config, so that its reader needs no data. `data.path` and the
-    section `eval` are left out: they name files of one machine.
+    `data.shape` is added to the config, so that its reader needs no data. `data.path`,
+    `data.autoencoder` and the section `eval` are left out: they name files of one machine.
 
     Raises:
       ValueError: if the parameters are not those of the config's network; the message lists the
@@ -42,7 +42,8 @@ def save(path: Path | str, params: Any, config: Config) -> None:
       OSError: if the file cannot be written; an existing file is then left as it is.
     """
     path = Path(path)
-    data = dataclasses.replace(config.data, shape=example_shape(config), path=None)
+    here = dict(path=None, autoencoder=None)
+    data = dataclasses.replace(config.data, shape=example_shape(config), **here)
     unmeasured = {name: getattr(Config(), name) for name in MEASURED}
     config = dataclasses.replace(config, data=data, **unmeasured)
     # safetensors writes a transposed array in the order of its memory, so make it contiguous.
@@ -128,7 +129,7 @@ def _of_network(config):
     if config.data.shape is None:
         raise ValueError("data.shape is missing")
     default = Config()
-    data = dataclasses.replace(config.data, path=None, workers=0)
+    data = dataclasses.replace(config.data, path=None, autoencoder=None, workers=0)
     return dataclasses.replace(
         config, data=data, **{name: getattr(default, name) for name in MACHINE}
     )
