@@ -22,8 +22,9 @@ import diffjax
 from diffjax import checkpoint, models, published
 from diffjax.evaluation import dinov2, distances, features, inception, summing
 from diffjax.experiment import resolve
+from diffjax.latents import LATENTS
 from diffjax.models.dit import dit_config
-from diffjax.published import arrays, openai, weights
+from diffjax.published import arrays, autoencoder_kl, openai, weights
 from diffjax.training.runners import RUNNERS
 
 with warnings.catch_warnings():
@@ -31,6 +32,7 @@ with warnings.catch_warnings():
     import torch
     from azula.plugins.adm._src.unet import SuperResModel, UNetModel
     from diffusers import (
+        AutoencoderKL,
         DDIMPipeline,
         DDIMScheduler,
         DDPMScheduler,
@@ -77,6 +79,70 @@ def said(loaded, x, i, cond):
     t = (i + 1) / np.float32(config.time_steps)
     e = resolve(config)
     return jax.jit(e.apply)(params, x, e.schedule.log_snr(t), cond)
+
+
+def autoencoder(**options):
+    """Diffusers' autoencoder, away from where it was initialised, and its folder's arrays."""
+    kinds = dict(
+        down_block_types=("DownEncoderBlock2D",) * len(options["block_out_channels"]),
+        up_block_types=("UpDecoderBlock2D",) * len(options["block_out_channels"]),
+    )
+    return shaken(AutoencoderKL(**kinds, **options))
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+def test_the_autoencoder_of_stable_diffusion(full, safe, tmp_path):
+    small = dict(block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=16)
+    whole = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2)
+    net = autoencoder(**(whole if full else small))
+    net.save_pretrained(tmp_path, safe_serialization=safe)
+    if not safe:  # and with the names of older files
+        state = torch.load(tmp_path / "diffusion_pytorch_model.bin")
+        old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+        for new, name in old.items():
+            state = {k.replace(f".{new}.", f".{name}."): v for k, v in state.items()}
+        torch.save(state, tmp_path / "diffusion_pytorch_model.bin")
+    ours = autoencoder_kl.load(tmp_path)
+    x = np.random.default_rng(0).uniform(-1, 1, (2, 32, 32, 3)).astype(np.float32)
+    with torch.no_grad():
+        found = net.encode(theirs(x)).latent_dist
+    moments = torch.cat([found.mean, found.std], 1)
+    assert difference(jax.jit(ours.encode, static_argnums=1)(x, LATENTS["sd"]), moments) < 1e-5
+    z = np.random.default_rng(1).standard_normal((2, 8, 8, 4)).astype(np.float32)
+    images = net.decode(theirs(z) / 0.18215).sample
+    assert difference(jax.jit(ours.decode, static_argnums=1)(z, LATENTS["sd"]), images) < 1e-5
+
+
+@pytest.mark.parametrize("prefix", ["", "first_stage_model."])
+def test_the_autoencoder_by_the_names_of_compvis(prefix, tmp_path):
+    """What diffusers makes of our file with those names is what it was made from."""
+    net = autoencoder(block_out_channels=(32, 64, 64), layers_per_block=1)
+    net.save_pretrained(tmp_path)
+    ours = autoencoder_kl.load(tmp_path)
+    names = autoencoder_kl.names_of_compvis(ours.config)
+    convs = autoencoder_kl.expected(ours.config)
+    state = {}
+    for path in convs:
+        module, _, leaf = path.rpartition("/")
+        block, _, layer = module.rpartition("/")
+        name = names.modules.get(module) or f"{names.modules[block]}.{names.layers[layer]}"
+        x = np.asarray(functools.reduce(lambda tree, key: tree[key], path.split("/"), ours.params))
+        if leaf == "kernel":
+            x = x[None, None] if x.ndim == 2 else x
+            x = np.moveaxis(x, (-1, -2), (0, 1))
+        name += ".bias" if leaf == "bias" else ".weight"
+        apart = zip("qkv", np.split(x, 3), strict=True) if layer == "qkv" else [("", x)]
+        for which, rows in apart:
+            state[name.replace("to_qkv", which)] = torch.from_numpy(np.ascontiguousarray(rows))
+    torch.save({"state_dict": {prefix + n: x for n, x in state.items()}}, tmp_path / "model.ckpt")
+    again = autoencoder_kl.load(tmp_path / "model.ckpt")
+    jax.tree.map(np.testing.assert_array_equal, again.params, ours.params)
+    single = importlib.import_module("diffusers.loaders.single_file_utils")
+    named = {"first_stage_model." + name: x for name, x in state.items()}
+    converted = single.convert_ldm_vae_checkpoint(named, dict(net.config))
+    for name, x in net.state_dict().items():
+        np.testing.assert_array_equal(converted[name].numpy().squeeze(), x.numpy().squeeze())
 
 
 DDPM = dict(
