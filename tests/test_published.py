@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -18,11 +19,12 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from test_edm2_unet import drawn
 
 from diffjax import published
 from diffjax.denoisers import time_input
 from diffjax.experiment import config as config_lib, resolve, rules
-from diffjax.models import dit
+from diffjax.models import EDM2UNetConfig, apply, dit, make_module
 from diffjax.published import torchfile, weights
 
 
@@ -380,6 +382,159 @@ class Module:
 
     def __reduce__(self):
         return types.SimpleNamespace, (self.meta,)
+
+
+class Embedded:
+    """A storage as it is in EDM's pickles: the bytes of a stream of its own."""
+
+    def __init__(self, numbers):
+        self.numbers = numbers
+
+    def __reduce__(self):
+        parts = []
+        as_stream(types.SimpleNamespace(write_bytes=parts.append), Storage("0", self.numbers))
+        return sys.modules["torch.storage"]._load_from_bytes, (b"".join(parts),)
+
+
+@pytest.fixture
+def with_storage(torch, monkeypatch):
+    """The function of PyTorch that reads such a stream."""
+
+    def _load_from_bytes(_):
+        raise AssertionError("never called")
+
+    module = types.ModuleType("torch.storage")
+    _load_from_bytes.__module__, _load_from_bytes.__qualname__ = module.__name__, "_load_from_bytes"
+    module._load_from_bytes = _load_from_bytes
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+EDM2_LAYERS = {"conv_res0": 3, "conv_res1": 3, "conv_skip": 1, "attn_qkv": 1, "attn_proj": 1}
+"""Sides of the kernels of EDM2's blocks."""
+EDM2_BLOCKS = {  # channels: in, out; whether there is attention; where the skip is
+    "enc.8x8_block0": (64, 64, False),
+    "enc.4x4_down": (64, 64, False),
+    "enc.4x4_block0": (64, 128, True),
+    "dec.4x4_in0": (128, 128, True),
+    "dec.4x4_in1": (128, 128, False),
+    "dec.4x4_block0": (256, 128, True),
+    "dec.4x4_block1": (192, 128, True),
+    "dec.8x8_up": (128, 128, False),
+    "dec.8x8_block0": (192, 64, False),
+    "dec.8x8_block1": (128, 64, False),
+}
+
+
+def shapes_of_edm2():
+    """The shapes of a small network of EDM2's, by their names."""
+    shapes = {
+        "unet.emb_fourier.freqs": (64,),
+        "unet.emb_fourier.phases": (64,),
+        "unet.emb_noise.weight": (128, 64),
+        "unet.emb_label.weight": (128, 5),
+        "unet.enc.8x8_conv.weight": (64, 4, 3, 3),
+        "unet.out_conv.weight": (3, 64, 3, 3),
+        "unet.out_gain": (),
+        "logvar_fourier.freqs": (128,),
+        "logvar_fourier.phases": (128,),
+        "logvar_linear.weight": (1, 128),
+    }
+    for block, (n, m, attends) in EDM2_BLOCKS.items():
+        # On the way down, the skip's convolution comes before the branch.
+        first = m if block.startswith("enc") else n
+        layers = {"conv_res0": (m, first), "conv_res1": (m, m)}
+        layers |= {"conv_skip": (m, n)} if n != m else {}
+        layers |= {"attn_qkv": (3 * m, m), "attn_proj": (m, m)} if attends else {}
+        for layer, shape in layers.items():
+            side = EDM2_LAYERS[layer]
+            shapes[f"unet.{block}.{layer}.weight"] = (*shape, side, side)
+        shapes[f"unet.{block}.emb_linear.weight"] = (m, 128)
+        shapes[f"unet.{block}.emb_gain"] = ()
+    return shapes
+
+
+def edm2_pickle(path, encoder=None, **changes):
+    """A pickle in the form of EDM2's, whose arrays are drawn by their names."""
+    net = Module("Precond", sigma_data=changes.pop("sigma_data", 0.5), _modules={})
+    for name, shape in (shapes_of_edm2() | changes).items():
+        if shape is None:
+            continue
+        x = np.float32(0.5 if name.endswith("emb_gain") else 1)
+        x = np.asarray(drawn(name, shape) if shape else x, np.float32)
+        strides = tuple(n // 4 for n in x.strides)
+        tensor = Tensor(Embedded(x.ravel()), 0, x.shape, strides)
+        *modules, leaf = name.split(".")
+        inside = net
+        for module in modules:
+            kind = "UNet" if module == "unet" else "Part"
+            inside = (
+                inside.meta["state"].setdefault("_modules", {}).setdefault(module, Module(kind))
+            )
+        inside.meta["state"].setdefault("_parameters", {})[leaf] = tensor
+    found = {"ema": net, "dataset_kwargs": {}, "loss_fn": None}
+    found |= {} if encoder is None else {"encoder": Module(encoder)}
+    path.write_bytes(pickle.dumps(found, 4))
+    return path
+
+
+def test_a_pickle_of_edm2_is_the_network_that_it_was(with_storage, tmp_path):
+    """Six digits of its output, from the original, before the preconditioning."""
+    counted = {n: x for n, x in shapes_of_edm2().items() if not n.endswith(("freqs", "phases"))}
+    assert sum(int(np.prod(x)) for x in counted.values()) == 2_888_395
+    params, config = published.load(edm2_pickle(tmp_path / "edm2.pkl"))
+    assert config.model == EDM2UNetConfig(64, (1, 2), 1, (4,), labels=5)
+    assert (config.data.shape, config.data.latents) == ((8, 8, 3), None)
+    assert config.density_options == {"mean": 1.6, "std": 3.2}
+    assert config_lib.from_json(config_lib.to_json(config)) == config
+    x = np.random.default_rng(1).standard_normal((3, 3, 8, 8)).astype(np.float32)
+    x = x[:2].transpose(0, 2, 3, 1)
+    log_snr = -2 * np.log(np.array([0.01, 0.5], np.float32))
+    network = functools.partial(apply, make_module(config.model), params)
+    out = np.moveaxis(jax.jit(network)(x, log_snr, {"label": np.array([0, 3])}), -1, 1)
+    expected = [[0.204468, 0.709266, -0.176070], [0.099590, 0.762674, -0.374659]]
+    np.testing.assert_allclose([[f.mean(), f.std(), f[0, 0, 0]] for f in out], expected, atol=3e-6)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "channels", "kind"),
+    [
+        ("StandardRGBEncoder", 3, None),
+        ("StabilityVAEEncoder", 4, "edm2"),
+        (None, 4, "edm2"),
+        ("OtherEncoder", 3, ValueError),
+    ],
+)
+def test_the_encoder_of_an_edm2_says_what_it_makes(with_storage, tmp_path, encoder, channels, kind):
+    ends = {
+        "unet.enc.8x8_conv.weight": (64, channels + 1, 3, 3),
+        "unet.out_conv.weight": (channels, 64, 3, 3),
+    }
+    path = edm2_pickle(tmp_path / "edm2.pkl", encoder, **ends)
+    if kind is ValueError:
+        with pytest.raises(ValueError, match="encoder is OtherEncoder, need one of StandardRGB"):
+            published.load(path)
+        return
+    config = published.load(path)[1]
+    assert (config.data.shape, config.data.latents) == ((8, 8, channels), kind)
+    mean, std = (1.6, 3.2) if kind is None else (0.8, 2.0)
+    assert config.density_options == {"mean": mean, "std": std}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sigma_data": 1.0}, r"sigma_data=1\.0, need 0\.5"),
+        ({"unet.emb_noise.weight": None}, "need EDM2's UNet, of which unet.emb_noise.weight is"),
+        ({"unet.out_gain": None}, "unet.out_gain is missing"),
+        ({"unet.dec.8x8_up.emb_gain": None}, r"unet\.dec\.8x8_up\.emb_gain is missing"),
+        ({"unet.more.weight": (2, 2)}, r"unet\.more\.weight is not an array of this network"),
+    ],
+    ids=str,
+)
+def test_another_network_than_edm2_is_refused(with_storage, tmp_path, change, message):
+    path = edm2_pickle(tmp_path / "edm2.pkl", **change)
+    with pytest.raises(ValueError, match=rf"edm2\.pkl(.|\n)*{message}"):
+        published.load(path)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
     from diffjax import published
     params, config = published.load("ddpm-cifar10-32")           # a folder of diffusers
     params, config = published.load("64x64_diffusion.pt")        # improved- or guided-diffusion
-    params, config = published.load("edm-imagenet-64x64-cond-adm.pkl")        # EDM
+    params, config = published.load("edm-imagenet-64x64-cond-adm.pkl")        # EDM; EDM2 likewise
     params, config = published.load("DiT-XL-2-256x256.pt")       # DiT; SiT likewise
     params, config = published.load("jit-b-16/checkpoint-last.pth")           # JiT
 
@@ -41,7 +41,7 @@ def load(path: Path | str) -> tuple[Any, Config]:
 
     Args:
       path: a folder with diffusers' `config.json`; a state dict of OpenAI, DiT or SiT with its
-        original file name; a checkpoint of JiT; or a pickle of EDM.
+        original file name; a checkpoint of JiT; or a pickle of EDM or EDM2.
 
     Raises:
       FileNotFoundError: if the path does not exist.
@@ -54,7 +54,7 @@ def load(path: Path | str) -> tuple[Any, Config]:
     if kind not in FORMATS:
         raise ValueError(
             f"{path}: can read a folder of diffusers, a .pt of OpenAI, DiT or SiT, a .pth of JiT, "
-            "a .pkl of EDM"
+            "a .pkl of EDM or EDM2"
         )
     try:
         return FORMATS[kind](path)

@@ -24,7 +24,8 @@ class Names(NamedTuple):
 
     Attributes:
       modules: their names of modules, by ours, such as `down_0_1/attention`; where the arrays of
-        ours are stacked over blocks, one for each block, such as `blocks/0`.
+        ours are stacked over blocks, one for each block, such as `blocks/0`; and their names of
+        single arrays that have names of their own, such as `down_0_1/gain`.
       layers: their names of layers inside a block or an attention, by ours.
       order: order of their rows of queries, keys and values: k, which of the three; h, head;
         c, channel.
@@ -80,8 +81,10 @@ def matched(
     for path, like in _apart(expected, stacked).items():
         module, _, leaf = path.rpartition("/")
         block, _, layer = module.rpartition("/")
-        theirs = names.modules.get(module) or f"{names.modules[block]}.{names.layers[layer]}"
-        theirs += ".bias" if leaf == "bias" else ".weight"
+        theirs = names.modules.get(path)
+        if theirs is None:
+            theirs = names.modules.get(module) or f"{names.modules[block]}.{names.layers[layer]}"
+            theirs += ".bias" if leaf == "bias" else ".weight"
         value = left.pop(theirs, None)
         if not isinstance(value, np.ndarray) or value.size != like.size:
             wrong.append(f"{theirs} is missing, or not of {like.size:,} numbers")

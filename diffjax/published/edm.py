@@ -1,4 +1,4 @@
-"""A reader of EDM's pickles (Karras et al. 2022).
+"""A reader of EDM's pickles (Karras et al. 2022); `edm2` reads those of EDM2.
 
 `SongUNet` is DDPM++ or NCSN++; `DhariwalUNet` is EDM's version of ADM's network. A pickle holds the
 network as objects, with the source of their classes. The source is not run: the arrays are
@@ -15,7 +15,7 @@ import numpy as np
 
 from ..experiment import Config, Data, Sampling
 from ..models import SongUNetConfig, UNetConfig
-from . import torchfile
+from . import edm2, torchfile
 from .arrays import Names, convert
 
 LAYERS = {
@@ -85,12 +85,15 @@ def load(path: Path) -> tuple[Any, Config]:
     """
     found = torchfile.read(path)
     net = found.get("ema") if isinstance(found, dict) else None
-    outer, inner = _class(net), _class(_modules(net).get("model"))
+    outer, parts = torchfile.class_name(net), torchfile.modules(net)
+    if (outer, torchfile.class_name(parts.get("unet"))) == ("Precond", "UNet"):
+        return edm2.load(path, found)
+    inner = torchfile.class_name(parts.get("model"))
     if outer not in NETWORKS.get(inner, ()):
         known = ", ".join(f"{o} of {i}" for i, outers in NETWORKS.items() for o in outers)
         raise ValueError(f"{path} holds {outer} of {inner}, need {known}")
     for name, value in PRECONDITIONINGS[outer].numbers.items():
-        has = _state(net).get(name, value)
+        has = torchfile.attributes(net).get(name, value)
         if has != value:
             raise ValueError(f"{path}: {outer} with {name}={reprlib.repr(has)}, need {value}")
     state = {name.removeprefix("model."): value for name, value in torchfile.arrays(net).items()}
@@ -186,20 +189,3 @@ def modules(config: Config) -> dict[str, str]:
             names[f"up_{level}_double"] = f"dec.{at[level - 1]}_up"
     # Their attention is part of its block.
     return names | {f"{ours}/attention": theirs for ours, theirs in names.items()}
-
-
-def _state(net):
-    """The attributes of a module; none of any other object."""
-    return torchfile.attributes(net) if isinstance(net, torchfile.Record) else {}
-
-
-def _class(net) -> str:
-    """The name of a module's class, or of the type of any other object."""
-    meta = net.args[0] if isinstance(net, torchfile.Record) and net.args else {}
-    name = meta.get("class_name") if isinstance(meta, dict) else None
-    return name if isinstance(name, str) else type(net).__name__
-
-
-def _modules(net):
-    found = _state(net).get("_modules")
-    return found if isinstance(found, dict) else {}

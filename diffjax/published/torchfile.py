@@ -158,6 +158,19 @@ def attributes(thing: dict | Record) -> dict:
     return state if isinstance(state, dict) else {}
 
 
+def class_name(thing: Any) -> str:
+    """The name of the class of a module of NVIDIA's pickles, or of the type of any other object."""
+    meta = thing.args[0] if isinstance(thing, Record) and thing.args else {}
+    name = meta.get("class_name") if isinstance(meta, dict) else None
+    return name if isinstance(name, str) else type(thing).__name__
+
+
+def modules(thing: Any) -> dict:
+    """The modules inside a module, by name; none of any other object."""
+    found = attributes(thing).get("_modules") if isinstance(thing, dict | Record) else None
+    return found if isinstance(found, dict) else {}
+
+
 def numpy_array(found: Any) -> np.ndarray:
     """The array of numbers that NumPy pickled.
 
