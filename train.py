@@ -161,8 +161,7 @@ def train(
         return in_batches(runner, f, state.ema_params, batch, config.batch_size)
 
     def draw(step: int) -> None:
-        rows = config.model.labels or config.sampling.columns
-        rows = 1 if config.low_resolution is not None else rows
+        rows = sampling.picture_rows(config)
         batch = sampling.request(config, test_set, rows * config.sampling.columns)
         x = form.decode(mapped(generate_fn, batch))
         if config.low_resolution is not None:

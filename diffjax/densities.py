@@ -61,13 +61,15 @@ def normal(schedule: Schedule, mean: Scalar = 2.4, std: Scalar = 2.4) -> Density
     | EDM2, latents | -0.4, 1.0 | 0.8, 2.0 |
     | EDM2, 64 pixels | -0.8, 1.6 | 1.6, 3.2 |
     | Stable Diffusion 3 | logit t of mean 0, deviation 1 | 0, 2 |
+    | JiT | logit of the data's share of mean -0.8, deviation 0.8 | -1.6, 1.6 |
 
     ln sigma is -log_snr / 2, and so is the logit of the time of a rectified flow.
 
     Raises:
       ValueError: unless `std > 0`, or if the schedule's ends hold less than `LEAST_MASS` of it.
 
-    Source: Karras et al. 2022, table 1; Karras et al. 2024; Esser et al. 2024, section 3.1.
+    Source: Karras et al. 2022, table 1; Karras et al. 2024; Esser et al. 2024, section 3.1; Li & He
+    2025.
     """
     if known(mean, std) and not std > 0:
         raise ValueError(f"{std=}: must be positive")

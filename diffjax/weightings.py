@@ -68,13 +68,38 @@ def edm(p_mean: float = -1.2, p_std: float = 1.2, sigma_data: float = 0.5) -> We
     Karras et al. 2022, section 5 and table 1: log(sigma/alpha) ~ N(p_mean, p_std^2), and weight 1
     on the target F with the same `sigma_data`.
     """
+    of_f = preconditioned(sigma_data)
 
     def weight(log_snr, rate):
         z = (-log_snr / 2 - p_mean) / p_std
         density = jnp.exp(-(z**2) / 2) / (2 * p_std * math.sqrt(2 * math.pi))  # of log_snr
-        return rate * density * (jnp.exp(-log_snr) + sigma_data**2) / sigma_data**2
+        return rate * density * of_f(log_snr, rate)
 
     return weight
+
+
+def preconditioned(sigma_data: float = 0.5) -> Weighting:
+    """(1 / snr + sigma_data^2) / sigma_data^2: weight 1 on the target F, as in EDM and EDM2.
+
+    With their density of noise levels as a part of the objective it is their loss, which `edm` is
+    at uniform t.
+    """
+    return lambda log_snr, rate: (jnp.exp(-log_snr) + sigma_data**2) / sigma_data**2
+
+
+def velocity(least: float = 0.0) -> Weighting:
+    """1 / (snr max(sigma, least)^2): weight 1 on the velocity eps - x_0 of a rectified flow.
+
+    sigma = sigmoid(-log_snr / 2) is the time of a straight line. Where it is small, an error of x_0
+    counts for much; JiT limits that by least = 0.05 (Li & He 2025).
+
+    Raises:
+      ValueError: unless `0 <= least < 1`.
+    """
+    if not 0 <= least < 1:
+        raise ValueError(f"{least=}: must be in [0, 1)")
+    sigma = lambda log_snr: jnp.maximum(jax.nn.sigmoid(-log_snr / 2), least)
+    return lambda log_snr, rate: jnp.exp(-log_snr) / sigma(log_snr) ** 2
 
 
 def min_snr(gamma: float = 5.0) -> Weighting:
@@ -106,6 +131,8 @@ WEIGHTINGS: dict[str, Callable[..., Weighting | None]] = {
     "truncated_snr": truncated_snr,
     "p2": p2,
     "edm": edm,
+    "preconditioned": preconditioned,
+    "velocity": velocity,
     "min_snr": min_snr,
     "sigmoid": sigmoid,
 }

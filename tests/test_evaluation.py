@@ -23,7 +23,7 @@ from diffjax.evaluation import (
     reference,
     summing,
 )
-from diffjax.experiment import Config, Sampling, resolve
+from diffjax.experiment import Config, Data, Sampling, resolve
 from diffjax.experiment.dataset import cautions, check_data
 from diffjax.models import UNetConfig
 from diffjax.schedules import SCHEDULES
@@ -284,6 +284,16 @@ def test_what_is_hardly_meant_gets_a_line():
     said = lambda x, **changes: cautions(
         config := Config(**changes), resolve(config).schedule, data.Examples(x)
     )
+    for shape, words in (
+        ((8, 8, 2), "the 2 channels side by side, in grey"),
+        ((5,), "the first two of 5 features"),
+    ):
+        (line,) = said(np.full((4, *shape), -1, np.float32))
+        assert words in line
+    moments = np.zeros((4, 8, 8, 8), np.float16)
+    (line,) = said(moments, data=Data("npz", latents="sd"))
+    assert "4 channels of latents" in line and "data.autoencoder=FILE" in line
+    assert said(moments, data=Data("npz", latents="sd", autoencoder="vae")) == []
     zero_terminal = {"schedule": "cosine_betas", "schedule_options": {"max_beta": 1.0}}
     assert said(digits.x) == said(2 * ramp - 1) == []
     (line,) = said(ramp)

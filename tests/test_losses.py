@@ -177,13 +177,50 @@ def test_edms_density_and_weight_are_its_weighting_of_uniform_times(x64):
     schedule = diffjax.log_uniform(0.002, 80.0)
     log_snr = jnp.linspace(-8.0, 12.0, 41)
     density = densities.normal(schedule, 2.4, 2.4)
-    of_eps = lambda log_snr, rate: (jnp.exp(-log_snr) + 0.25) / 0.25
-    drawn = diffjax.effective_weight(schedule, "F", of_eps, density)(log_snr)
+    drawn = diffjax.effective_weight(schedule, "F", weightings.preconditioned(), density)(log_snr)
     weighted = diffjax.effective_weight(schedule, "F", weightings.edm())(log_snr)
     ends = -2 * np.log([80.0, 0.002])
     np.testing.assert_allclose(
         drawn, weighted / np.diff(scipy.stats.norm.cdf(ends, 2.4, 2.4)), rtol=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("target", "schedule", "weight"),
+    [
+        ("F", diffjax.log_uniform(0.002, 80.0), weightings.preconditioned()),
+        ("flow", diffjax.rectified_flow(), weightings.velocity()),
+    ],
+)
+def test_a_target_has_weight_one_by_its_own_weighting(target, schedule, weight):
+    """The loss is the mean squared error of the target itself, at every time."""
+    x_0, t = jax.random.normal(jax.random.key(1), (64, 5)) / 2, jnp.linspace(0.02, 0.98, 64)
+    seen = {}
+
+    def network(x_t, log_snr, cond):
+        seen["out"] = jnp.sin(x_t)
+        seen["eps"] = (x_t - alpha[:, None] * x_0) / sigma[:, None]
+        return seen["out"]
+
+    alpha, sigma = schedule(t)
+    loss = diffjax.diffusion_loss(
+        jax.random.key(0), network, schedule, target, x_0, weight=weight, t=t
+    )
+    row = diffjax.TARGETS[target](alpha, sigma)
+    a, b = (jnp.broadcast_to(x, t.shape)[:, None] for x in row)
+    wanted = a * x_0 + b * seen["eps"]
+    np.testing.assert_allclose(loss, ((seen["out"] - wanted) ** 2).mean(1), rtol=2e-3)
+
+
+def test_the_weight_of_jit_is_limited_where_little_noise_is_left():
+    """1 / max(1 - t, 0.05)^2 on the error of x_0, with t the share of the data."""
+    t = jnp.array([0.1, 0.5, 0.94, 0.96, 0.999])
+    log_snr = 2 * jnp.log(t / (1 - t))
+    of_x_0 = weightings.velocity(0.05)(log_snr, log_snr) * jnp.exp(log_snr)
+    expected = [1 / 0.81, 4, 1 / 0.0036, 400, 400]
+    np.testing.assert_allclose(of_x_0, expected, rtol=1e-4)
+    with pytest.raises(ValueError, match="least=1"):
+        weightings.velocity(1.0)
 
 
 DENSITIES = {name: make for name, make in densities.DENSITIES.items()} | {

@@ -316,6 +316,31 @@ def test_every_input_of_ncsnpp_matters_and_its_frequencies_stay():
         assert (jnp.abs(out - base).max(axis=(1, 2, 3)) > 1e-4).all()
 
 
+def test_ncsnpp_computes_in_bfloat16_and_recomputes_its_blocks_where_asked_to():
+    """Its parameters stay float32, and what is recomputed is the same."""
+    x, log_snr = inputs((8, 8, 1))
+    cond = {"label": jnp.array([0, 3])}
+    like = jax.eval_shape(SongUNet(TINY_SONG).init, jax.random.key(1), x, log_snr, cond)["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda p: 0.1 * rng.standard_normal(p.shape, np.float32), like)
+
+    def of(**options):
+        module = SongUNet(dataclasses.replace(TINY_SONG, **options))
+        made = jax.eval_shape(module.init, jax.random.key(1), x, log_snr, cond)["params"]
+        assert made == like
+        return lambda p: apply(module, p, x, log_snr, cond)
+
+    wide, narrow = jax.jit(lambda p: [of(bfloat16=half)(p) for half in (False, True)])(params)
+    assert narrow.dtype == jnp.float32
+    assert 1e-4 < jnp.abs(wide - narrow).max() / jnp.abs(wide).max() < 0.1
+    lines = str(jax.make_jaxpr(of(bfloat16=True))(params)).splitlines()
+    convolutions = [line for line in lines if "conv_general_dilated[" in line]
+    assert convolutions and all("bf16" in line for line in convolutions)
+    losses = (lambda p, f=of(remat=remat): f(p).sum() for remat in (False, True))
+    once, twice = (str(jax.make_jaxpr(jax.grad(loss))(params)) for loss in losses)
+    assert once.count("conv_general_dilated[") < twice.count("conv_general_dilated[")
+
+
 def test_resampling_is_interpolation_inside_and_sees_zeros_outside():
     """By (1, 1) that of ADM; by (1, 3, 3, 1) linear, and antialiased on the way down."""
     x, _ = inputs((8, 6, 3))

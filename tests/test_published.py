@@ -466,10 +466,8 @@ def edm2_pickle(path, encoder=None, **changes):
         *modules, leaf = name.split(".")
         inside = net
         for module in modules:
-            kind = "UNet" if module == "unet" else "Part"
-            inside = (
-                inside.meta["state"].setdefault("_modules", {}).setdefault(module, Module(kind))
-            )
+            kind = Module("UNet" if module == "unet" else "Part")
+            inside = inside.meta["state"].setdefault("_modules", {}).setdefault(module, kind)
         inside.meta["state"].setdefault("_parameters", {})[leaf] = tensor
     found = {"ema": net, "dataset_kwargs": {}, "loss_fn": None}
     found |= {} if encoder is None else {"encoder": Module(encoder)}

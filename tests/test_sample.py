@@ -21,9 +21,10 @@ from diffjax import GUIDANCES, checkpoint, data, plots, samplers
 from diffjax.averages import Snapshot
 from diffjax.evaluation import comparison, distances, features, sampling, widths
 from diffjax.evaluation.sampling import Drawing
-from diffjax.experiment import Config, Walk, command_line, dataset, resolve, run_directory
+from diffjax.experiment import Config, Sampling, Walk, command_line, dataset, resolve, run_directory
 from diffjax.experiment.config import to_json
 from diffjax.experiment.dataset import load_data
+from diffjax.models import UNetConfig
 from diffjax.published import export
 from diffjax.training import averaging, runners
 from diffjax.training.files import digest, file_digest
@@ -415,6 +416,16 @@ def test_samples_that_no_picture_shows_are_stored_anyway(finished, tmp_path, mon
     draw(finished, tmp_path / "a.npz", 1, drawing(3, steps=3))
     assert "no picture (samples of shape (3, 8, 8): need images" in capsys.readouterr().out
     assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
+
+
+@pytest.mark.parametrize(("labels", "rows"), [(0, 7), (3, 3), (20, 20), (1000, 7)])
+def test_a_picture_has_a_row_for_each_of_few_classes(labels, rows):
+    """A thousand rows of ten samples would take hours, and nobody could look at them."""
+    config = Config(model=UNetConfig(labels=labels))
+    config = dataclasses.replace(config, sampling=Sampling(columns=7))
+    assert sampling.picture_rows(config) == rows
+    batch = sampling.request(config, data.Examples(np.zeros((1, 2), np.float32)), 7 * rows)
+    assert len(set(batch.get("label", []))) == min(labels, 7 * rows)
 
 
 def test_it_says_how_far_it_is_in_a_pipe_too(monkeypatch, capsys):

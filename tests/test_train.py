@@ -21,7 +21,7 @@ from test_images import draw_folder
 import evaluate
 import sample
 import train
-from diffjax import TARGETS, checkpoint, data, plots
+from diffjax import TARGETS, checkpoint, data, plots, published
 from diffjax.evaluation import distances, features, sampling
 from diffjax.evaluation.sampling import Drawing
 from diffjax.experiment import (
@@ -82,7 +82,8 @@ def interrupted(finished, workdir):
     return workdir
 
 
-LARGE = ("cifar10", "fashion_sr")
+PAPERS = ("dit_imagenet256", "edm2_imagenet64", "edm_cifar10", "jit_imagenet256")
+LARGE = ("cifar10", "fashion_sr", *PAPERS)
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
 
 
@@ -95,12 +96,16 @@ def test_every_config_runs_its_smoke_variant(name, tmp_path, capsys):
     if name.startswith("fashion"):
         write_mnist(tmp_path)
         argv.append(f"--config.data.path={tmp_path}")
-    if name == "cifar10":
+    if name in ("cifar10", "edm_cifar10"):
         write_cifar(tmp_path)
         argv.append(f"--config.data.path={tmp_path}")
-    if name == "folder":
-        draw_folder(tmp_path)
+    if name in ("folder", "edm2_imagenet64", "jit_imagenet256"):
+        draw_folder(tmp_path, classes=1 if name == "folder" else 2)
         argv.append(f"--config.data.path={tmp_path}")
+    if name == "dit_imagenet256":
+        x, label = np.full((40, 4, 4, 8), 0.5, np.float16), np.arange(40) % 10
+        np.savez(tmp_path / "a.npz", x_train=x, x_test=x, y_train=label, y_test=label)
+        argv.append(f"--config.data.path={tmp_path}/a.npz")
     if name != "digits":  # other tests run its programs as well
         argv.append("--config.batch_size=8")
     run(tmp_path / "run", *argv, "--config.steps=20")
@@ -114,6 +119,49 @@ def test_every_config_runs_its_smoke_variant(name, tmp_path, capsys):
     assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["20"]
     for picture in ("samples.png", "loss.png"):
         assert np.asarray(Image.open(tmp_path / "run" / picture)).std() > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "parameters", "images"),
+    [
+        ("edm_cifar10", (32, 32, 3), 55_734_147, 200e6),
+        # The table counts one more channel of the first and of the last convolution.
+        ("edm2_imagenet64", (64, 64, 3), 280_212_709 - 2 * 9 * 192, 2**30),
+        ("edm2_imagenet64:XL", (64, 64, 3), 1_119_283_621 - 2 * 9 * 384, 640 * 2**20),
+        ("dit_imagenet256", (32, 32, 4), 674_834_720, 7e6 * 256),
+        ("jit_imagenet256", (256, 256, 3), 131_123_712, 600 * 1_281_167),
+        ("jit_imagenet256:L", (256, 256, 3), 458_877_664, 600 * 1_281_167),
+    ],
+)
+def test_the_configs_of_papers_are_theirs(name, shape, parameters, images):
+    name, _, variant = name.partition(":")
+    config = command_line.from_file(f"configs/{name}.py:{variant}")
+    e = resolve(config)
+    e.times.check()
+    params = jax.eval_shape(lambda key: e.init(key, shape), jax.random.key(0))
+    for fixed in ("frequencies", "phases", "uncertainty"):  # which the papers do not count
+        params.pop(fixed, None)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameters
+    assert config.steps * config.batch_size == pytest.approx(images, rel=1e-5)
+    dtype = np.float16 if config.data.latents else np.uint8
+    whole = (*shape[:2], shape[2] * (2 if config.data.latents else 1))
+    part = data.Examples(np.broadcast_to(dtype(0), (4096, *whole)), np.zeros(4096, int))
+    dataset.check_data(config, part, part)
+
+
+def test_the_published_dit_is_that_of_its_config():
+    config = command_line.from_file("configs/dit_imagenet256.py")
+    options = dict(width=1152, blocks=28, heads=16, patch=2, labels=1000, null_label=True)
+    theirs = published.dit.described("DiT", options, (32, 32, 4), learned=True)
+    assert (theirs.model, theirs.sampling.steps) == (config.model, config.sampling.steps)
+    for name in ("target", "schedule", "schedule_options", "time_steps", "time_input"):
+        assert getattr(theirs, name) == getattr(config, name)
+    assert theirs.data.latents == config.data.latents == "sd"
+
+
+def test_the_average_of_edm_has_its_half_life():
+    config = command_line.from_file("configs/edm_cifar10.py")
+    assert config.ema ** (500_000 / config.batch_size) == pytest.approx(0.5)
 
 
 def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(finished, tmp_path, capsys):

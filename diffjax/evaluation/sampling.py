@@ -40,6 +40,8 @@ TILE = 64
 TILES = {"cpu": 16}
 """The same number on the platforms where it differs."""
 MANIFEST = "manifest.json"
+MOST_ROWS = 20
+"""The most classes that have a row of their own in a picture."""
 PATIENCE = 10.0
 """Seconds between two lines that say how many samples are done, where there is no terminal."""
 
@@ -133,6 +135,20 @@ def make_cascade(
         return generate_large(params[1], batch | {"small": generate_small(params[0], batch)})
 
     return generate
+
+
+def picture_rows(config: Config) -> int:
+    """Rows of a run's picture: one for each class, or, of more than `MOST_ROWS`, as many as columns.
+
+    In super-resolution there is one row of images that are enlarged.
+
+    >>> picture_rows(Config()), Config().sampling.columns
+    (10, 10)
+    """
+    if config.low_resolution is not None:
+        return 1
+    labels = config.model.labels
+    return labels if 0 < labels <= MOST_ROWS else config.sampling.columns
 
 
 def request(config: Config, test: data.Examples, n: int) -> dict[str, np.ndarray]:

@@ -300,7 +300,8 @@ class Sampling(Walk):
     """How a run draws samples, at intervals and at the end."""
 
     columns: int = 10
-    """Columns of the picture. With labels it has a row for each class, else as many as columns."""
+    """Columns of the picture. It has a row for each class if there are 20 or fewer, else as many
+    rows as columns."""
     eval_samples: int = 0
     """Samples to evaluate at the end of the run (Frechet distance, accuracy of labels); 0: none."""
 

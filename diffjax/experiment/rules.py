@@ -208,9 +208,20 @@ def cautions(config: Config, schedule: Schedule, train: Examples) -> list[str]:
     """Warnings, a line each, of a config and data that a run accepts but that are likely mistakes.
 
     They are of float data without a negative number, and of a target whose estimate of x_0 at t = 1
-    multiplies the network's relative error by more than `LARGEST_GAIN`.
+    multiplies the network's relative error by more than `LARGEST_GAIN`. Another line says what
+    pictures of samples show if they cannot show all.
     """
     x, found = train.x, []
+    *around, channels = shape_of(x)
+    if config.data.latents is not None and config.data.autoencoder is None:
+        found.append(
+            f"pictures show the {channels} channels of latents side by side, clipped to [-1, 1]; "
+            "data.autoencoder=FILE makes images of them"
+        )
+    elif config.data.latents is None and len(around) == 2 and channels not in (1, 3):
+        found.append(f"pictures show the {channels} channels side by side, in grey")
+    elif not around and channels > 2:
+        found.append(f"pictures show the first two of {channels} features")
     if isinstance(x, np.ndarray) and x.dtype == np.float32 and x.min() >= 0:
         found.append(
             f"all numbers of the data are in [{x.min():.3g}, {x.max():.3g}]: the range of data is "

@@ -56,6 +56,10 @@ class SongUNetConfig:
     """Number of classes of `cond["label"]`; 0 for no label."""
     null_label: bool = False
     """Let the index `labels` mean "no label", for classifier-free guidance; it adds no weights."""
+    remat: bool = False
+    """Recompute blocks in the backward pass, which saves memory and costs time."""
+    bfloat16: bool = False
+    """Compute in bfloat16; parameters, normalisation statistics and softmax stay float32."""
 
     def __post_init__(self) -> None:
         if not self.mults or min(self.width, self.blocks, *self.mults) < 1 or self.labels < 0:
@@ -84,7 +88,7 @@ class SongUNet(nn.Module):
 
     Call with x_t `[batch, height, width, channels]`, log_snr `[batch]`, and a dict `cond` with
     `label` `[batch]` integers, if the config has labels. Returns
-    `[batch, height, width, out_channels]`.
+    `[batch, height, width, out_channels]`, in float32 or wider.
 
     >>> model = SongUNet(SongUNetConfig(width=32, mults=(1, 1), blocks=1, attention=(4,)))
     >>> inputs = jnp.zeros((1, 8, 8, 3)), jnp.zeros(1), None
@@ -99,9 +103,10 @@ class SongUNet(nn.Module):
     def __call__(self, x_t: Array, log_snr: Array, cond: Cond) -> Array:
         c = self.config
         c.check_input(x_t.shape[1:])
-        conv = functools.partial(nn.Conv, kernel_size=(3, 3), kernel_init=Init)
-        dense = functools.partial(nn.Dense, kernel_init=Init)
-        block = functools.partial(Block, c)
+        dtype = jnp.dtype(jnp.bfloat16 if c.bfloat16 else x_t.dtype)
+        conv = functools.partial(nn.Conv, kernel_size=(3, 3), kernel_init=Init, dtype=dtype)
+        dense = functools.partial(nn.Dense, kernel_init=Init, dtype=dtype)
+        block = functools.partial(nn.remat(Block) if c.remat else Block, c, dtype)
 
         noise = c.log_snr_scale * log_snr + c.log_snr_shift
         if c.fourier:
@@ -112,16 +117,17 @@ class SongUNet(nn.Module):
         else:
             # The last of the frequencies is exactly 1/10000.
             emb = noise_embedding(noise, c.width, 10000 ** (c.width / (c.width - 2)))
-        emb = emb.astype(x_t.dtype)
+        emb = emb.astype(dtype)
         if c.labels:
             label = class_index(cond["label"], c.labels, c.null_label)
-            one_hot = nn.one_hot(label, c.labels, dtype=x_t.dtype)  # zeros for no label
+            one_hot = nn.one_hot(label, c.labels, dtype=dtype)  # zeros for no label
             emb += dense(emb.shape[-1], name="label")(math.sqrt(c.labels) * one_hot)
         emb = nn.silu(dense(4 * c.width, name="embed_0")(emb))
         emb = nn.silu(dense(4 * c.width, name="embed_1")(emb))
 
-        h = conv(c.width, name="conv_in")(x_t)
-        skips, image = [h], x_t
+        image = x_t.astype(dtype)
+        h = conv(c.width, name="conv_in")(image)
+        skips = [h]
         for level, mult in enumerate(c.mults):
             if level != 0:
                 h = block(h.shape[-1], resize=halve, name=f"down_{level - 1}_half")(h, emb)
@@ -145,7 +151,7 @@ class SongUNet(nn.Module):
             if level != 0:
                 h = block(h.shape[-1], resize=double, name=f"up_{level}_double")(h, emb)
 
-        norm = nn.GroupNorm(groups(h.shape[-1]), epsilon=EPSILON, name="norm_out")
+        norm = nn.GroupNorm(groups(h.shape[-1]), epsilon=EPSILON, dtype=dtype, name="norm_out")
         h = nn.silu(norm(h))
         channels = c.out_channels or x_t.shape[-1]
         return conv(channels, kernel_init=Zero, name="conv_out")(h).astype(x_t.dtype)
@@ -158,6 +164,7 @@ class Block(nn.Module):
     """
 
     config: SongUNetConfig
+    dtype: jnp.dtype
     channels: int
     resize: Callable[[Array, Sequence[float]], Array] | None = None
     attend: bool = False
@@ -165,9 +172,9 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Array, emb: Array) -> Array:
         c = self.config
-        dense = functools.partial(nn.Dense, self.channels, kernel_init=Init)
-        conv = functools.partial(nn.Conv, self.channels, (3, 3))
-        norm = functools.partial(nn.GroupNorm, epsilon=EPSILON)
+        dense = functools.partial(nn.Dense, self.channels, kernel_init=Init, dtype=self.dtype)
+        conv = functools.partial(nn.Conv, self.channels, (3, 3), dtype=self.dtype)
+        norm = functools.partial(nn.GroupNorm, epsilon=EPSILON, dtype=self.dtype)
 
         project = self.resize is not None or x.shape[-1] != self.channels
         h = nn.silu(norm(groups(x.shape[-1]), name="norm_0")(x))
@@ -181,7 +188,7 @@ class Block(nn.Module):
         h = (h + (dense(name="shortcut")(x) if project else x)) * ROOT
         if not self.attend:
             return h
-        return Attention(1, groups(self.channels), EPSILON, name="attention")(h) * ROOT
+        return Attention(1, groups(self.channels), EPSILON, self.dtype, name="attention")(h) * ROOT
 
 
 def check_levels(shape: tuple[int, ...], levels: int, attention: Sequence[int]) -> None:

@@ -30,6 +30,8 @@ ENCODERS = {"StandardRGBEncoder": None, "StabilityVAEEncoder": "edm2"}
 DENSITIES = {None: (-0.8, 1.6), "edm2": (-0.4, 1.0)}
 """Mean and standard deviation of ln sigma in training, for images of 64 x 64 and for latents."""
 SIGMA_DATA = 0.5
+ATTENTION = "unet.enc.{0}x{0}_block0.attn_qkv.weight"
+LABEL = "unet.emb_label.weight"
 UNUSED = re.compile(r"^logvar_")
 """Arrays of the uncertainty, which only training needs."""
 
@@ -97,20 +99,16 @@ def make_config(path: Path, state: dict[str, np.ndarray], kind: str | None) -> C
             width=width,
             mults=tuple(w // width for w in widths),
             blocks=1 + max(block for _, block in shapes),
-            attention=tuple(
-                s for s in sizes if f"unet.enc.{s}x{s}_block0.attn_qkv.weight" in state
-            ),
-            labels=state["unet.emb_label.weight"].shape[1]
-            if "unet.emb_label.weight" in state
-            else 0,
+            attention=tuple(s for s in sizes if ATTENTION.format(s) in state),
+            labels=state[LABEL].shape[1] if LABEL in state else 0,
         ),
         target="F",
         unit_input=True,
         schedule="log_uniform",
-        weighting="edm",
-        weighting_options={"p_mean": mean, "p_std": std},
+        weighting="preconditioned",
         density="normal",
         density_options={"mean": -2 * mean, "std": 2 * std},
+        density_weights=False,
         sampling=Sampling("edm", times="karras", steps=32),
     )
 
