@@ -168,7 +168,7 @@ def take(examples: Examples, index: np.ndarray) -> dict[str, np.ndarray]:
         if x.dtype == np.uint8
         else x.astype(np.float32, copy=False)
     )
-    batch = {"x": x}
+    batch: dict[str, np.ndarray] = {"x": x}
     if examples.label is not None:
         batch["label"] = examples.label[index].astype(np.int32)
     return batch

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .. import data
@@ -70,7 +71,7 @@ def form(config: Config, runner: Runner, shape: tuple[int, ...], dtype: type) ->
         dtype = np.uint8 if dtype == np.uint8 else np.float32
         return Form(lambda x: x, shape, dtype, {}, lambda examples: examples)
     latents = LATENTS[kind]
-    means = lambda x: np.asarray(scaled(np.split(x.astype(np.float32), 2, axis=-1)[0], latents))
+    means = lambda x: np.asarray(scaled(jnp.split(jnp.asarray(x, float), 2, -1)[0], latents))
     if path is None:
         about = {"latents": kind, "samples": "latents"}
         examples = functools.partial(_mapped, means, shape, np.float32)

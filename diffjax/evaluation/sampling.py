@@ -138,9 +138,9 @@ def make_cascade(
 
 
 def picture_rows(config: Config) -> int:
-    """Rows of a run's picture: one for each class, or, of more than `MOST_ROWS`, as many as columns.
+    """Rows of a run's picture: one for each class; if they are too many, as many as columns.
 
-    In super-resolution there is one row of images that are enlarged.
+    More than `MOST_ROWS` classes are too many. Super-resolution enlarges one row of images.
 
     >>> picture_rows(Config()), Config().sampling.columns
     (10, 10)

@@ -84,7 +84,7 @@ def load(path: Path) -> tuple[Any, Config]:
       ValueError: if it is damaged, or holds another network.
     """
     found = torchfile.read(path)
-    net = found.get("ema") if isinstance(found, dict) else None
+    net: Any = found.get("ema") if isinstance(found, dict) else None
     outer, parts = torchfile.class_name(net), torchfile.modules(net)
     if (outer, torchfile.class_name(parts.get("unet"))) == ("Precond", "UNet"):
         return edm2.load(path, found)
