@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from test_published import arrays_of_dit, write_diffusers as write_dit
 from test_train import run
 
 import evaluate
 import sample
 import train
-from diffjax import checkpoint, data, keys
+from diffjax import checkpoint, data, keys, published
 from diffjax.data import Examples
 from diffjax.evaluation import pixels
 from diffjax.experiment import Config, Data, config as config_lib, dataset, resolve
@@ -317,6 +318,28 @@ def test_a_file_of_a_network_names_no_autoencoder(tmp_path):
     read = checkpoint.read_config(tmp_path / "a.safetensors")
     assert read.data == Data("npz", shape=(4, 4, 4), latents="sd")
     assert config_lib.differences(config, read) == []
+
+
+@pytest.mark.faults
+def test_a_published_dit_is_sampled_in_pixels_or_in_latents(tmp_path):
+    """Of random weights; the latents leave [-1, 1], to which images are clipped."""
+    (tmp_path / "dit").mkdir()
+    write_dit(tmp_path / "dit", arrays_of_dit())
+    params, config = published.load(tmp_path / "dit")
+    weights.save(tmp_path / "dit.safetensors", params, config)
+    argv = [f"--workdir={tmp_path}/dit.safetensors", "--n=4", "--steps=2"]
+    sample.main([*argv, f"--out={tmp_path}/latents.npz"])
+    vae = write_diffusers(tmp_path / "vae", dataclasses.replace(SMALL, channels=3))
+    sample.main([*argv, f"--out={tmp_path}/images.npz", f"--autoencoder={vae}"])
+    latents, images = (np.load(tmp_path / f"{name}.npz")["x"] for name in ("latents", "images"))
+    side = config.data.shape[0]
+    assert (latents.shape, latents.dtype) == ((4, side, side, 4), np.float32)
+    assert (images.shape, images.dtype) == ((4, 2 * side, 2 * side, 3), np.uint8)
+    assert np.abs(latents).max() > 1.5
+    decoded = autoencoder_kl.load(vae).decode(latents, LATENTS["sd"])
+    assert np.abs(data.to_bytes(np.asarray(decoded)).astype(int) - images).max() <= 1
+    with pytest.raises(SystemExit, match="settings; choose another --out.*"):
+        sample.main([*argv, f"--out={tmp_path}/images.npz"])
 
 
 @pytest.mark.faults

@@ -720,6 +720,7 @@ def test_a_published_dit_is_given_its_times_and_gives_a_variance(torch, tmp_path
     np.testing.assert_allclose(ours, dit_in_numpy(state, x, steps, label), atol=1e-4)
     assert (config.target, config.bound_weight, config.model.out_channels) == ("eps", 0.001, 8)
     assert (config.model.labels, config.data.shape) == (CLASSES, (SIDE, SIDE, 4))
+    assert config.data.latents == "sd"
     assert config_lib.from_json(config_lib.to_json(config)) == config
 
 

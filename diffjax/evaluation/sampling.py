@@ -261,7 +261,7 @@ def draw(
     label: np.ndarray | None,
     indices: range,
     size: int,
-    store: Callable[[np.ndarray], np.ndarray],
+    store: Callable[[np.ndarray], np.ndarray] = lambda x: x,
 ) -> Iterator[np.ndarray]:
     """Draw samples over all devices of all processes, with one compiled program.
 
@@ -272,7 +272,8 @@ def draw(
       label: the class of every sample, or None.
       indices: which samples to draw.
       size: samples per batch over all devices; rounded up to whole tiles on each device.
-      store: what the network makes -> what is stored and measured (`pixels.Form.store`).
+      store: what the network makes -> what is stored and measured (`pixels.Form.store`); by
+        default the same.
 
     Yields:
       The next samples, in every process.
