@@ -208,7 +208,7 @@ def test_edm2_gives_its_autoencoder_images_in_zero_to_one(tmp_path):
     found = autoencoder_kl.load(write_diffusers(tmp_path))
     x = np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 1)).astype(np.float32)
     as_edm2 = found.encode(x, LATENTS["edm2"])
-    np.testing.assert_allclose(as_edm2, found.encode((x + 1) / 2, LATENTS["sd"]), rtol=1e-4)
+    np.testing.assert_allclose(as_edm2, found.encode((x + 1) / 2, LATENTS["sd"]), atol=1e-5)
     z = np.split(np.asarray(as_edm2), 2, -1)[0]
     half = [found.decode(scaled(z, LATENTS[kind]), LATENTS[kind]) for kind in LATENTS]
     np.testing.assert_allclose(half[0], (half[1] + 1) / 2, rtol=1e-3, atol=1e-4)
@@ -264,6 +264,11 @@ def test_encoding_is_of_what_is_indexed(autoencoder):
     expected = np.asarray(found.encode(x, LATENTS["sd"]))
     np.testing.assert_allclose(encoded.x[np.array([7])], expected, rtol=2e-3, atol=1e-6)
     assert encoded.label is train_set.label
+    whole = pixels.encoded(Examples(train_set.x[:70]), found, "sd").x
+    np.testing.assert_array_equal(whole[:], np.concatenate([whole[:5], whole[5:70]]))
+    each = (pixels.encoded(train_set, found, kind).x for kind in LATENTS)
+    prints = [data.fingerprint(Examples(x)) for x in each]
+    assert prints[0] != prints[1] and json.loads(json.dumps(prints)) == prints
     data.checked(encoded.x[:9], encoded.label[:9])
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -31,12 +31,14 @@ class Mapped:
       function: rows `[k, ...]` -> rows `[k, *shape]`.
       row_shape: the shape of a row.
       dtype: of the rows.
+      about: what tells the function from others, for JSON.
     """
 
     source: Rows
     function: Callable[[np.ndarray], np.ndarray]
     row_shape: tuple[int, ...]
     dtype: np.dtype
+    about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -49,6 +51,10 @@ class Mapped:
     def __getitem__(self, index: Any, /) -> np.ndarray:
         """The rows at an index of one axis: a slice, or an array of numbers or bools."""
         return self.function(self.source[index])
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The fingerprint of the others, and what is made of them."""
+        return {"source": fingerprint(Examples(self.source)), **self.about}
 
 
 @runtime_checkable

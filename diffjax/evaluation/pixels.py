@@ -23,6 +23,9 @@ from ..published.autoencoder_kl import Autoencoder
 from ..training.files import local
 from ..training.runners import Runner, in_batches
 
+IMAGES = 64
+"""Images that are encoded in one call."""
+
 
 class Form(NamedTuple):
     """The form of samples outside the network.
@@ -78,11 +81,11 @@ def form(config: Config, runner: Runner, shape: tuple[int, ...], dtype: type) ->
         return Form(lambda x: x, shape, np.float32, {"space": about}, examples)
     autoencoder = read(path, shape)
     mapped = runner.map(lambda params, batch: _decode(autoencoder, params, batch["x"], kind))
-    size = config.batch_size
+    params = jax.tree.map(jnp.asarray, autoencoder.params)
 
     def decode(x):
         batch = {"index": np.arange(len(x)), "x": np.asarray(x, np.float32)}
-        return in_batches(runner, mapped, autoencoder.params, batch, size)
+        return in_batches(runner, mapped, params, batch, min(len(x), config.batch_size))
 
     factor = autoencoder.config.factor
     pixels = (factor * shape[0], factor * shape[1], autoencoder.config.channels)
@@ -127,18 +130,26 @@ def encoded(examples: data.Examples, autoencoder: Autoencoder, kind: str) -> dat
             f"height and width divisible by {c.factor}"
         )
     encode = jax.jit(lambda params, x: Autoencoder(c, params).encode(x, LATENTS[kind]))
+    params = jax.tree.map(jnp.asarray, autoencoder.params)
 
     def moments(x):
-        given = data.take(data.Examples(x), np.arange(len(x)))["x"]
-        return np.asarray(encode(autoencoder.params, given)).astype(np.float16)
+        given = (data.take(data.Examples(part), np.arange(len(part)))["x"] for part in _parts(x))
+        return np.concatenate([np.asarray(encode(params, part), np.float16) for part in given])
 
     latent = (shape[0] // c.factor, shape[1] // c.factor, 2 * c.latent_channels)
-    return _mapped(moments, latent, np.float16, examples)
+    about = {"latents": kind, "autoencoder": autoencoder.sha256()}
+    return _mapped(moments, latent, np.float16, examples, about)
+
+
+def _parts(x):
+    return (x[start : start + IMAGES] for start in range(0, len(x), IMAGES))
 
 
 def _decode(autoencoder, params, x, kind):
     return autoencoder._replace(params=params).decode(x, LATENTS[kind])
 
 
-def _mapped(function, shape, dtype, examples):
-    return examples._replace(x=data.Mapped(examples.x, function, shape, np.dtype(dtype)))
+def _mapped(function, shape, dtype, examples, about=None):
+    return examples._replace(
+        x=data.Mapped(examples.x, function, shape, np.dtype(dtype), about or {})
+    )

@@ -59,15 +59,19 @@ class Autoencoder(NamedTuple):
     params: Any
 
     def encode(self, images: Array, latents: Latents) -> Array:
-        """The moments of images: `[batch, h, w, 3]` in [-1, 1] -> `[batch, h/8, w/8, 2 x 4]`."""
+        """The moments of images: `[batch, h, w, 3]` in [-1, 1] -> `[batch, h/8, w/8, 2 x 4]`.
+
+        One is encoded after the other: the activations of one take as much memory as a thousand
+        latents.
+        """
         given = latents.low + (images + 1) / 2 * (1 - latents.low)
-        return models.encode(self.config, self.params, given)
+        one = lambda image: models.encode(self.config, self.params, image[None])[0]
+        return jax.lax.map(one, given)
 
     def decode(self, x: Array, latents: Latents) -> Array:
         """The images, about in [-1, 1], of latents as a network makes them `[batch, h/8, w/8, 4]`.
 
-        One is decoded after the other: the activations of one take as much memory as a thousand
-        latents.
+        One is decoded after the other, as in `encode`.
         """
         one = lambda z: models.decode(self.config, self.params, z[None])[0]
         found = jax.lax.map(one, unscaled(x, latents))
