@@ -106,7 +106,7 @@ def evaluate(args: Arguments) -> dict[str, Any]:
     # Nothing would be saved, so SIGTERM may end the process at once.
     jax.config.update("jax_enable_preemption_service", False)
     setup(args.distributed)
-    dataset = load_data(located(config, args.data_path))
+    dataset = load_data(located(config, args.data_path), args.workdir)
     part = dataset.test if args.reference == "test" else dataset.train
     measures = bool(given or args.drawing.n or args.write_reference)
     require(
