@@ -1,4 +1,4 @@
-"""Measure how many images a core reads from each form of data, and print docs/howto/data.md's table.
+"""Measure how many images a core reads from each form of data: the table of docs/howto/data.md.
 
     python studies/reading.py
 
@@ -64,9 +64,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sides", type=int, nargs="+", default=[32, 64, 256])
-    parser.add_argument(
-        "--n", type=int, default=2000, help="images of 32 pixels; fewer larger ones"
-    )
+    parser.add_argument("--n", type=int, default=2000, help="number of images of 32 pixels")
     args = parser.parse_args()
     columns = {}
     for side in args.sides:

@@ -6,6 +6,7 @@ fast in order and slow at random, which is why nothing is trained from it.
 
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import tarfile
@@ -347,8 +348,7 @@ class Tfds:
 
 @functools.lru_cache(maxsize=8)
 def _tfds_source(path, split):
-    import tensorflow_datasets as tfds
-
+    tfds = importlib.import_module("tensorflow_datasets")
     builder = tfds.builder_from_directory(path)
     return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
 
@@ -356,7 +356,7 @@ def _tfds_source(path, split):
 def tfds(path: Path) -> Split:
     """A data set of TensorFlow Datasets, prepared with `file_format=array_record`."""
     try:
-        import tensorflow_datasets as reader
+        reader = importlib.import_module("tensorflow_datasets")
     except ImportError as error:
         raise ValueError(f"tfds needs TensorFlow Datasets: {install('convert')}") from error
     builder = reader.builder_from_directory(path)

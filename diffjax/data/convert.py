@@ -14,6 +14,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import importlib
 import json
 import os
 import sys
@@ -214,7 +215,7 @@ def _write_shard(
     part: Examples, dest: Path, encoding: str, unreadable: str, task: tuple[str, int, int]
 ) -> Shard:
     """Write one shard and its seal, unless they are there; a pure function that a worker runs."""
-    from array_record.python import array_record_module
+    array_record_module = importlib.import_module("array_record.python.array_record_module")
 
     name, start, stop = task
     path, sealed = dest / name, dest / f"{name}.seal.json"
