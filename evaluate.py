@@ -111,7 +111,7 @@ def evaluate(args: Arguments) -> dict[str, Any]:
     jax.config.update("jax_enable_preemption_service", False)
     setup(args.distributed)
     there = located(config, args.data_path, args.autoencoder)
-    dataset = load_data(there)
+    dataset = load_data(there, args.workdir if args.workdir.is_dir() else None)
     part = dataset.test if args.reference == "test" else dataset.train
     measures = bool(given or args.drawing.n or args.write_reference)
     require(

@@ -126,7 +126,7 @@ def train(
         setup(distributed, config.batch_size, accumulate)
         check_batch(config.batch_size, accumulate)
         runner = RUNNERS[config.parallel](config.fsdp)
-        train_set, test_set = dataset.load_data(config)
+        train_set, test_set = dataset.load_data(config, workdir)
         dataset.check_data(config, train_set, test_set)
         e.grid()
         e.times.check()

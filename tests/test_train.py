@@ -790,7 +790,9 @@ def test_a_config_is_found_by_its_name_from_anywhere(tmp_path, monkeypatch):
     for word in ("two_moons", "two_moons:smoke", "configs/two_moons.py", "two_moons.py"):
         command = command_line.parse([f"--config={word}"], configs)
         assert command.config.data.name == "two_moons" and command.workdir == Path("runs/two_moons")
-    with pytest.raises(SystemExit, match=f"no config digit; {configs} has .*digits, .*fashion_mnist"):
+    with pytest.raises(
+        SystemExit, match=f"no config digit; {configs} has .*digits, .*fashion_mnist"
+    ):
         command_line.parse(["--config=digit"], configs)
 
 

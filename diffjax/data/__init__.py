@@ -6,17 +6,18 @@ data is float32 in [-1, 1]. Examples are in memory, or on the disk, as in a fold
 (`Rows`). Nothing is downloaded.
 
 A data set is defined by a function and a row in the table of its file: `readers.READERS`,
-`toy.TOYS`, `images.FOLDERS`.
+`toy.TOYS`, `images.FOLDERS`, `records.RECORDS`.
 """
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import images, readers, toy
-from .batches import batch_indices, train_batch, train_batches
+from . import images, readers, records, toy
+from .batches import ORDERS, batch_indices, order_of, train_batch, train_batches
 from .examples import (
     Dataset,
     Examples,
@@ -34,11 +35,12 @@ from .examples import (
 from .images import UnreadableError
 from .workers import check_workers, in_order, prefetch
 
-DATASETS: dict[str, Source] = readers.READERS | images.FOLDERS | toy.TOYS
+DATASETS: dict[str, Source] = readers.READERS | images.FOLDERS | records.RECORDS | toy.TOYS
 """Data sets by name, as configs and the command line choose them."""
 
 __all__ = [
     "DATASETS",
+    "ORDERS",
     "Dataset",
     "Examples",
     "Mapped",
@@ -54,6 +56,7 @@ __all__ = [
     "in_order",
     "levels",
     "load",
+    "order_of",
     "prefetch",
     "shape_of",
     "take",
@@ -80,6 +83,9 @@ def load(
     unreadable: str = "refuse",
     workers: int = 0,
     shape: tuple[int, ...] | None = None,
+    crop: str = "square",
+    scanned: Path | None = None,
+    table: Mapping[str, Source] = DATASETS,
 ) -> Dataset:
     """Load a data set by name.
 
@@ -93,6 +99,9 @@ def load(
         file.
       workers: number of processes that decode a folder's files.
       shape: for `npz` only: the shape of an example, if an array of three axes is not grey images.
+      crop: for `folder` only: how an image is made a square, a name in `images.CROPS`.
+      scanned: for `folder` only: the file that keeps what decoding all of it once has found.
+      table: the data sets by name.
 
     Raises:
       ValueError: if the name is unknown, the data set does not take an option, a file is corrupt,
@@ -103,9 +112,9 @@ def load(
     >>> train.x.shape, test.x.shape
     ((1497, 8, 8, 1), (300, 8, 8, 1))
     """
-    if name not in DATASETS:
-        raise ValueError(f"unknown data set {name!r}: one of {', '.join(DATASETS)}")
-    read = DATASETS[name].read
+    if name not in table:
+        raise ValueError(f"unknown data set {name!r}: one of {', '.join(table)}")
+    read = table[name].read
     given: dict[str, Any] = {
         "path": None if path is None else Path(path),
         "size": size,
@@ -113,9 +122,11 @@ def load(
         "unreadable": None if unreadable == "refuse" else unreadable,
         "workers": workers or None,
         "shape": shape,
+        "crop": None if crop == "square" else crop,
+        "scanned": scanned,
     }
     takes = inspect.signature(read).parameters
-    for option in ("path", "channels", "unreadable"):
+    for option in ("path", "channels", "unreadable", "crop"):
         if given[option] is not None and option not in takes:
             raise ValueError(
                 f"data.{option}={str(given[option])!r}: the data set {name} takes no {option}"

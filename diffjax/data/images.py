@@ -2,17 +2,23 @@
 
 `Images` acts as an array in batches: it has a shape and a dtype, and an array of indices gives an
 array of pixels. Pixels are not cached, so memory grows only with the names of the files. Every file
-is decoded once before training starts, which finds and names the files that cannot be read.
+is decoded once before a run starts, which finds and names the files that cannot be read; what was
+found is kept beside the run, and holds as long as the files' names, sizes and times do.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
+import json
 import os
+import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -55,12 +61,14 @@ class Images:
       root: the folder.
       names: the files' paths in the folder, an array of str `[n]`.
       side: side of the squares to which they are scaled; None if they are not scaled.
+      crop: a name in `CROPS`.
       shape: `(n, height, width, channels)`.
     """
 
     root: Path
     names: np.ndarray
     side: int | None
+    crop: str
     shape: tuple[int, ...]
     dtype = np.dtype(np.uint8)
 
@@ -69,17 +77,11 @@ class Images:
 
     def __getitem__(self, index: Any) -> np.ndarray:
         files = [self.root / name for name in self.names[index]]
-        return np.stack([read(file, self.side, self.shape[-1]) for file in files])
+        return np.stack([read(file, self.side, self.shape[-1], self.crop) for file in files])
 
     def fingerprint(self) -> dict[str, str]:
         """Hashes of the files' names, sizes and times of change."""
-        found = [(self.root / name).stat() for name in self.names]
-        parts = {
-            "names": list(self.names),
-            "sizes": [file.st_size for file in found],
-            "times": [file.st_mtime_ns for file in found],
-        }
-        return {k: hashlib.sha256(repr(v).encode()).hexdigest() for k, v in parts.items()}
+        return fingerprint_of([self.root / name for name in self.names], list(self.names))
 
     def __array__(self, *_: Any, **__: Any) -> np.ndarray:
         return self[:]  # reads all images into memory
@@ -102,6 +104,8 @@ def folder(
     channels: int | None = None,
     unreadable: str = "refuse",
     workers: int = 0,
+    crop: str = "square",
+    scanned: Path | None = None,
 ) -> tuple:
     """A folder of images, read batch by batch; about a tenth is held out.
 
@@ -121,6 +125,8 @@ def folder(
       channels: 1 (grey) or 3 (RGB); None is grey if all images are grey.
       unreadable: what to do if a file cannot be read: "refuse" the folder, or "skip" the file.
       workers: number of processes that decode the files.
+      crop: how an image is made a square of `size`, a name in `CROPS`.
+      scanned: the file that keeps what decoding every image has found, so that it is done once.
 
     Raises:
       FileNotFoundError: if there is no such folder.
@@ -135,7 +141,11 @@ def folder(
         raise ValueError(f"data.channels={channels}: must be 1 (grey), 3 (RGB) or None")
     if unreadable not in UNREADABLE:
         raise ValueError(f"unknown data.unreadable {unreadable!r}: one of {', '.join(UNREADABLE)}")
-    names, bad, shapes, left_out = scan(path, size, workers)
+    if crop not in CROPS:
+        raise ValueError(f"unknown crop {crop!r}: one of {', '.join(CROPS)}")
+    if size is None and crop != "square":
+        raise ValueError(f"crop={crop}: needs a size")
+    names, bad, shapes, left_out = scan(path, size, workers, crop, scanned)
     _refuse_or_tell(path, len(names), bad, unreadable)
     sides = {shape[:2]: name for shape, name in shapes.items()}
     if len(sides) > 1:
@@ -164,7 +174,8 @@ def folder(
         print(f"{path}: left out: {', '.join(left_out)}", flush=True)
 
     def part(names):
-        images = Images(path, np.array(names, object), size, (len(names), height, width, channels))
+        shape = (len(names), height, width, channels)
+        images = Images(path, np.array(names, object), size, crop, shape)
         return images, None if loose else np.array([classes[class_of(n)] for n in names])
 
     return part(parts[0]), part(parts[1])
@@ -186,17 +197,30 @@ def held_out(name: str) -> bool:
     return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8]) % 10 == 0
 
 
-def scan(path: Path, size: int | None = None, workers: int = 0) -> Scan:
+def scan(
+    path: Path,
+    size: int | None = None,
+    workers: int = 0,
+    crop: str = "square",
+    scanned: Path | None = None,
+) -> Scan:
     """Decode every image of a folder once, and print the progress.
 
     Args:
       path: the folder.
       size: as for `folder`.
       workers: number of processes that decode the files.
+      crop: as for `folder`.
+      scanned: the file that keeps the result. If it is that of files of these names, sizes and
+        times, nothing is decoded.
     """
     found, left_out = _listed(path)
+    of = {"size": size, "crop": crop} | fingerprint_of([path / name for name in found], found)
+    known = _known(scanned, of, left_out)
+    if known is not None:
+        return known
     result, reported = Scan([], {}, {}, left_out), time.monotonic()
-    look = functools.partial(_look, path, found, size)
+    look = functools.partial(_look, path, found, size, crop)
     for seen in in_order(look, range(0, len(found), CHUNK), workers):
         for name, shape, why in seen:
             if shape is None:
@@ -208,7 +232,44 @@ def scan(path: Path, size: int | None = None, workers: int = 0) -> Scan:
             done, reported = len(result.names) + len(result.unreadable), time.monotonic()
             bad = f", {len(result.unreadable):,} unreadable" if result.unreadable else ""
             print(f"{path}: checked {done:,} of {len(found):,} images{bad}", flush=True)
+    _keep(scanned, of, result)
     return result
+
+
+def _known(scanned, of, left_out):
+    """What an earlier scan of the same files found; None if there is none, or it is damaged."""
+    if scanned is None:
+        return None
+    try:
+        kept: Any = json.loads(scanned.read_bytes())
+        if kept["of"] != of:
+            return None
+        shapes = {tuple(map(int, shape)): str(name) for shape, name in kept["shapes"]}
+        return Scan(list(map(str, kept["names"])), dict(kept["unreadable"]), shapes, left_out)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _keep(scanned, of, result):
+    if scanned is None:
+        return
+    kept = {"of": of, "names": result.names, "unreadable": result.unreadable}
+    kept["shapes"] = list(result.shapes.items())
+    scanned.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=scanned.parent, delete=False) as file:
+        json.dump(kept, file)
+    Path(file.name).replace(scanned)
+
+
+def fingerprint_of(files: Sequence[Path], names: list[str] | None = None) -> dict[str, str]:
+    """Hashes of the names, sizes and times of change of files; None: of their own names."""
+    found = [file.stat() for file in files]
+    parts = {
+        "names": names or [file.name for file in files],
+        "sizes": [file.st_size for file in found],
+        "times": [file.st_mtime_ns for file in found],
+    }
+    return {k: hashlib.sha256(repr(v).encode()).hexdigest() for k, v in parts.items()}
 
 
 def _listed(path):
@@ -280,18 +341,20 @@ def _splits(path: Path, names: list[str]) -> tuple[str, ...]:
     return tuple(ordered)
 
 
-def _look(path, found, size, start):
+def _look(path, found, size, crop, start):
     """(name, shape or None, reason if None) of each file in a chunk."""
     seen = []
     for name in found[start : start + CHUNK]:
         try:
-            seen.append((name, read(path / name, size).shape, ""))
+            seen.append((name, read(path / name, size, None, crop).shape, ""))
         except UnreadableError as error:
             seen.append((name, None, str(error.__cause__)))
     return seen
 
 
-def read(file: Path, side: int | None = None, channels: int | None = None) -> np.ndarray:
+def read(
+    file: Path, side: int | None = None, channels: int | None = None, crop: str = "square"
+) -> np.ndarray:
     """The pixels of an image file, uint8 `[height, width, channels]`, on white where transparent.
 
     Of an animation, or of several pages, it is the first.
@@ -300,31 +363,58 @@ def read(file: Path, side: int | None = None, channels: int | None = None) -> np
       file: a file with a suffix in `READ`.
       side: crop the image to a centred square, and scale it to this many pixels per side.
       channels: 1 (grey) or 3 (RGB); None is grey if the image is grey.
+      crop: how it is made a square, a name in `CROPS`.
 
     Raises:
       UnreadableError: if the file is not an image, or decoding it takes more bytes than
         `limits.IMAGE`.
       OSError: if the disk or the network fails, which says nothing about the file.
     """
-    try:
+    with _unreadable(file):
         if file.suffix.lower() in NOT_READ:
             raise ValueError(f"{file.suffix} is not read: convert it to PNG, JPEG or WebP")
         if not file.is_file():  # opening a pipe would wait for ever
             raise ValueError("not a regular file")
-        with Image.open(file, formats=tuple(FORMATS)) as image:
-            # Four copies of an image with transparency, of 4 bytes per pixel, and two of others.
-            most = limits.IMAGE // (16 if image.has_transparency_data else 8)
-            if image.width * image.height > most:
-                raise ValueError(f"{image.width} x {image.height} pixels, more than {most}")
-            return _pixels(image, side, channels)
+        return _decoded(file, side, channels, crop)
+
+
+def decode(
+    data: bytes,
+    where: str,
+    side: int | None = None,
+    channels: int | None = None,
+    crop: str = "square",
+) -> np.ndarray:
+    """The pixels of an image's bytes, as `read` gives those of a file.
+
+    Raises:
+      UnreadableError: as `read` does, with `where` in place of the file's path.
+    """
+    with _unreadable(where):
+        return _decoded(io.BytesIO(data), side, channels, crop)
+
+
+@contextlib.contextmanager
+def _unreadable(where):
+    try:
+        yield
     except Exception as error:  # untrusted input may raise anything
         if is_transient(error):
             raise
-        raise UnreadableError(f"{file}: not a readable image ({error})") from error
+        raise UnreadableError(f"{where}: not a readable image ({error})") from error
 
 
-def _pixels(image, side, channels):
-    if side is not None:
+def _decoded(file: Path | BinaryIO, side, channels, crop):
+    with Image.open(file, formats=tuple(FORMATS)) as image:
+        # Four copies of an image with transparency, of 4 bytes per pixel, and two of others.
+        most = limits.IMAGE // (16 if image.has_transparency_data else 8)
+        if image.width * image.height > most:
+            raise ValueError(f"{image.width} x {image.height} pixels, more than {most}")
+        return _pixels(image, side, channels, crop)
+
+
+def _pixels(image, side, channels, crop):
+    if side is not None and crop == "square":
         image.draft(None, (2 * side, 2 * side))  # decodes a large JPEG at a reduced size
     ImageOps.exif_transpose(image, in_place=True)  # cameras store the orientation in metadata
     if image.mode == "F":
@@ -340,11 +430,40 @@ def _pixels(image, side, channels):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("L" if grey else "RGB")
     if side is not None:
-        least = min(image.size)
-        left, top = (image.width - least) // 2, (image.height - least) // 2
-        how = Image.Resampling.BOX if least > side else Image.Resampling.BICUBIC
-        image = image.resize((side, side), how, (left, top, left + least, top + least))
+        image = CROPS[crop](image, side)
     return np.atleast_3d(np.asarray(image))
+
+
+def _square(image: Image.Image, side: int) -> Image.Image:
+    least = min(image.size)
+    left, top = (image.width - least) // 2, (image.height - least) // 2
+    how = Image.Resampling.BOX if least > side else Image.Resampling.BICUBIC
+    return image.resize((side, side), how, (left, top, left + least, top + least))
+
+
+def _adm(image: Image.Image, side: int) -> Image.Image:
+    while min(image.size) >= 2 * side:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = side / min(image.size)
+    size = round(image.width * scale), round(image.height * scale)
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+CROPS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
+    "square": _square,
+    "area": _square,
+    "adm": _adm,
+}
+"""The ways to make an image a square of a side, by name.
+
+`square` averages the pixels of the centred square, bicubic where it enlarges; a large JPEG is
+decoded at a reduced size, which is faster. `area` is the same from all pixels. `adm` halves the
+image by averages while it is twice as large as needed, scales its short side by bicubic
+interpolation, and takes the centre: the crop of ADM (Dhariwal and Nichol, 2021), which DiT, EDM2
+and others use for ImageNet-256 and 512.
+"""
 
 
 FOLDERS: dict[str, Source] = {"folder": Source(folder, dtype=np.uint8)}

@@ -87,7 +87,7 @@ def compare(args: Arguments) -> list[dict[str, Any]]:
     config = e.config
     drawn = e if args.features is None else sampling.drawn_by(config, _drawing(args, e))
     setup(ALONE)
-    dataset, runner = load_data(config), RUNNERS[config.parallel](1)
+    dataset, runner = load_data(config, args.workdir), RUNNERS[config.parallel](1)
     levels = data.levels(config.data.name, dataset.test)
     held_out = data.first(dataset.test, args.held_out)
     bound = runner.map(likelihoods.variational_bound(e, levels, args.bound_samples))

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 
 import tyro
 
-from ..data import DATASETS, check_workers
-from ..data.images import UNREADABLE
+from ..data import DATASETS, ORDERS, check_workers
+from ..data.images import CROPS, UNREADABLE
 from ..densities import DENSITIES
 from ..guidance import GUIDANCES
 from ..latents import LATENTS
@@ -166,6 +166,11 @@ class Data:
     """Channels of the images of a folder: 1, grey, or 3, RGB; None: 1 if all are grey, else 3."""
     unreadable: Annotated[str, one_of(UNREADABLE)] = "refuse"
     """Whether to refuse a folder in which a file cannot be read, or to skip the file."""
+    crop: Annotated[str, one_of(CROPS)] = "square"
+    """How the images of a folder are made squares of `size`; adm: as ADM does (DiT, EDM2)."""
+    order: Annotated[str | None, one_of(ORDERS)] = None
+    """Order of the examples in an epoch; None: shuffle, or feistel, which takes no memory and which
+    a run then records, for more than 4 million examples."""
     workers: int = 0
     """Processes that make batches (extra `data`); 0: a thread, which is usually enough."""
     flip: bool = False
@@ -182,6 +187,8 @@ class Data:
         """Raise a ValueError if the section is impossible whatever the other sections are."""
         known_name("data set", DATASETS, self.name)
         check_workers(self.workers)
+        if self.order is not None:
+            known_name("order", ORDERS, self.order)
         if self.latents is not None:
             known_name("latents", LATENTS, self.latents)
         require(

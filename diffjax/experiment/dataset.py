@@ -9,22 +9,31 @@ from typing import Any
 import numpy as np
 
 from .. import data
-from ..data import Dataset, Examples, batch_indices, load, train_batch, train_batches
+from ..data import Dataset, Examples, batch_indices, load, order_of, train_batch, train_batches
 from ..training.files import local
 from .config import Config
 from .functions import Experiment
 from .rules import cautions as cautions, check_data as check_data
 
+SCANNED = "folder.json"
+"""In a run's directory: what decoding its folder of images has found."""
 
-def load_data(config: Config) -> Dataset:
+
+def load_data(config: Config, workdir: Path | None = None) -> Dataset:
     """The config's data set.
+
+    Args:
+      config: the config.
+      workdir: the directory of its run, which keeps what decoding a folder of images has found, so
+        that only the first start decodes all of them; None: there is none.
 
     Raises:
       ValueError, FileNotFoundError: as `data.load` does.
     """
     d = config.data
     path = None if d.path is None else local(d.path)
-    return load(d.name, path, d.size, d.channels, d.unreadable, d.workers, d.shape)
+    scanned = None if workdir is None else workdir / SCANNED
+    return load(d.name, path, d.size, d.channels, d.unreadable, d.workers, d.shape, d.crop, scanned)
 
 
 def located(config: Config, path: Path | None, autoencoder: Path | None = None) -> Config:
@@ -48,10 +57,13 @@ def located(config: Config, path: Path | None, autoencoder: Path | None = None) 
 def recorded(config: Config, train: Examples) -> Config:
     """The config as a run stores it: with the absolute path and the shape of its training data.
 
-    So a run can be used from another directory, and sampled or exported without its data.
+    So a run can be used from another directory, and sampled or exported without its data. If the
+    order of the examples is not the one that every run of an earlier version has, it is stored too.
     """
     config = located(config, config.data.path, config.data.autoencoder)
     found = dataclasses.replace(config.data, shape=data.shape_of(train.x))
+    if found.order is None and order_of(len(train.x)) != "shuffle":
+        found = dataclasses.replace(found, order=order_of(len(train.x)))
     return dataclasses.replace(config, data=found)
 
 
@@ -105,6 +117,7 @@ def make_batch(config: Config, examples: Examples, slots: np.ndarray) -> Callabl
       slots: the positions in the global batch that this process feeds.
     """
     options = {"batch_size": config.batch_size, "slots": slots, "flip": config.data.flip}
+    options["order"] = config.data.order
     if config.steps_per_call == 1:
         return functools.partial(train_batch, examples, config.seed, **options)
     count = config.steps_per_call
@@ -114,5 +127,6 @@ def make_batch(config: Config, examples: Examples, slots: np.ndarray) -> Callabl
 def describe_step(e: Experiment, n: int, taken: int) -> str:
     """The learning rate after `taken` steps, and which of n examples the next step trains on."""
     rate = np.asarray(e.learning_rate(taken))
-    index = batch_indices(e.config.seed, taken, n, e.config.batch_size)
+    config = e.config
+    index = batch_indices(config.seed, taken, n, config.batch_size, config.data.order)
     return f"learning rate {rate:.3g}, examples {index.tolist()}"
