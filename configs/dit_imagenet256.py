@@ -1,9 +1,9 @@
 """Latents of ImageNet at 256 x 256 as DiT-XL/2 (Peebles & Xie 2023, section 4).
 
     python train.py --config=configs/dit_imagenet256.py \\
-        --config.data.path=latents.npz --config.data.autoencoder=sd-vae-ft-mse
+        --config.data.path=records/latents --config.data.autoencoder=sd-vae-ft-mse
 
-The data are the latents of Stable Diffusion's autoencoder (docs/weights.md makes such a file), of
+The data are the latents of Stable Diffusion's autoencoder (docs/howto/latents.md makes them), of
 the images and of their mirror images. Theirs: 675 million parameters, 7 million steps of 256
 images, AdamW at a constant 1e-4 without decay or warm-up; FID 2.27 with 250 steps of the ancestral
 sampler and guidance of weight 1.5 on the first three channels. It mirrors images at random before
@@ -22,7 +22,7 @@ from diffjax.models.dit import dit_config
 def get_config(variant: str = "") -> Config:
     model = dit_config("XL", 2, labels=1000, null_label=True, out_channels=8, log_snr_scale=1.0)
     config = Config(
-        data=Data("npz", latents="sd"),
+        data=Data("records", latents="sd"),
         target="eps",
         schedule="linear_betas",
         schedule_options={"steps": 1000},

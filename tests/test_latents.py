@@ -16,7 +16,7 @@ import evaluate
 import sample
 import train
 from diffjax import checkpoint, data, keys, published
-from diffjax.data import Examples
+from diffjax.data import Examples, convert
 from diffjax.evaluation import pixels
 from diffjax.experiment import Config, Data, config as config_lib, dataset, resolve
 from diffjax.latents import LATENTS, draw, scaled
@@ -270,6 +270,26 @@ def test_encoding_is_of_what_is_indexed(autoencoder):
     prints = [data.fingerprint(Examples(x)) for x in each]
     assert prints[0] != prints[1] and json.loads(json.dumps(prints)) == prints
     data.checked(encoded.x[:9], encoded.label[:9])
+
+
+def test_latents_are_converted_to_records(autoencoder, tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (70, 8, 8, 1), np.uint8)
+    np.savez(tmp_path / "x.npz", x_train=x, x_test=x[:3])
+    argv = ["npz", str(tmp_path / "out"), f"--path={tmp_path / 'x.npz'}"]
+    for more, message in (
+        (["--workers=2"], "encoded on the devices, by this process, and stored raw"),
+        (["--latents=sdxl"], "unknown latents 'sdxl': one of sd, edm2"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            convert.main([*argv, f"--encode={autoencoder}", *more])
+    convert.main([*argv, f"--encode={autoencoder}", "--mirror=True"])
+    stored = data.load("records", tmp_path / "out").train
+    both = np.concatenate([x, x[:, :, ::-1]]).astype(np.float32) / 127.5 - 1
+    expected = autoencoder_kl.load(autoencoder).encode(both, LATENTS["sd"])
+    np.testing.assert_allclose(np.asarray(stored.x[:], np.float32), expected, rtol=2e-3, atol=1e-4)
+    batch = data.train_batch(stored, seed=0, step=0, batch_size=8)
+    drawn = resolve(latent_config()).example(jax.random.key(0), batch["x"])
+    assert drawn.shape == (8, 4, 4, 4) and drawn.dtype == jnp.float32
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from diffjax import data
-from diffjax.data import batches, convert, images, records
+from diffjax.data import batches, conversion, convert, images, records
 from diffjax.experiment import Config, dataset
 from diffjax.experiment.config import Data, from_json, to_json
 
@@ -47,7 +47,7 @@ def test_records_hold_what_was_converted(tmp_path, dtype, encoding):
     for labels in (True, False):
         given = arrays(dtype, labels=labels)
         dest = tmp_path / f"{labels}"
-        manifest = convert.convert(given, dest, encoding, shard=10)
+        manifest = conversion.convert(given, dest, encoding, shard=10)
         assert [seal.n for seal in manifest["parts"]["train"]["shards"]] == [10, 10, 3]
         for found, part in zip(read(dest), given, strict=True):
             np.testing.assert_array_equal(found.x[:], part.x)
@@ -62,31 +62,31 @@ def test_records_hold_what_was_converted(tmp_path, dtype, encoding):
 def test_jpeg_is_near_what_was_converted(tmp_path):
     ramp = np.broadcast_to(np.linspace(0, 255, 32).astype(np.uint8)[:, None, None], (32, 32, 3))
     part = data.Examples(np.stack([ramp] * 2))
-    convert.convert(data.Dataset(part, part), tmp_path / "r", "jpeg")
+    conversion.convert(data.Dataset(part, part), tmp_path / "r", "jpeg")
     assert abs(read(tmp_path / "r").train.x[:].astype(int) - part.x).max() < 5
 
 
 def test_a_conversion_that_was_stopped_goes_on(tmp_path, monkeypatch):
     given = arrays(np.uint8)
-    convert.convert(given, tmp_path / "whole", shard=4)
-    write, count = convert._write_shard, iter(range(100))
+    conversion.convert(given, tmp_path / "whole", shard=4)
+    write, count = conversion._write_shard, iter(range(100))
 
     def two_shards(*args):
         if next(count) == 2:
             raise KeyboardInterrupt
         return write(*args)
 
-    monkeypatch.setattr(convert, "_write_shard", two_shards)
+    monkeypatch.setattr(conversion, "_write_shard", two_shards)
     with pytest.raises(KeyboardInterrupt):
-        convert.convert(given, tmp_path / "stopped", shard=4)
+        conversion.convert(given, tmp_path / "stopped", shard=4)
     with pytest.raises(FileNotFoundError, match=r"manifest\.json"):
         read(tmp_path / "stopped")
     first = tmp_path / "stopped/train-00000-of-00006.array_record"
     before = first.stat().st_mtime_ns
-    monkeypatch.setattr(convert, "_write_shard", write)
+    monkeypatch.setattr(conversion, "_write_shard", write)
     with pytest.raises(ValueError, match="another conversion, of other encoding"):
-        convert.convert(given, tmp_path / "stopped", "png", shard=4)
-    convert.convert(given, tmp_path / "stopped", shard=4)
+        conversion.convert(given, tmp_path / "stopped", "png", shard=4)
+    conversion.convert(given, tmp_path / "stopped", shard=4)
     assert first.stat().st_mtime_ns == before
     files = lambda folder: {p.name: p.read_bytes() for p in (tmp_path / folder).iterdir()}
     assert files("stopped") == files("whole")
@@ -94,7 +94,7 @@ def test_a_conversion_that_was_stopped_goes_on(tmp_path, monkeypatch):
 
 def test_damage_is_named(tmp_path):
     given = arrays(np.uint8)
-    manifest = convert.convert(given, tmp_path, shard=10)
+    manifest = conversion.convert(given, tmp_path, shard=10)
     shard = tmp_path / manifest["parts"]["train"]["shards"][1].file
     whole = shard.read_bytes()
     at = whole.index(given.train.x[12].tobytes())
@@ -127,7 +127,7 @@ def test_damage_is_named(tmp_path):
     ],
 )
 def test_a_manifest_of_something_else_is_refused(tmp_path, change, message):
-    convert.convert(arrays(np.uint8), tmp_path)
+    conversion.convert(arrays(np.uint8), tmp_path)
     path = tmp_path / records.MANIFEST
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -160,6 +160,17 @@ def test_impossible_conversions_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(records.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(SystemExit, match=r"records need ArrayRecord: pip install '\.\[data\]'"):
         run("two_moons")
+
+
+def test_mirror_images_follow_the_images(tmp_path):
+    given = arrays(np.uint8)
+    conversion.convert(given._replace(train=conversion.mirrored(given.train)), tmp_path / "r")
+    found = read(tmp_path / "r").train
+    np.testing.assert_array_equal(found.x[:23], given.train.x)
+    np.testing.assert_array_equal(found.x[23:], given.train.x[:, :, ::-1])
+    np.testing.assert_array_equal(found.label, np.tile(given.train.label, 2))
+    with pytest.raises(ValueError, match="are no images"):
+        conversion.mirrored(data.Examples(np.zeros((3, 2), np.float32)))
 
 
 # Archives.
