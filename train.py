@@ -69,10 +69,14 @@ def make_loss(e: Experiment, levels: int | None, held_out: int | None = None) ->
     train = held_out is None
 
     def loss_fn(key, params, batch, extra):
-        key_times, key_noise, key_cond, key_dropout, key_x = jax.random.split(key, 5)
+        key_times, key_noise, key_cond, key_dropout, *keys_x = jax.random.split(key, 6)
         index = batch["index"]
         t, correction = e.times.draw(key_times, extra, index, held_out or config.batch_size)
         cond = e.condition(keys.fold_in(key_cond, index), batch, drop=train)
+        key_draw, key_augment = (keys.fold_in(key_x, index) for key_x in keys_x)
+        x = e.example(key_draw, batch["x"])
+        if train:
+            x, cond = e.augment(key_augment, x, cond)
 
         network = functools.partial(e.apply, params)
         if train and config.model.dropout:
@@ -82,7 +86,7 @@ def make_loss(e: Experiment, levels: int | None, held_out: int | None = None) ->
             network,
             e.schedule,
             config.target,
-            e.example(keys.fold_in(key_x, index), batch["x"]),
+            x,
             cond=cond,
             weight=e.weighting,
             t=t,

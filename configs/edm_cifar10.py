@@ -3,9 +3,8 @@
     python train.py --config=configs/edm_cifar10.py --config.data.path=cifar-10-batches-bin
 
 Theirs: DDPM++ of 55.7 million parameters, 200 million images in batches of 512, an average of half
-life 0.5 million images; FID 1.79 with 35 evaluations. Two things differ here. Theirs augments the
-images with probability 0.12, without leaking that into the samples, which diffjax does not do. And
-its average forgets faster in the first tenth of the run.
+life 0.5 million images, augmentation with probability 0.12; FID 1.79 with 35 evaluations. One thing
+differs here: their average forgets faster in the first tenth of the run.
 
 Not run here: no package carries the images, and this needs an accelerator; the network's parameter
 count, the weight of the loss and the numbers of images are tested.
@@ -19,7 +18,13 @@ from diffjax.models import SongUNetConfig
 
 def get_config(variant: str = "") -> Config:
     model = SongUNetConfig(
-        width=128, mults=(2, 2, 2), blocks=4, attention=(16,), dropout=0.13, labels=10
+        width=128,
+        mults=(2, 2, 2),
+        blocks=4,
+        attention=(16,),
+        dropout=0.13,
+        labels=10,
+        augment_dim=9,
     )
     batch = 512
     config = Config(
@@ -32,6 +37,8 @@ def get_config(variant: str = "") -> Config:
         density="normal",
         density_options={"mean": 2.4, "std": 2.4},  # ln sigma of mean -1.2, deviation 1.2
         density_weights=False,
+        augmentation="edm",
+        augmentation_options={"p": 0.12},
         model=model,
         optimizer=Optimizer(learning_rate=1e-3, warmup=10_000_000 // batch, clip=None),
         ema=0.5 ** (batch / 500_000),

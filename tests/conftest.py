@@ -27,6 +27,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Not `training`: while JAX maps a pytree, its fields may hold anything.
 CORE = [
+    "augmentations",
     "averages",
     "denoisers",
     "densities",

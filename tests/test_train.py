@@ -126,7 +126,7 @@ def test_every_config_runs_its_smoke_variant(name, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "shape", "parameters", "images"),
     [
-        ("edm_cifar10", (32, 32, 3), 55_734_147, 200e6),
+        ("edm_cifar10", (32, 32, 3), 55_734_147 + 9 * 128, 200e6),  # with those of the augmentation
         # The table counts one more channel of the first and of the last convolution.
         ("edm2_imagenet64", (64, 64, 3), 280_212_709 - 2 * 9 * 192, 2**30),
         ("edm2_imagenet64:XL", (64, 64, 3), 1_119_283_621 - 2 * 9 * 384, 640 * 2**20),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 
 import tyro
 
+from ..augmentations import AUGMENTATIONS
 from ..data import DATASETS, ORDERS, check_workers
 from ..data.images import CROPS, UNREADABLE
 from ..densities import DENSITIES
@@ -400,6 +401,11 @@ class Config:
     every noise level contributes equally (EDM2). Reported losses are without u."""
     loss_aware_times: bool = False
     """Draw times more often where the loss has been large; it needs time_steps."""
+    augmentation: Annotated[str | None, one_of(AUGMENTATIONS)] = None
+    """What is done to the images of training at random. A network with model.augment_dim is told of
+    it, so that it does not leak into the samples; edm has 9 such numbers, crop 2. None: nothing."""
+    augmentation_options: Options = dataclasses.field(default_factory=dict)
+    """Options of the augmentation."""
     label_drop: float = 0.1
     """Probability of training without the label, where the model has a null label."""
     low_resolution: int | None = None

@@ -13,6 +13,7 @@ import optax
 from jaxtyping import Float
 
 from .. import keys, latents, loss_aware, losses, models, samplers, schedules
+from ..augmentations import AUGMENTATIONS
 from ..denoisers import (
     clip_x_0,
     denoiser,
@@ -86,6 +87,8 @@ class Experiment(NamedTuple):
       guide: denoiser -> denoiser, by the chain of guidances in `sampling.guidance`.
       example: (keys `[batch]`, a batch's `x`) -> the examples that the network is trained on: the
         same, or latents that are drawn by their moments, and scaled.
+      augment: (keys `[batch]`, examples, what the network is conditioned on) -> both, of augmented
+        images in training; the same where there is no augmentation.
       clip: denoiser -> denoiser, whose x_0 stays in [-1, 1] if the data are images.
       sampler: denoiser -> `Sampler`.
       grid: () -> the times that samples walk along; a ValueError if two of them fall together.
@@ -105,6 +108,7 @@ class Experiment(NamedTuple):
     balance: Callable[[Any, Array, Array], Array]
     condition: Callable[..., Any]
     example: Callable[[Key, Data], Data]
+    augment: Callable[[Key, Data, Any], tuple[Data, Any]]
     denoiser: Callable[[Network], Denoiser]
     guide: Callable[[Denoiser], Denoiser]
     clip: Callable[[Denoiser], Denoiser]
@@ -163,6 +167,14 @@ def resolve(config: Config) -> Experiment:
     def example(key, x):
         return x if kind is None else latents.draw(key, x, latents.LATENTS[kind])
 
+    augmentation = _augmentation(config)
+
+    def augment(key, x, cond):
+        if augmentation is None:
+            return x, cond
+        x, told = jax.vmap(augmentation.draw)(key, x)
+        return x, {**(cond or {}), "augment": told} if config.model.augment_dim else cond
+
     def clip(denoise):
         if kind is not None:  # which have no range
             return denoise
@@ -191,6 +203,7 @@ def resolve(config: Config) -> Experiment:
         balance=balance,
         condition=condition,
         example=example,
+        augment=augment,
         denoiser=lambda network: denoiser(
             network, schedule, config.target, learned_variance=learned
         ),
@@ -315,6 +328,22 @@ def _guide(config, schedule):
     return guide
 
 
+def _augmentation(config):
+    """The config's augmentation, after what the network is told of it is checked; None: none."""
+    name, told = config.augmentation, config.model.augment_dim
+    if name is None:
+        if told:
+            raise ValueError(f"model.augment_dim={told}: needs an augmentation that it tells of")
+        return None
+    found = bind("augmentation", AUGMENTATIONS, name, config.augmentation_options)()
+    if told not in (0, found.numbers):
+        raise ValueError(
+            f"model.augment_dim={told}: augmentation {name} has {found.numbers} numbers; 0 tells "
+            "the network nothing"
+        )
+    return found
+
+
 def _apply(config, module, schedule):
     def apply(params, x_t, log_snr, cond=None, **dropout):
         f = functools.partial(models.apply, module, params, **dropout)
@@ -344,6 +373,8 @@ def _condition(config, schedule):
         if drop and config.model.null_label:
             none = jax.vmap(lambda k: jax.random.bernoulli(k, config.label_drop))(key_label)
             cond["label"] = jnp.where(none, labels, batch["label"])
+        if config.model.augment_dim:
+            cond["augment"] = jnp.zeros((len(key), config.model.augment_dim))  # not augmented
         if low is not None:
             small = batch["small"] if "small" in batch else shrink(batch["x"], low)
             t = cond_noise

@@ -192,6 +192,11 @@ def _of_conditioning(c):
             f"data.latents={c.data.latents}",
         ),
         (
+            c.augmentation is None or c.low_resolution is None is c.data.latents is c.bound_weight,
+            f"augmentation={c.augmentation}: images of super-resolution and latents are not "
+            "augmented, nor images of which a variance is learned (bound_weight)",
+        ),
+        (
             c.model.image_cond == (c.low_resolution is not None),
             f"model.image_cond={c.model.image_cond} and low_resolution={c.low_resolution}: the "
             "image that the network is given is that of super-resolution; give both, or neither",
@@ -222,6 +227,11 @@ def cautions(config: Config, schedule: Schedule, train: Examples) -> list[str]:
         found.append(f"pictures show the {channels} channels side by side, in grey")
     elif not around and channels > 2:
         found.append(f"pictures show the first two of {channels} features")
+    if config.augmentation is not None and not config.model.augment_dim:
+        found.append(
+            f"augmentation={config.augmentation}: the network is not told of it, so samples will "
+            "look augmented too; model.augment_dim tells it"
+        )
     if isinstance(x, np.ndarray) and x.dtype == np.float32 and x.min() >= 0:
         found.append(
             f"all numbers of the data are in [{x.min():.3g}, {x.max():.3g}]: the range of data is "
@@ -264,6 +274,10 @@ def check_data(config: Config, train: Examples, test: Examples) -> None:
             (c.data.latents is not None) == (train.x.dtype == np.float16),
             f"data.latents={c.data.latents}: the data are {train.x.dtype}, and latents, which are "
             f"float16, need one of {', '.join(LATENTS)}",
+        ),
+        (
+            c.augmentation is None or len(shape) == 3,
+            f"augmentation={c.augmentation}: is of images, not of data of shape {shape}",
         ),
         (
             c.low_resolution is None

@@ -59,6 +59,11 @@ class ModelConfig(Protocol):
         """Whether the network takes `cond["image"]` and `cond["image_log_snr"]`."""
         ...
 
+    @property
+    def augment_dim(self) -> int:
+        """Numbers of `cond["augment"]`, which say how an image was augmented; 0 for none."""
+        ...
+
     def check_input(self, shape: tuple[int, ...]) -> None:
         """Raise a ValueError unless the network takes examples of this shape."""
         ...

@@ -56,6 +56,8 @@ class SongUNetConfig:
     """Number of classes of `cond["label"]`; 0 for no label."""
     null_label: bool = False
     """Let the index `labels` mean "no label", for classifier-free guidance; it adds no weights."""
+    augment_dim: int = 0
+    """Numbers of `cond["augment"]`, which say how an image was augmented; 0 for none."""
     remat: bool = False
     """Recompute blocks in the backward pass, which saves memory and costs time."""
     bfloat16: bool = False
@@ -87,7 +89,7 @@ class SongUNet(nn.Module):
     """DDPM++ and NCSN++. Dropout is on if and only if `apply` is given a "dropout" key.
 
     Call with x_t `[batch, height, width, channels]`, log_snr `[batch]`, and a dict `cond` with
-    `label` `[batch]` integers, if the config has labels. Returns
+    `label` `[batch]` integers and `augment` `[batch, augment_dim]`, if the config has them. Returns
     `[batch, height, width, out_channels]`, in float32 or wider.
 
     >>> model = SongUNet(SongUNetConfig(width=32, mults=(1, 1), blocks=1, attention=(4,)))
@@ -122,6 +124,8 @@ class SongUNet(nn.Module):
             label = class_index(cond["label"], c.labels, c.null_label)
             one_hot = nn.one_hot(label, c.labels, dtype=dtype)  # zeros for no label
             emb += dense(emb.shape[-1], name="label")(math.sqrt(c.labels) * one_hot)
+        if c.augment_dim:
+            emb += dense(emb.shape[-1], use_bias=False, name="augment")(cond["augment"])
         emb = nn.silu(dense(4 * c.width, name="embed_0")(emb))
         emb = nn.silu(dense(4 * c.width, name="embed_1")(emb))
 

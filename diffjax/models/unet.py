@@ -61,6 +61,8 @@ class UNetConfig:
     """Number of classes of `cond["label"]`; 0 for no label."""
     null_label: bool = False
     """Add one class that means "no label", index `labels`, for classifier-free guidance."""
+    augment_dim: int = 0
+    """Numbers of `cond["augment"]`, which say how an image was augmented; 0 for none."""
     image_cond: bool = False
     """Concatenate `cond["image"]`, enlarged to the height and width of x_t, to the input."""
     embed_image_log_snr: bool = True
@@ -118,9 +120,9 @@ class UNet(nn.Module):
     """The U-Net. Dropout is on if and only if `apply` is given a "dropout" key.
 
     Call with x_t `[batch, height, width, channels]`, log_snr `[batch]`, and a dict `cond` with
-    `label` `[batch]` integers, and `image` `[batch, any, any, any]` with `image_log_snr` `[batch]`,
-    as the config requires (None if it requires neither). Returns
-    `[batch, height, width, out_channels]`, in float32 or wider.
+    `label` `[batch]` integers, `augment` `[batch, augment_dim]`, and `image`
+    `[batch, any, any, any]` with `image_log_snr` `[batch]`, as the config requires (None if it
+    requires none of them). Returns `[batch, height, width, out_channels]`, in float32 or wider.
 
     >>> model = UNet(UNetConfig(width=8, mults=(1, 2), groups=4, attention=(4,)))
     >>> inputs = jnp.zeros((1, 8, 8, 3)), jnp.zeros(1), None
@@ -150,6 +152,10 @@ class UNet(nn.Module):
             rows = c.labels + c.null_label
             label = class_index(cond["label"], c.labels, c.null_label)
             emb += nn.Embed(rows, 4 * c.width, dtype=dtype, name="label")(label)
+        if c.augment_dim:
+            # Without a bias, so that what was not augmented adds nothing.
+            told = nn.Dense(4 * c.width, use_bias=False, dtype=dtype, name="augment")
+            emb += told(cond["augment"])
 
         x = x_t.astype(dtype)
         if c.image_cond:
