@@ -62,7 +62,7 @@ def edm(
 
     def draw(key: Key, image: Image) -> tuple[Image, Told]:
         each = iter(jax.random.split(key, 12))
-        happens = lambda: jax.random.bernoulli(next(each), float(p))
+        happens = lambda: jax.random.bernoulli(next(each), p)
         half = lambda: jax.random.bernoulli(next(each))
         normal = lambda *shape: jax.random.normal(next(each), shape)
         angle = lambda: jax.random.uniform(next(each), (), minval=-jnp.pi, maxval=jnp.pi)
@@ -92,7 +92,7 @@ def edm(
     return Augmentation(draw, 9)
 
 
-def crop(pad: int = 4) -> Augmentation:
+def crop(pad: float = 4.0) -> Augmentation:
     """A random window of the image's own size, after it is continued by reflection.
 
     Args:

@@ -62,7 +62,7 @@ def test_what_lies_beyond_the_edges_is_the_reflection():
 
 def test_nothing_is_told_of_an_image_that_was_not_augmented():
     for seed in range(4):
-        x, told = edm(p=0).draw(jax.random.key(seed), NOISE)
+        x, told = edm(p=0.0).draw(jax.random.key(seed), NOISE)
         np.testing.assert_array_equal(told[1:], 0)
         np.testing.assert_array_equal(x, NOISE[:, ::-1] if told[0] else NOISE)
 
@@ -145,7 +145,7 @@ def test_a_network_reads_what_it_is_told():
     ("changes", "message"),
     [
         ({"augmentation": "cutout"}, "unknown augmentation 'cutout': one of edm, crop"),
-        ({"augmentation_options": {"p": 2}}, r"p=2: must be in \[0, 1\]"),
+        ({"augmentation_options": {"p": 2.0}}, r"p=2.0: must be in \[0, 1\]"),
         ({"augmentation_options": {"q": 2}}, "augmentation edm has no option q; it has p, scale"),
         ({"augmentation": "crop", "augmentation_options": {}}, "augmentation crop has 2 numbers"),
         (
