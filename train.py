@@ -55,16 +55,21 @@ AHEAD = 16
 can deadlock."""
 
 
-def make_loss(e: Experiment, levels: int | None, held_out: int | None = None) -> LossFn:
+def make_loss(
+    e: Experiment,
+    levels: int | None,
+    held_out: int | None = None,
+    axis_name: str | None = None,
+) -> LossFn:
     """The loss of each example, a pure function; this is the place to try an idea.
 
     It is the loss of training, or, with the number of examples held out, the loss of those:
     without dropout and with every label, its times spread evenly over all of them.
 
     Example i draws from `key` folded with its position in the global batch, so that nothing
-    depends on how the batch is split over devices.
+    depends on how the batch is split over devices, which may be along a mapped axis.
     """
-    loss = e.objective(levels)  # diffjax.diffusion_loss, or hybrid_loss
+    loss = e.objective(levels, axis_name)  # diffjax.diffusion_loss, or hybrid_loss
     config = e.config
     train = held_out is None
 
@@ -139,9 +144,9 @@ def train(
 
     # Pure functions: the loss, the step, and a sample.
     levels, shape = data.levels(config.data.name, train_set), dataset.example_shape(config)
-    step = make_step(e, make_loss(e, levels))
+    step = make_step(e, make_loss(e, levels, axis_name=runner.axis))
     held_out = data.first(test_set, 1024)
-    held_out_loss = make_loss(e, levels, len(held_out["index"]))
+    held_out_loss = make_loss(e, levels, len(held_out["index"]), runner.axis)
     generate = sampling.make_generate(e, shape)
     learning_rate = jax.jit(e.learning_rate)
 

@@ -28,6 +28,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Not `training`: while JAX maps a pytree, its fields may hold anything.
 CORE = [
     "averages",
+    "couplings",
     "denoisers",
     "densities",
     "guidance",

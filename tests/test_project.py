@@ -21,7 +21,7 @@ import pytest
 
 import diffjax
 from catalogue import SAMPLERS, SCHEDULES, TARGETS, WEIGHTINGS
-from diffjax import data, weightings
+from diffjax import couplings, data, weightings
 from diffjax.densities import DENSITIES
 from diffjax.evaluation import distances
 from diffjax.experiment import (
@@ -99,8 +99,8 @@ def test_layers(path):
 
 
 def test_the_mathematics_knows_of_nothing_else():
-    """Its files import JAX, NumPy, jaxtyping and the standard library; one function, diffrax."""
-    allowed = {"jax", "numpy", "jaxtyping", "diffrax", *sys.stdlib_module_names}
+    """Its files import JAX, NumPy, jaxtyping and the standard library; two functions more."""
+    allowed = {"jax", "numpy", "jaxtyping", "diffrax", "scipy", *sys.stdlib_module_names}
     for path in PACKAGE.rglob("*.py"):
         if part_of(path.relative_to(PACKAGE).parts[0].removesuffix(".py")) == "mathematics":
             for node in ast.walk(ast.parse(path.read_text())):
@@ -160,6 +160,7 @@ def test_every_row_is_there_and_every_row_is_tested():
         assert name in diffjax.SCHEDULES or f"diffjax.{name}(" in made, name
     assert set(returning(weightings, weightings.Weighting)) <= set(weightings.WEIGHTINGS)
     assert set(returning(diffjax.densities, diffjax.densities.Density)) == set(DENSITIES)
+    assert set(returning(couplings, couplings.Coupling)) == set(couplings.COUPLINGS)
     for module in (onestep, multistep):
         assert set(returning(module, diffjax.Sampler)) <= set(diffjax.SAMPLERS)
     needs_a_function = {"autoguidance", "classifier_guidance"}

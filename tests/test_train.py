@@ -435,6 +435,23 @@ BAD = {
         ["--config.optimizer.decay_steps=500", "--config.optimizer.inverse_sqrt_from=5"],
         "decay_steps=500 and inverse_sqrt_from=5: the learning rate decays in one way",
     ),
+    "coupling": (["--config.coupling=best"], "unknown coupling 'best': one of independent, ot"),
+    "coupling option": (
+        ["--config.coupling=immiscible", "--config.coupling_options", "k=0"],
+        "k=0: must be at least 1",
+    ),
+    "coupling and the bound": (
+        ["--config.coupling=ot", "--config.weighting=elbo"],
+        "coupling=ot: weighting=elbo, bound_weight=None train on the bound",
+    ),
+    "coupling of parts": (
+        ["--config.coupling=ot", "--config.optimizer.accumulate=2"],
+        "it pairs the whole batch, and optimizer.accumulate=2 would split that",
+    ),
+    "coupling and a stochastic sampler": (
+        ["--config.coupling=ot", "--config.sampling.sampler=ancestral"],
+        "sampler ancestral: with coupling=ot the network has learned no score",
+    ),
     "points": (["--config.data.name=two_moons"], "examples of shape (2,)"),
     "flip": (
         ["--config=configs/two_moons.py:smoke", "--config.data.flip=True"],

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 
 import tyro
 
+from ..couplings import COUPLINGS
 from ..data import DATASETS, check_workers
 from ..data.images import UNREADABLE
 from ..densities import DENSITIES
@@ -358,6 +359,11 @@ class Config:
     density_weights: bool = True
     """Divide each loss by the density of its time, so that the density changes how much the loss
     varies, and not its mean; False: the density is a part of the objective, as EDM's is."""
+    coupling: Annotated[str, one_of(COUPLINGS)] = "independent"
+    """Which noise each example is given in training: its own, or one that is near it. With another
+    than independent, samples are drawn by deterministic samplers, and there is no bound."""
+    coupling_options: Options = dataclasses.field(default_factory=dict)
+    """Options of the coupling."""
     bound_weight: float | None = None
     """Learn the decoder's variance too, with this weight on the bound (0.001 in improved DDPM); it
     needs time_steps, and a model whose out_channels are twice the data's. None: do not learn it."""

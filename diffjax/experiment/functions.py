@@ -13,6 +13,7 @@ import optax
 from jaxtyping import Float
 
 from .. import keys, loss_aware, losses, models, samplers, schedules
+from ..couplings import COUPLINGS
 from ..denoisers import (
     clip_x_0,
     denoiser,
@@ -72,8 +73,8 @@ class Experiment(NamedTuple):
       config: the config, checked.
       schedule: the noise schedule.
       weighting: the weighting of the loss; None for unit variance.
-      objective: (levels of the data, or None) -> `diffusion_loss`, or `hybrid_loss` if a variance
-        is learned.
+      objective: (levels of the data, or None; the mapped axis over which a batch is split, or None)
+        -> `diffusion_loss` with the config's coupling, or `hybrid_loss` if a variance is learned.
       times: how training draws its times.
       init: (key, shape of an example) -> fresh parameters of the network.
       apply: (params, x_t, log_snr, cond) -> an estimate of the target; with the keyword `dropout`,
@@ -96,7 +97,7 @@ class Experiment(NamedTuple):
     config: Config
     schedule: Schedule
     weighting: Weighting | None
-    objective: Callable[[int | None], Callable[..., Array]]
+    objective: Callable[..., Callable[..., Array]]
     times: Times
     init: Callable[[Key, tuple[int, ...]], Any]
     apply: Callable[..., Data]
@@ -149,10 +150,12 @@ def resolve(config: Config) -> Experiment:
         u = jnp.asarray(models.Uncertainty().apply({"params": params["uncertainty"]}, log_snr))
         return jnp.exp(-u) * each + u
 
-    def objective(levels):
+    coupling = _coupling(config)
+
+    def objective(levels, axis_name=None):
         weight = config.bound_weight
         if weight is None:
-            return losses.diffusion_loss
+            return functools.partial(losses.diffusion_loss, coupling=coupling(axis_name))
         return functools.partial(hybrid_loss, bound_weight=weight, levels=levels)
 
     def clip(denoise):
@@ -274,11 +277,24 @@ def _schedule(config):
     return schedules.shift(schedule, shift) if shift else schedule
 
 
+def _coupling(config):
+    """The mapped axis over which a batch is split, or None -> the coupling."""
+    make = bind("coupling", COUPLINGS, config.coupling, config.coupling_options, ("axis_name",))
+    make()  # which refuses options out of range
+    gathers = "axis_name" in inspect.signature(make).parameters
+    return lambda axis_name: make(axis_name=axis_name) if gathers else make()
+
+
 def _sampler(config, schedule):
     table = {name: row.make for name, row in SAMPLERS.items()}
     name, options = config.sampling.sampler, config.sampling.options
     make = bind("sampler", table, name, options, ("denoise", "schedule"))
-    make(lambda *_: None, schedule)  # which refuses options out of range
+    # This refuses options out of range.
+    if make(lambda *_: None, schedule).stochastic and config.coupling != "independent":
+        raise ValueError(
+            f"sampler {name}: with coupling={config.coupling} the network has learned no score, "
+            "which a stochastic sampler needs; use a deterministic one, such as ddim or heun"
+        )
     return lambda denoise: make(denoise, schedule)
 
 

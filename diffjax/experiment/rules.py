@@ -10,6 +10,7 @@ import math
 import numpy as np
 
 from ..averages import check_width
+from ..couplings import COUPLINGS
 from ..data import Examples
 from ..densities import DENSITIES
 from ..guidance import GUIDANCES
@@ -39,6 +40,7 @@ def check(config: Config) -> None:
     known_name("schedule", SCHEDULES, c.schedule)
     known_name("weighting", WEIGHTINGS, c.weighting)
     known_name("density", DENSITIES, c.density)
+    known_name("coupling", COUPLINGS, c.coupling)
     known_name("runner", RUNNERS, c.parallel)
     known_name("snapshot_dtype", DTYPES, c.snapshot_dtype)
     known_name("keep_best_by", BEST, c.keep_best_by)
@@ -62,6 +64,7 @@ def check(config: Config) -> None:
         *_of_averages(c),
         *_of_time(c),
         *_of_conditioning(c),
+        *_of_coupling(c),
     )
 
 
@@ -189,6 +192,29 @@ def _of_conditioning(c):
             c.model.image_cond == (c.low_resolution is not None),
             f"model.image_cond={c.model.image_cond} and low_resolution={c.low_resolution}: the "
             "image that the network is given is that of super-resolution; give both, or neither",
+        ),
+    )
+
+
+def _of_coupling(c):
+    """What a coupling of data and noise excludes."""
+    said = f"coupling={c.coupling}"
+    independent = c.coupling == "independent"
+    return (
+        (
+            independent or (c.bound_weight is None and c.weighting != "elbo"),
+            f"{said}: weighting={c.weighting}, bound_weight={c.bound_weight} train on the bound, "
+            "which needs coupling=independent",
+        ),
+        (
+            independent or c.low_resolution is None,
+            f"{said}: in super-resolution (low_resolution={c.low_resolution}) no two examples have "
+            "the same condition, so that they have no noise to exchange; use coupling=independent",
+        ),
+        (
+            c.coupling != "ot" or c.optimizer.accumulate == 1,
+            f"{said}: it pairs the whole batch, and optimizer.accumulate={c.optimizer.accumulate} "
+            "would split that; use accumulate=1",
         ),
     )
 
