@@ -109,9 +109,7 @@ def immiscible(k: int = 4) -> Coupling:
         distance = jnp.sum((each - x_0[None]) ** 2, axis=tuple(range(1, each.ndim)))
         return each[jnp.argmin(distance)]
 
-    return lambda key, x_0, eps, cond: jax.vmap(nearest)(
-        keys.per_example(key, len(eps)), x_0, eps
-    )
+    return lambda key, x_0, eps, cond: jax.vmap(nearest)(keys.per_example(key, len(eps)), x_0, eps)
 
 
 def _same(cond: Cond, n: int) -> Bool[Array, "n n"]:

@@ -71,7 +71,7 @@ def test_sinkhorn_is_nearly_as_good_as_the_assignment_and_keeps_the_noise_normal
 
 
 def test_immiscible_noise_is_the_nearest_of_k():
-    """Far from the noise that is the largest of k numbers, whose mean is known for two: 1/sqrt(pi)."""
+    """Far from the noise that is the largest of k numbers; of two its mean is 1 / sqrt(pi)."""
     x_0, eps = jnp.full((4000, 1), 100.0), draws(4000, 1)[1]
     got = couplings.immiscible(2)(KEY, x_0, eps, None)
     assert float(got.mean()) == pytest.approx(np.pi**-0.5, abs=4 / 4000**0.5)
