@@ -97,13 +97,8 @@ def evaluate(args: Arguments) -> dict[str, Any]:
     check(args)
     e = resolve(checkpoint.read_config(args.workdir))
     config = e.config
-    require(
-        (
-            config.coupling == "independent" or args.held_out == 0 or args.flow,
-            f"coupling={config.coupling}: the variational bound needs a network that was trained "
-            "with independent noise; flow=True counts bits by the flow, held_out=0 counts none",
-        )
-    )
+    if args.held_out != 0 and not args.flow:
+        likelihoods.check_bound(config)
     given = None if args.samples is None else sampling.read(args.samples)
     if given is not None and len(given[0].x) < FEWEST:
         raise ValueError(f"{args.samples} holds {len(given[0].x)} samples: need {FEWEST} or more")
@@ -143,6 +138,8 @@ def evaluate(args: Arguments) -> dict[str, Any]:
             f"{args.samples} holds samples of other parameters than {args.workdir}'s newest"
         )
 
+    draws = bool(args.drawing.n) and given is None
+    weaker = sampling.load_weaker(drawn, part.x.shape[1:]) if draws else sampling.Weaker()
     if args.held_out != 0:
         found |= count_bits(args, e, runner, params, dataset.test)
     if real is None:
@@ -160,7 +157,7 @@ def evaluate(args: Arguments) -> dict[str, Any]:
             real.summarise([np.asarray(samples.x)], len(samples.x)), real.summary
         )
     else:
-        scores, settings = draw(drawn, args, runner, params, dataset.train.x, real)
+        scores, settings = draw(drawn, args, runner, params, dataset.train.x, real, weaker)
     # A file of samples has these too, or `found` has them.
     elsewhere = ("parameters", "config", "program", "shape", "dtype", "sha256")
     recorded = {k: v for k, v in settings.items() if k not in elsewhere}
@@ -215,6 +212,7 @@ def draw(
     params: Any,
     like: data.Rows,
     real: reference.Reference,
+    weaker: sampling.Weaker,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """The distances of samples that are drawn, and the settings that a file of them would have."""
     wanted, size = args.drawing, e.config.batch_size
@@ -223,11 +221,15 @@ def draw(
     seeds = range(wanted.seed, wanted.seed + args.draws)
     for seed in seeds:
         drawing = dataclasses.replace(wanted, seed=seed)
-        generate = sampling.make_generate(sampling.drawn_by(e.config, drawing), shape)
-        parts = sampling.draw(runner, generate, params, label, range(wanted.n), size, dtype)
+        generate = sampling.make_generate(
+            sampling.drawn_by(e.config, drawing), shape, weaker.experiment
+        )
+        parts = sampling.draw(
+            runner, generate, weaker.join(params), label, range(wanted.n), size, dtype
+        )
         shown = sampling.with_progress(parts, f"samples of seed {seed}", wanted.n)
         each.append(distances.measure(real.summarise(shown, wanted.n), real.summary))
-    settings = sampling.settings(e, wanted, params)
+    settings = sampling.settings(e, wanted, params) | weaker.settings
     if len(each) == 1:
         return each[0], settings
     return distances.best_of(each), settings | {"draws": args.draws, "seeds": list(seeds)}

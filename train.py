@@ -136,6 +136,8 @@ def train(
         e.grid()
         e.times.check()
         config = dataset.recorded(config, train_set)
+        shape = dataset.example_shape(config)
+        weaker = sampling.load_weaker(e, shape)
         both = data.Dataset(train_set, test_set)
         real = None
         if config.eval.features is not None:
@@ -143,11 +145,11 @@ def train(
         checkpoints = open_run(workdir, config, dataset.fingerprint(train_set, test_set))
 
     # Pure functions: the loss, the step, and a sample.
-    levels, shape = data.levels(config.data.name, train_set), dataset.example_shape(config)
+    levels = data.levels(config.data.name, train_set)
     step = make_step(e, make_loss(e, levels, axis_name=runner.axis))
     held_out = data.first(test_set, 1024)
     held_out_loss = make_loss(e, levels, len(held_out["index"]), runner.axis)
-    generate = sampling.make_generate(e, shape)
+    generate = sampling.make_generate(e, shape, weaker.experiment)
     learning_rate = jax.jit(e.learning_rate)
 
     def measure_held_out(params, batch):
@@ -160,14 +162,18 @@ def train(
         runner.map(generate),
     )
 
-    def mapped(f: Callable, batch: Batch) -> np.ndarray:
-        return in_batches(runner, f, state.ema_params, batch, config.batch_size)
+    def loss_of(batch: Batch) -> np.ndarray:
+        return in_batches(runner, held_out_fn, state.ema_params, batch, config.batch_size)
+
+    def generated(batch: Batch) -> np.ndarray:
+        params = weaker.join(state.ema_params)
+        return in_batches(runner, generate_fn, params, batch, config.batch_size)
 
     def draw(step: int) -> None:
         rows = config.model.labels or config.sampling.columns
         rows = 1 if config.low_resolution is not None else rows
         batch = sampling.request(config, test_set, rows * config.sampling.columns)
-        x = mapped(generate_fn, batch)
+        x = generated(batch)
         if config.low_resolution is not None:
             x, rows = super_resolution.beside(x, batch["x"], config.low_resolution), 4
         recorder.picture(step, "samples", plots.samples, x, rows)
@@ -179,10 +185,7 @@ def train(
         """The distances of samples of the moving average to the reference, by name."""
         wanted = sampling.request(config, test_set, config.eval.n)
         rows = sampling.parts_of(wanted["index"], size=config.batch_size)
-        parts = (
-            data.to_bytes(mapped(generate_fn, {name: x[i] for name, x in wanted.items()}))
-            for i in rows
-        )
+        parts = (data.to_bytes(generated({name: x[i] for name, x in wanted.items()})) for i in rows)
         found = distances.measure(real.summarise(parts, config.eval.n), real.summary)
         return {f"eval_{name}": value for name, value in found.items()}
 
@@ -242,7 +245,7 @@ def train(
                 row = metrics.summary(window, done, learning_rate)
                 window = []
                 if done % config.eval_every == 0 or last:
-                    row["eval_loss"] = float(mapped(held_out_fn, held_out).mean())
+                    row["eval_loss"] = float(loss_of(held_out).mean())
                 if real is not None and (done % config.eval.every == 0 or last):
                     row |= measure(real)
                 recorder.write(done, config.batch_size, **row)
@@ -263,7 +266,7 @@ def train(
             draw(config.steps)
             if config.sampling.eval_samples:
                 batch = sampling.request(config, test_set, config.sampling.eval_samples)
-                x = mapped(generate_fn, batch)
+                x = generated(batch)
                 scores = sampling.evaluate(config, both, batch, x)
                 recorder.attempt(write_text, workdir / "scores.json", json.dumps(scores) + "\n")
                 recorder.say("  ".join(f"{name} {value:.3f}" for name, value in scores.items()))

@@ -76,14 +76,15 @@ def ot(
         whole = lambda a: a if axis_name is None else jax.lax.all_gather(a, axis_name, tiled=True)
         x_0, eps, cond = jax.lax.stop_gradient(jax.tree.map(whole, (x_0, eps, cond)))
         mine = first + jnp.arange(share)
-        flat = [a.reshape(len(a), -1) for a in (x_0, eps)]
+        x, e = (a.reshape(len(a), -1) for a in (x_0, eps))
         same = _same(cond, len(x_0))
         if len(x_0) <= exact:
             result = jax.ShapeDtypeStruct((len(x_0),), jnp.int32)
-            source = jax.pure_callback(_assign, result, *flat, same, vmap_method="sequential")[mine]
+            source = jax.pure_callback(_assign, result, x, e, same, vmap_method="sequential")[mine]
         else:
-            plan = _sinkhorn(*flat, same, epsilon, iterations)[mine]
-            source = jax.vmap(jax.random.categorical)(keys.per_example(key, share), plan)
+            plan = _sinkhorn(x, e, same, epsilon, iterations)[mine]
+            choose = jax.vmap(lambda key, row: jax.random.categorical(key, row))
+            source = choose(keys.per_example(key, share), plan)
         return eps[source]
 
     return couple

@@ -74,7 +74,7 @@ python train.py --config.coupling=immiscible --config.coupling_options k=8
 | `immiscible` | the nearest of k noises of its own |
 
 `ot` pairs the whole batch, over all devices, and only examples of the same label. Batches of up to
-512 examples are paired exactly, on the host, and larger ones by Sinkhorn's iterations, on the device
+512 examples are paired exactly, on the host, larger ones by Sinkhorn's iterations, on the device
 (`--config.coupling_options exact=512 epsilon=0.02 iterations=100`). In Python:
 
 ```python

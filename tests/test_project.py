@@ -143,11 +143,14 @@ def test_what_a_guidance_returns_is_a_prediction(name):
     ]
     options = ",".join(f"{option}={2 * i + 1}" for i, option in enumerate(needed))
     model = MODELS["unet"].config(labels=3, null_label=True)
-    sampling = Sampling(guidance=(f"{name}:{options}".rstrip(":"),))
+    # Some change the guidance before them.
+    before = ("cfg_zero:weight=2",) if "denoise" in list(parameters)[1:] else ()
+    sampling = Sampling(guidance=(*before, f"{name}:{options}".rstrip(":")))
     e = resolve(Config(model=model, sampling=sampling))
     network = lambda x_t, log_snr, cond: jnp.tanh(x_t + cond["label"][:, None])
     x_t, t = jax.random.normal(jax.random.key(0), (4, 5)), 0.3
-    guided = e.guide(e.denoiser(network))(x_t, t, {"label": jnp.arange(4) % 3})
+    denoise = e.denoiser(network)
+    guided = e.guide(denoise, weaker=denoise)(x_t, t, {"label": jnp.arange(4) % 3})
     alpha, sigma = diffjax.scales_at(e.schedule, t, x_t)
     np.testing.assert_allclose(alpha * guided.x_0 + sigma * guided.eps, x_t, rtol=1e-5, atol=1e-6)
 
@@ -163,9 +166,9 @@ def test_every_row_is_there_and_every_row_is_tested():
     assert set(returning(couplings, couplings.Coupling)) == set(couplings.COUPLINGS)
     for module in (onestep, multistep):
         assert set(returning(module, diffjax.Sampler)) <= set(diffjax.SAMPLERS)
-    needs_a_function = {"autoguidance", "classifier_guidance"}
     guidances = set(returning(diffjax.guidance, diffjax.Denoiser))
-    assert guidances == set(diffjax.GUIDANCES) | needs_a_function
+    assert guidances == set(diffjax.GUIDANCES) | {"classifier_guidance"}  # which needs a function
+    assert set(returning(diffjax.guidance, diffjax.Sampler)) == set(diffjax.STEP_GUIDANCES)
     assert set(returning(runners, runners.Runner)) == set(RUNNERS)
     assert set(returning(data.readers, tuple)) == set(data.readers.READERS)
     assert set(returning(data.toy, np.ndarray)) == set(data.toy.TOYS)
@@ -180,7 +183,8 @@ def test_every_row_is_there_and_every_row_is_tested():
     ):
         assert set(table) <= set(rows)
     # And each is public, if it is a function of its name.
-    for name in (*diffjax.SCHEDULES, *diffjax.SAMPLERS, *diffjax.GUIDANCES):
+    guidances = diffjax.GUIDANCES | diffjax.STEP_GUIDANCES
+    for name in (*diffjax.SCHEDULES, *diffjax.SAMPLERS, *guidances):
         assert name in diffjax.__all__ and callable(getattr(diffjax, name))
     assert {row.times for row in diffjax.SAMPLERS.values()} <= set(diffjax.samplers.TIMES)
 
@@ -192,7 +196,8 @@ def test_every_name_of_a_table_can_be_asked_for_on_the_command_line(capsys):
     text = re.sub(r"[\s│]+", "", capsys.readouterr().out)
     for table in (
         *(diffjax.TARGETS, diffjax.SCHEDULES, diffjax.SAMPLERS, diffjax.samplers.TIMES),
-        *(weightings.WEIGHTINGS, DENSITIES, data.DATASETS, RUNNERS, WRITERS, diffjax.GUIDANCES),
+        *(weightings.WEIGHTINGS, DENSITIES, data.DATASETS, RUNNERS, WRITERS),
+        *(diffjax.GUIDANCES | diffjax.STEP_GUIDANCES, couplings.COUPLINGS),
     ):
         assert "{" + ",".join(table) + "}" in text
     assert ",".join(MODELS) in text

@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Union
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Union
 
 import tyro
 
@@ -21,7 +21,7 @@ from ..couplings import COUPLINGS
 from ..data import DATASETS, check_workers
 from ..data.images import UNREADABLE
 from ..densities import DENSITIES
-from ..guidance import GUIDANCES
+from ..guidance import GUIDANCES, STEP_GUIDANCES
 from ..models import MODELS, ModelConfig, UNetConfig, name_of
 from ..samplers import SAMPLERS, TIMES
 from ..schedules import LONGEST as LONGEST_GRID, SCHEDULES
@@ -102,6 +102,41 @@ def parse_guidance(word: str) -> tuple[str, dict[str, Any]]:
     return name, as_options(options.split(",") if options else ())
 
 
+class Weaker(NamedTuple):
+    """The network that autoguidance guides away from.
+
+    Attributes:
+      source: what `checkpoint.load` takes: a run's directory, an exported file or a name.
+      average: the relative width of the average of its parameters; None: the moving average.
+    """
+
+    source: str
+    average: float | None
+
+
+def take_weaker(name: str, options: dict[str, Any]) -> tuple[dict[str, Any], Weaker | None]:
+    """The options of a guidance without those that say which network is the weaker one, and that.
+
+    >>> take_weaker("autoguidance", {"weight": 2, "weaker": "runs/small", "average": 0.2})
+    ({'weight': 2}, Weaker(source='runs/small', average=0.2))
+
+    Raises:
+      ValueError: if autoguidance has no weaker network, or its average is no number.
+    """
+    if name != "autoguidance":
+        return options, None
+    source, average = options.get("weaker"), options.get("average")
+    if source is None:
+        raise ValueError(
+            "guidance autoguidance needs weaker=RUN, the directory of a smaller or less trained "
+            "run, or an exported file"
+        )
+    if average is not None and not parsing.is_of(average, int, float):
+        raise ValueError(f"guidance autoguidance: average={average}: must be a number")
+    rest = {k: v for k, v in options.items() if k not in ("weaker", "average")}
+    return rest, Weaker(str(source), average)
+
+
 Options = Annotated[
     dict[str, Any],
     tyro.constructors.PrimitiveConstructorSpec(
@@ -118,7 +153,7 @@ Guidance = Annotated[
     tuple[str, ...],
     tyro.constructors.PrimitiveConstructorSpec(
         nargs="*",
-        metavar="[{" + ",".join(GUIDANCES) + "}:OPTION=VALUE,... ...]",
+        metavar="[{" + ",".join(GUIDANCES | STEP_GUIDANCES) + "}:OPTION=VALUE,... ...]",
         instance_from_str=as_chain,
         is_instance=lambda value: isinstance(value, tuple),
         str_from_instance=list,
@@ -250,7 +285,8 @@ class Walk:
     """Steps of the grid."""
     guidance: Guidance = ()
     """A chain of guidances, such as classifier_free:weight=3 within:low=-2,high=4. A number alone
-    is the weight of classifier_free. Empty: no guidance."""
+    is the weight of classifier_free; autoguidance:weight=2,weaker=RUN,average=0.1 names a run, and
+    may name an average of its parameters. Empty: no guidance."""
     cond_noise: float = 0.0
     """Super-resolution: the time to which the low-resolution image is diffused, at most
     max_cond_noise."""

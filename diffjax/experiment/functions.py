@@ -24,7 +24,7 @@ from ..denoisers import (
     with_schedule,
 )
 from ..densities import DENSITIES, relative
-from ..guidance import GUIDANCES
+from ..guidance import GUIDANCES, STEP_GUIDANCES
 from ..learned_variance import hybrid_loss
 from ..samplers import SAMPLERS, TIMES, Sampler
 from ..schedules import SCHEDULES, Schedule
@@ -33,7 +33,7 @@ from ..training import TrainState, ema_warmup, init_state, projected
 from ..training.averaging import averaging
 from ..types import Array, Data, Denoiser, Key, Network, Real
 from ..weightings import WEIGHTINGS, Weighting
-from .config import Config, known_name, parse_guidance
+from .config import Config, Weaker, known_name, parse_guidance, take_weaker
 from .rules import check
 
 
@@ -84,9 +84,13 @@ class Experiment(NamedTuple):
       condition: (keys `[batch]`, batch, drop=False, cond_noise=None) -> what the network is
         conditioned on, or None.
       denoiser: network -> denoiser, neither guided nor clipped.
-      guide: denoiser -> denoiser, by the chain of guidances in `sampling.guidance`.
+      guide: (denoiser, start=denoiser, weaker=None) -> denoiser, by the chain of guidances in
+        `sampling.guidance`. The chain begins with `start`; `weaker` is the denoiser of the network
+        below.
+      weaker: the network that the chain guides away from, or None.
       clip: denoiser -> denoiser, whose x_0 stays in [-1, 1] if the data are images.
-      sampler: denoiser -> `Sampler`.
+      sampler: (denoiser, finish) -> `Sampler`. A guidance that acts on a whole step, if the chain
+        begins with one, is applied to the denoiser; `finish`, denoiser -> denoiser, does the rest.
       grid: () -> the times that samples walk along; a ValueError if two of them fall together.
       learning_rate: steps taken -> learning rate.
       ema_decay: steps taken -> decay of the moving average.
@@ -104,9 +108,10 @@ class Experiment(NamedTuple):
     balance: Callable[[Any, Array, Array], Array]
     condition: Callable[..., Any]
     denoiser: Callable[[Network], Denoiser]
-    guide: Callable[[Denoiser], Denoiser]
+    guide: Callable[..., Denoiser]
+    weaker: Weaker | None
     clip: Callable[[Denoiser], Denoiser]
-    sampler: Callable[[Denoiser], Sampler]
+    sampler: Callable[[Denoiser, Callable[[Denoiser], Denoiser]], Sampler]
     grid: Callable[[], Float[Real, " times"]]
     learning_rate: optax.Schedule
     ema_decay: Callable[[Array], Array]
@@ -133,6 +138,7 @@ def resolve(config: Config) -> Experiment:
     module = models.make_module(config.model)
     condition = _condition(config, schedule)
     project = models.MODELS[models.name_of(config.model)].project
+    of_step, guide, weaker = _guidance(config, schedule)
     learned = config.bound_weight is not None
 
     def init(key, shape):
@@ -186,9 +192,10 @@ def resolve(config: Config) -> Experiment:
         denoiser=lambda network: denoiser(
             network, schedule, config.target, learned_variance=learned
         ),
-        guide=_guide(config, schedule),
+        guide=guide,
+        weaker=weaker,
         clip=clip,
-        sampler=_sampler(config, schedule),
+        sampler=_sampler(config, schedule, of_step),
         grid=grid,
         learning_rate=_learning_rate(config.optimizer),
         ema_decay=ema_warmup(config.ema)
@@ -222,10 +229,14 @@ def conditioned(
       key: the key of the conditioning noise, one.
       batch: `index`, and what the network is conditioned on.
     """
-    keys_cond = keys.fold_in(key, batch["index"])
-    cond = e.condition(keys_cond, batch, cond_noise=e.config.sampling.cond_noise)
     denoise = wrap(e.denoiser(functools.partial(e.apply, params)))
-    return functools.partial(denoise, cond=cond)
+    return functools.partial(denoise, cond=condition_of(e, key, batch))
+
+
+def condition_of(e: Experiment, key: Key, batch: Any) -> Any:
+    """What the network is conditioned on when it samples; the arguments are as in `conditioned`."""
+    keys_cond = keys.fold_in(key, batch["index"])
+    return e.condition(keys_cond, batch, cond_noise=e.config.sampling.cond_noise)
 
 
 def bind(
@@ -285,7 +296,7 @@ def _coupling(config):
     return lambda axis_name: make(axis_name=axis_name) if gathers else make()
 
 
-def _sampler(config, schedule):
+def _sampler(config, schedule, of_step):
     table = {name: row.make for name, row in SAMPLERS.items()}
     name, options = config.sampling.sampler, config.sampling.options
     make = bind("sampler", table, name, options, ("denoise", "schedule"))
@@ -295,29 +306,43 @@ def _sampler(config, schedule):
             f"sampler {name}: with coupling={config.coupling} the network has learned no score, "
             "which a stochastic sampler needs; use a deterministic one, such as ddim or heun"
         )
-    return lambda denoise: make(denoise, schedule)
+
+    def sampler(denoise, finish):
+        return of_step(lambda guided, schedule: make(finish(guided), schedule), denoise)
+
+    return sampler
 
 
-def _guide(config, schedule):
-    """denoiser -> denoiser, by the config's chain."""
+def _guidance(config, schedule):
+    """The chain, as (make, denoiser) -> sampler, (denoiser, ...) -> denoiser, and a `Weaker`."""
     supplied = {"schedule": schedule, "null": {"label": np.int32(config.model.labels)}}
-    chain = []
+    weaker, chain = None, []
+    of_step = lambda make, denoise: make(denoise, schedule)
     for word in config.sampling.guidance:
         name, options = parse_guidance(word)
-        known_name("guidance", GUIDANCES, name)
-        first, *others = inspect.signature(GUIDANCES[name]).parameters
-        known = (first, "denoise", *supplied)
-        chain.append((bind("guidance", GUIDANCES, name, options, known), others))
+        known_name("guidance", GUIDANCES | STEP_GUIDANCES, name)
+        table = STEP_GUIDANCES if name in STEP_GUIDANCES else GUIDANCES
+        first, *others = inspect.signature(table[name]).parameters
+        options, named = take_weaker(name, options)
+        weaker = named or weaker
+        known = (first, "denoise", "weaker", *supplied)
+        guidance = bind("guidance", table, name, options, known)
+        if table is STEP_GUIDANCES:
+            of_step = functools.partial(guidance, **supplied)
+        else:
+            chain.append((guidance, others))
 
-    def guide(denoise):
-        guided = denoise
+    def guide(denoise, start=None, weaker=None):
+        guided = denoise if start is None else start
         for make, parameters in chain:
-            available = supplied | {"denoise": denoise}
+            available = supplied | {"denoise": denoise, "weaker": weaker}
             guided = make(guided, **{n: v for n, v in available.items() if n in parameters})
         return guided
 
-    guide(lambda x_t, t, cond=None: None)  # which refuses options out of range
-    return guide
+    nothing = lambda x_t, t, cond=None: None
+    guide(nothing, weaker=nothing)  # which refuses options out of range
+    of_step(SAMPLERS["ddim"].make, nothing)  # and this
+    return of_step, guide, weaker
 
 
 def _apply(config, module, schedule):

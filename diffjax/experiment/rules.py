@@ -13,7 +13,7 @@ from ..averages import check_width
 from ..couplings import COUPLINGS
 from ..data import Examples
 from ..densities import DENSITIES
-from ..guidance import GUIDANCES
+from ..guidance import GUIDANCES, STEP_GUIDANCES
 from ..schedules import LONGEST, SCHEDULES, Schedule
 from ..targets import decode, row, unit_variance
 from ..training import writers
@@ -65,6 +65,7 @@ def check(config: Config) -> None:
         *_of_time(c),
         *_of_conditioning(c),
         *_of_coupling(c),
+        *_of_guidance(c.sampling.guidance),
     )
 
 
@@ -219,9 +220,42 @@ def _of_coupling(c):
     )
 
 
+def _of_guidance(chain):
+    """What makes no sense in a chain of guidances, whatever their options."""
+    said = f"sampling.guidance={' '.join(chain)}"
+    names = [word.partition(":")[0] for word in chain]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    amplify = [name for name in names if _needs_null(name)]
+    # Those that refer to the denoiser without guidance do nothing to it alone.
+    alone = "denoise" in _parameters(names[0])[1:] if names and names[0] in GUIDANCES else False
+    late = [name for name in names[1:] if name in STEP_GUIDANCES]
+    return (
+        (not twice, f"{said}: {', '.join(twice)} is there twice"),
+        (
+            len(amplify) <= 1,
+            f"{said}: {' and '.join(amplify)} both amplify the condition; choose one of them",
+        ),
+        (not alone, f"{said}: {''.join(names[:1])} changes the guidance before it; there is none"),
+        (
+            not late,
+            f"{said}: {', '.join(late)} guides a whole step, and must be the first of the chain",
+        ),
+        (
+            not {"apg_momentum", "within"} <= set(names),
+            f"{said}: the momentum needs every step, which within leaves out; use apg",
+        ),
+    )
+
+
 def _needs_null(name):
     """Whether a guidance compares with the network's output without its conditioning."""
-    return name in GUIDANCES and "null" in inspect.signature(GUIDANCES[name]).parameters
+    return "null" in _parameters(name)
+
+
+def _parameters(name):
+    """The names of a guidance's arguments; none if there is no such guidance."""
+    table = GUIDANCES | STEP_GUIDANCES
+    return list(inspect.signature(table[name]).parameters) if name in table else []
 
 
 def cautions(config: Config, schedule: Schedule, train: Examples) -> list[str]:
