@@ -368,9 +368,10 @@ class Config:
     data: Data = Data()
     target: Annotated[str, one_of(TARGETS)] = "eps"
     """What the network predicts."""
-    unit_output: bool = False
-    """Scale the network's output to the target's standard deviation (for a score: divide by
-    sigma)."""
+    unit_output: bool | None = None
+    """Scale the network's output to the target's standard deviation (for a score: divide by sigma).
+    None: a score is scaled, unless its variance is learned too, and no other target is. False: the
+    raw score, which the network must scale by itself."""
     unit_input: bool = False
     """Scale the network's input to variance one, for data of standard deviation 0.5 (EDM, with
     target F)."""
@@ -471,6 +472,13 @@ class Config:
     eval: Eval = Eval()
     writers: Annotated[tuple[str, ...], one_of(WRITERS)] = ()
     """Where metrics and pictures go beside the run's directory."""
+
+    @property
+    def scales_output(self) -> bool:
+        """Whether the network's output is scaled to the target's standard deviation."""
+        if self.unit_output is None:
+            return self.target == "score" and self.bound_weight is None
+        return self.unit_output
 
 
 CHANGEABLE = {
@@ -578,8 +586,11 @@ def differences(old: Config, new: Config) -> list[str]:
 
 
 def fields(config: Config) -> dict[str, Any]:
-    """Every field by its full name, as in `model.width`, with its value in JSON."""
-    return flatten(to_tree(config))
+    """Every field by its full name, as in `model.width`, with its value in JSON.
+
+    `unit_output` has the value that it stands for, True or False.
+    """
+    return flatten(to_tree(config) | {"unit_output": config.scales_output})
 
 
 def _upgraded(tree):
@@ -590,6 +601,8 @@ def _upgraded(tree):
         place = tree.get(section, {}) if section else tree
         if isinstance(place, dict) and name in place:
             place[new.rpartition(".")[2]] = place.pop(name)
+    # Where nothing was said of it, the score was raw.
+    tree.setdefault("unit_output", False)
     kinds = {row.config.__name__: name for name, row in MODELS.items()}
     model, sampling = tree.get("model"), tree.get("sampling")
     if isinstance(model, dict) and isinstance(model.get("kind"), str):

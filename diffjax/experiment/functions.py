@@ -351,7 +351,7 @@ def _apply(config, module, schedule):
         if config.time_input and config.time_steps is not None:
             f = time_input(f, schedule, config.time_steps)
         f = unit_input(f, schedule) if config.unit_input else f
-        f = unit_output(f, config.target, schedule) if config.unit_output else f
+        f = unit_output(f, config.target, schedule) if config.scales_output else f
         return f(x_t, log_snr, cond)
 
     return apply

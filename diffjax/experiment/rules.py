@@ -155,7 +155,7 @@ def _of_time(c):
             f"bound_weight={c.bound_weight}: must be at least 0, and time_steps at least 2",
         ),
         (
-            c.bound_weight is None or not c.unit_output,
+            c.bound_weight is None or not c.scales_output,
             f"bound_weight={c.bound_weight}: with unit_output=True no variance can be learned",
         ),
         (
