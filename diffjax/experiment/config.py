@@ -25,7 +25,7 @@ from ..guidance import GUIDANCES, STEP_GUIDANCES
 from ..models import MODELS, ModelConfig, UNetConfig, name_of
 from ..samplers import SAMPLERS, TIMES
 from ..schedules import LONGEST as LONGEST_GRID, SCHEDULES
-from ..targets import TARGETS
+from ..targets import TARGETS, unbounded
 from ..training import parsing
 from ..training.averaging import DTYPES
 from ..training.files import flatten, unequal
@@ -477,7 +477,7 @@ class Config:
     def scales_output(self) -> bool:
         """Whether the network's output is scaled to the target's standard deviation."""
         if self.unit_output is None:
-            return self.target == "score" and self.bound_weight is None
+            return unbounded(self.target) and self.bound_weight is None
         return self.unit_output
 
 
