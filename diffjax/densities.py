@@ -110,10 +110,10 @@ def fit_normal(
 ) -> tuple[Array, Array]:
     """The mean and the standard deviation of the `normal` density that these losses ask for.
 
-    It is the one with which the losses, divided by their density, vary least. They would not vary at
-    all if each time were drawn in proportion to its mean loss. The normal density is near that, and
-    its tails do not fall below those of the losses: a large loss over a small density would vary
-    without bound, which a fit of the two moments does not see.
+    It is the one with which the losses, divided by their density, vary least. They would not vary
+    at all if each time were drawn in proportion to its mean loss. The normal density is near that,
+    and its tails do not fall below those of the losses: a large loss over a small density would
+    vary without bound, which a fit of the two moments does not see.
 
     Args:
       schedule: the schedule that the losses were measured on.
