@@ -122,7 +122,8 @@ def fit_normal(
       losses: the mean loss in each bin, at least 0; NaN where nothing was measured.
 
     Raises:
-      ValueError: unless there is one loss between each two edges, and at least one is positive.
+      ValueError: unless there is one loss between each two edges, all are finite and at least 0,
+        and one is positive.
 
     >>> import diffjax
     >>> schedule, edges = diffjax.cosine(-10, 10), range(-12, 13)
@@ -133,9 +134,11 @@ def fit_normal(
     """
     losses = jnp.nan_to_num(at_least_float32(losses))
     edges = jnp.asarray(edges, losses.dtype)
-    if len(edges) != len(losses) + 1 or (known(losses) and not losses.max() > 0):
+    sound = not known(losses) or (losses.min() >= 0 and 0 < losses.max() < jnp.inf)
+    if len(edges) != len(losses) + 1 or not sound:
         raise ValueError(
-            f"{len(losses)} losses between {len(edges)} edges: need one less, and a positive loss"
+            f"{len(losses)} losses between {len(edges)} edges: need one less, finite, none "
+            "negative, and a positive loss"
         )
     least, most = schedule.log_snr(jnp.ones(())), schedule.log_snr(jnp.zeros(()))
     edges = jnp.clip(edges, least, most).at[0].set(least).at[-1].set(most)

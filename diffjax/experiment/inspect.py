@@ -77,7 +77,8 @@ def advice(config: Config, losses: np.ndarray) -> list[str]:
     """A line with the density of noise levels that losses by log-SNR ask for; none if none does."""
     if config.loss_aware_times or config.learned_uncertainty or not config.density_weights:
         return []
-    with contextlib.suppress(ValueError):  # of a damaged line of metrics, or an unknown schedule
+    with contextlib.suppress(ValueError, OverflowError):  # of a damaged line of metrics
+        losses = losses.astype(np.float32)
         found = fit_normal(resolve(config).schedule, LOG_SNR_EDGES, losses)
         mean, std = (f"{float(x):.1f}" for x in found)
         words = f"--config.density=normal --config.density_options mean={mean} std={std}"
