@@ -101,6 +101,8 @@ def evaluate(args: Arguments) -> dict[str, Any]:
     check(args)
     e = resolve(checkpoint.read_config(args.workdir))
     config = e.config
+    if args.held_out != 0 and not args.flow:
+        likelihoods.check_bound(config)
     given = None if args.samples is None else sampling.read(args.samples)
     if given is not None and len(given[0].x) < FEWEST:
         raise ValueError(f"{args.samples} holds {len(given[0].x)} samples: need {FEWEST} or more")
@@ -150,6 +152,10 @@ def evaluate(args: Arguments) -> dict[str, Any]:
             f"{form.about.get('space')}; give the autoencoder that it was drawn with"
         )
 
+    draws = bool(args.drawing.n) and given is None
+    weaker = (
+        sampling.load_weaker(drawn, data.shape_of(dataset.train.x)) if draws else sampling.Weaker()
+    )
     if args.held_out != 0:
         found |= count_bits(args, e, runner, params, dataset.test)
     if real is None:
@@ -168,7 +174,7 @@ def evaluate(args: Arguments) -> dict[str, Any]:
         )
     else:
         shape = data.shape_of(dataset.train.x)
-        scores, settings = draw(drawn, args, runner, params, shape, form, real)
+        scores, settings = draw(drawn, args, runner, params, shape, form, real, weaker)
     # A file of samples has these too, or `found` has them.
     elsewhere = ("parameters", "config", "program", "shape", "dtype", "space", "sha256")
     recorded = {k: v for k, v in settings.items() if k not in elsewhere}
@@ -224,6 +230,7 @@ def draw(
     shape: tuple[int, ...],
     form: pixels.Form,
     real: reference.Reference,
+    weaker: sampling.Weaker,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """The distances of samples that are drawn, and the settings that a file of them would have."""
     wanted, size = args.drawing, e.config.batch_size
@@ -231,11 +238,15 @@ def draw(
     seeds = range(wanted.seed, wanted.seed + args.draws)
     for seed in seeds:
         drawing = dataclasses.replace(wanted, seed=seed)
-        generate = sampling.make_generate(sampling.drawn_by(e.config, drawing), shape)
-        parts = sampling.draw(runner, generate, params, label, range(wanted.n), size, form.store)
+        generate = sampling.make_generate(
+            sampling.drawn_by(e.config, drawing), shape, weaker.experiment
+        )
+        parts = sampling.draw(
+            runner, generate, weaker.join(params), label, range(wanted.n), size, form.store
+        )
         shown = sampling.with_progress(parts, f"samples of seed {seed}", wanted.n)
         each.append(distances.measure(real.summarise(shown, wanted.n), real.summary))
-    settings = sampling.settings(e, wanted, params)
+    settings = sampling.settings(e, wanted, params) | weaker.settings
     if len(each) == 1:
         return each[0], settings
     return distances.best_of(each), settings | {"draws": args.draws, "seeds": list(seeds)}
@@ -254,7 +265,9 @@ def count_bits(
     batch = data.first(test_set, args.held_out or len(test_set.x))
     shape = data.shape_of(test_set.x)
     n = len(batch["index"])
-    measures = {"bound": likelihoods.variational_bound(e, levels, args.bound_samples)}
+    measures = {}
+    if config.coupling == "independent":
+        measures["bound"] = likelihoods.variational_bound(e, levels, args.bound_samples)
     if args.flow:
         measures["flow"] = likelihoods.flow_bound(e, levels, args.flow_steps)
     found: dict[str, Any] = {}

@@ -3,6 +3,7 @@
     python sample.py --workdir=runs/digits
     python sample.py --workdir=runs/digits --n=1000 --label=7 --sampler=dpm_solver_pp_2m --steps=20
     python sample.py --workdir=digits --guidance classifier_free:weight=3 within:low=-2,high=4
+    python sample.py --workdir=digits --guidance autoguidance:weight=2,weaker=runs/small
     python sample.py --help
 
 Writes OUT.npz, with `x` (uint8 if the data are bytes, else float32 in the data's range; of latents
@@ -78,11 +79,12 @@ def sample(args: Arguments) -> None:
         _, params, _ = checkpoint.load(args.workdir, args.drawing.average)
         sampling.check_shape(e, params, shape)
         sampling.check_parameters(params, args.workdir)
-        generate = sampling.make_generate(e, shape)
+        weaker = sampling.load_weaker(e, shape)
+        generate = sampling.make_generate(e, shape, weaker.experiment)
         runner = runners.RUNNERS[e.config.parallel](1)
         form = pixels.form(config, runner, shape, example_dtype(config))
 
-        settings = sampling.settings(e, args.drawing, params) | form.about
+        settings = sampling.settings(e, args.drawing, params) | form.about | weaker.settings
         settings |= {"shape": list(form.shape), "dtype": form.dtype.__name__}
         parts = out.with_suffix(".parts")
         done = open_parts(parts, out, settings)
@@ -90,7 +92,9 @@ def sample(args: Arguments) -> None:
     n, label = args.drawing.n, sampling.labels(e.config, args.drawing)
     first = jax.process_index() == 0
     with error_exit(OSError, FloatingPointError):
-        drawn = sampling.draw(runner, generate, params, label, range(done, n), size, form.store)
+        drawn = sampling.draw(
+            runner, generate, weaker.join(params), label, range(done, n), size, form.store
+        )
         for x in sampling.with_progress(drawn, "samples", n, done):
             if first:
                 sampling.save_part(parts, done, x)

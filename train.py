@@ -55,16 +55,21 @@ AHEAD = 16
 can deadlock."""
 
 
-def make_loss(e: Experiment, levels: int | None, held_out: int | None = None) -> LossFn:
+def make_loss(
+    e: Experiment,
+    levels: int | None,
+    held_out: int | None = None,
+    axis_name: str | None = None,
+) -> LossFn:
     """The loss of each example, a pure function; this is the place to try an idea.
 
     It is the loss of training, or, with the number of examples held out, the loss of those:
     without dropout and with every label, its times spread evenly over all of them.
 
     Example i draws from `key` folded with its position in the global batch, so that nothing
-    depends on how the batch is split over devices.
+    depends on how the batch is split over devices, which may be along a mapped axis.
     """
-    loss = e.objective(levels)  # diffjax.diffusion_loss, or hybrid_loss
+    loss = e.objective(levels, axis_name)  # diffjax.diffusion_loss, or hybrid_loss
     config = e.config
     train = held_out is None
 
@@ -137,6 +142,7 @@ def train(
         config = dataset.recorded(config, train_set)
         shape = dataset.example_shape(config)
         form = pixels.form(config, runner, shape, train_set.x.dtype.type)
+        weaker = sampling.load_weaker(e, shape)
         both = form.dataset(data.Dataset(train_set, test_set))
         real = None
         if config.eval.features is not None:
@@ -145,10 +151,10 @@ def train(
 
     # Pure functions: the loss, the step, and a sample.
     levels = data.levels(config.data.name, train_set)
-    step = make_step(e, make_loss(e, levels))
+    step = make_step(e, make_loss(e, levels, axis_name=runner.axis))
     held_out = data.first(test_set, 1024)
-    held_out_loss = make_loss(e, levels, len(held_out["index"]))
-    generate = sampling.make_generate(e, shape)
+    held_out_loss = make_loss(e, levels, len(held_out["index"]), runner.axis)
+    generate = sampling.make_generate(e, shape, weaker.experiment)
     learning_rate = jax.jit(e.learning_rate)
 
     def measure_held_out(params, batch):
@@ -161,13 +167,17 @@ def train(
         runner.map(generate),
     )
 
-    def mapped(f: Callable, batch: Batch) -> np.ndarray:
-        return in_batches(runner, f, state.ema_params, batch, config.batch_size)
+    def loss_of(batch: Batch) -> np.ndarray:
+        return in_batches(runner, held_out_fn, state.ema_params, batch, config.batch_size)
+
+    def generated(batch: Batch) -> np.ndarray:
+        params = weaker.join(state.ema_params)
+        return in_batches(runner, generate_fn, params, batch, config.batch_size)
 
     def draw(step: int) -> None:
         rows = sampling.picture_rows(config)
         batch = sampling.request(config, test_set, rows * config.sampling.columns)
-        x = form.decode(mapped(generate_fn, batch))
+        x = form.decode(generated(batch))
         if config.low_resolution is not None:
             x, rows = super_resolution.beside(x, batch["x"], config.low_resolution), 4
         recorder.picture(step, "samples", plots.samples, x, rows)
@@ -179,10 +189,7 @@ def train(
         """The distances of samples of the moving average to the reference, by name."""
         wanted = sampling.request(config, test_set, config.eval.n)
         rows = sampling.parts_of(wanted["index"], size=config.batch_size)
-        parts = (
-            form.store(mapped(generate_fn, {name: x[i] for name, x in wanted.items()}))
-            for i in rows
-        )
+        parts = (form.store(generated({name: x[i] for name, x in wanted.items()})) for i in rows)
         found = distances.measure(real.summarise(parts, config.eval.n), real.summary)
         return {f"eval_{name}": value for name, value in found.items()}
 
@@ -242,7 +249,7 @@ def train(
                 row = metrics.summary(window, done, learning_rate)
                 window = []
                 if done % config.eval_every == 0 or last:
-                    row["eval_loss"] = float(mapped(held_out_fn, held_out).mean())
+                    row["eval_loss"] = float(loss_of(held_out).mean())
                 if real is not None and (done % config.eval.every == 0 or last):
                     row |= measure(real)
                 recorder.write(done, config.batch_size, **row)
@@ -263,7 +270,7 @@ def train(
             draw(config.steps)
             if config.sampling.eval_samples:
                 batch = sampling.request(config, test_set, config.sampling.eval_samples)
-                x = form.decode(mapped(generate_fn, batch))
+                x = form.decode(generated(batch))
                 scores = sampling.evaluate(config, both, batch, x)
                 recorder.attempt(write_text, workdir / "scores.json", json.dumps(scores) + "\n")
                 recorder.say("  ".join(f"{name} {value:.3f}" for name, value in scores.items()))

@@ -10,7 +10,7 @@ Importing this imports jax and numpy only; networks are in `diffjax.models`, the
 `diffjax.training`.
 """
 
-from . import densities, guidance, inverse, oracles, samplers, schedules, weightings
+from . import couplings, densities, guidance, inverse, oracles, samplers, schedules, weightings
 from .denoisers import clip_x_0, denoiser, time_input, unit_input, unit_output
 from .guidance import *
 from .learned_variance import bound_loss, hybrid_loss
@@ -44,6 +44,7 @@ __all__ = [
     "bound_loss",
     "clip_x_0",
     "convert",
+    "couplings",
     "decode",
     "densities",
     "denoiser",

@@ -6,7 +6,12 @@ guided. Some also take the denoiser without guidance, as a reference or for othe
     guided = diffjax.classifier_free(denoise, weight=3.0, null={"label": 10})
     guided = diffjax.within(guided, denoise, schedule, low=-2.0, high=4.0)
 
-A config gives such a chain by names in `GUIDANCES`.
+Those of `STEP_GUIDANCES` depend on the step, from t to s, or on earlier steps. They take the
+function that makes the sampler, and return the sampler:
+
+    walk = diffjax.cfg_plus_plus(diffjax.ddim, denoise, schedule, weight=0.6, null={"label": 10})
+
+A config gives a chain by the names in both tables.
 """
 
 import math
@@ -26,6 +31,7 @@ from .denoisers import (
     with_x_0,
 )
 from .process import scales_at
+from .samplers.walk import Sampler
 from .schedules import Schedule
 from .targets import decode
 from .types import Array, Cond, Data, Denoiser, Scalar, Time, expand, known, select
@@ -78,8 +84,8 @@ def apg(
 
     The difference of the two estimates of x_0 is shortened to a radius, and the part of it that is
     parallel to the conditional estimate, which raises the contrast, is scaled by eta (Sadat et al.
-    2025, arXiv 2410.02416, without their momentum). With `eta=1` and no radius it is
-    `classifier_free`.
+    2025, arXiv 2410.02416; with their momentum it is `apg_momentum`). With `eta=1` and no radius it
+    is `classifier_free`.
 
     Args:
       denoise: a denoiser trained with and without its conditioning.
@@ -92,13 +98,18 @@ def apg(
     Raises:
       ValueError: unless `radius > 0`; when called, if `cond` is not a pytree like `null`.
     """
+    return _apg(denoise, schedule, weight, null, eta, radius, lambda difference: difference)
+
+
+def _apg(denoise, schedule, weight, null, eta, radius, change):
+    """`apg`, with a change of the difference of the two estimates of x_0 before the projection."""
     if known(radius) and not radius > 0:
         raise ValueError(f"{radius=}: must be positive")
     schedule, both = schedule_of(denoise, schedule), _with_and_without(denoise, null)
 
     def guided(x_t, t, cond=None):
         without, given = both(x_t, t, cond)
-        step = given.x_0 - without.x_0
+        step = change(given.x_0 - without.x_0)
         step *= jnp.minimum(1, radius / jnp.sqrt(jnp.maximum(_product(step, step), 1e-20)))
         along = _product(step, given.x_0) / jnp.maximum(_product(given.x_0, given.x_0), 1e-20)
         x_0 = given.x_0 + (expand(weight, x_t) - 1) * (step - (1 - eta) * along * given.x_0)
@@ -188,7 +199,12 @@ def autoguidance(denoise: Denoiser, weaker: Denoiser, weight: Time) -> Denoiser:
       denoise: a denoiser.
       weaker: a smaller or less trained denoiser for the same task and schedule.
       weight: w, `[]` or `[batch]`; 1 is no guidance.
+
+    Raises:
+      ValueError: if the two carry different schedules.
     """
+    if None not in (known_schedule(denoise), known_schedule(weaker)):
+        schedule_of(weaker, known_schedule(denoise))
 
     def guided(x_t, t, cond=None):
         without, given = predict(weaker, x_t, t, cond), predict(denoise, x_t, t, cond)
@@ -330,16 +346,112 @@ def dynamic_threshold(
     return with_x_0(denoise, schedule, shrink)
 
 
+MakeSampler = Callable[[Denoiser, Schedule], Sampler]
+
+
+def cfg_plus_plus(
+    make: MakeSampler, denoise: Denoiser, schedule: Schedule, weight: Time, null: Cond
+) -> Sampler:
+    """CFG++: guide the estimate of x_0, and add the noise of the unconditional estimate.
+
+    In a step of DDIM from t to s, x_s = alpha_s (x_0 of weight lambda) + sigma_s (eps of weight 0).
+    That is the step of `classifier_free` with w = lambda / (1 - exp((l_t - l_s) / 2)), where l is
+    the log-SNR, so that the weight grows as the steps become shorter. In this form it applies to
+    every sampler.
+
+    Args:
+      make: (denoise, schedule) -> `Sampler`, such as `ddim`.
+      denoise: a denoiser trained with and without its conditioning.
+      schedule: its `Schedule`.
+      weight: lambda, `[]` or `[batch]`; 0 is unconditional. Chung et al. use 0 to 1.
+      null: the conditioning that means "no condition", as in `classifier_free`.
+
+    Source: Chung et al. 2025, "CFG++: manifold-constrained classifier free guidance", arXiv
+    2406.08070.
+    """
+    schedule = schedule_of(denoise, schedule)
+
+    def step(key, state, t, s):
+        w = weight / -jnp.expm1((schedule.log_snr(t) - schedule.log_snr(s)) / 2)
+        return make(classifier_free(denoise, w, null), schedule).step(key, state, t, s)
+
+    unguided = make(denoise, schedule)
+    return Sampler(unguided.init, step, unguided.stochastic)
+
+
+def apg_momentum(
+    make: MakeSampler,
+    denoise: Denoiser,
+    schedule: Schedule,
+    weight: Time,
+    null: Cond,
+    momentum: Scalar = -0.5,
+    eta: Scalar = 0.0,
+    radius: Scalar = math.inf,
+) -> Sampler:
+    """`apg` with momentum: add a multiple of the difference of the evaluation before.
+
+    With d the difference of the two estimates of x_0, d + momentum (that of the evaluation before)
+    takes its place. Negative momentum takes away what was already added (Sadat et al. 2025, arXiv
+    2410.02416, section 4). The difference stays in the state's memory from step to step.
+
+    Args:
+      make: (denoise, schedule) -> `Sampler`, such as `ddim`.
+      denoise: a denoiser trained with and without its conditioning.
+      schedule: its `Schedule`.
+      weight: w, `[]` or `[batch]`, as in `classifier_free`.
+      null: the conditioning that means "no condition", as in `classifier_free`.
+      momentum: 0 is `apg`.
+      eta: factor on the parallel part.
+      radius: the largest norm of an example's difference.
+
+    Raises:
+      ValueError: unless `radius > 0` and `-1 < momentum < 1`.
+    """
+    if known(momentum) and not -1 < momentum < 1:
+        raise ValueError(f"{momentum=}: must be in (-1, 1)")
+
+    def guided(change):
+        return _apg(denoise, schedule, weight, null, eta, radius, change)
+
+    unguided = make(guided(lambda difference: difference), schedule)
+
+    def init(x_1):
+        state = unguided.init(x_1)
+        return state._replace(memory=(state.memory, jnp.zeros_like(x_1)))
+
+    def step(key, state, t, s):
+        memory, difference = state.memory
+
+        def change(new):
+            nonlocal difference
+            difference = new + momentum * difference
+            return difference
+
+        state = make(guided(change), schedule).step(key, state._replace(memory=memory), t, s)
+        return state._replace(memory=(state.memory, difference))
+
+    return Sampler(init, step, unguided.stochastic)
+
+
 GUIDANCES: dict[str, Callable[..., Denoiser]] = {
     "classifier_free": classifier_free,
     "apg": apg,
     "cfg_zero": cfg_zero,
+    "autoguidance": autoguidance,
     "within": within,
     "rescale": rescale,
     "dynamic_threshold": dynamic_threshold,
 }
 """The guidances that a config may chain. The first argument of each is the denoiser that it guides.
-The run supplies `denoise` (the denoiser without guidance), `schedule` and `null`; every other
-argument is an option."""
+The run supplies `denoise` (the denoiser without guidance), `schedule`, `null` and `weaker`; every
+other argument is an option."""
 
-__all__ = ["GUIDANCES", "autoguidance", "classifier_guidance", *GUIDANCES]
+STEP_GUIDANCES: dict[str, Callable[..., Sampler]] = {
+    "cfg_plus_plus": cfg_plus_plus,
+    "apg_momentum": apg_momentum,
+}
+"""The guidances of a whole step, one of which may begin a chain. The run supplies `make`,
+`denoise`, `schedule` and `null`."""
+
+__all__ = ["GUIDANCES", "STEP_GUIDANCES", "classifier_guidance", *GUIDANCES, *STEP_GUIDANCES]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from . import checks, keys
+from .couplings import Coupling, independent
 from .denoisers import call
 from .densities import Density, relative
 from .process import scales_at
@@ -165,6 +166,7 @@ def diffusion_loss(
     weight: Weighting | None = None,
     t: Time | None = None,
     steps: int | None = None,
+    coupling: Coupling = independent(),
 ) -> Float[Array, " batch"]:
     """The weighted denoising loss of each example, at one time and with one draw of noise.
 
@@ -181,6 +183,7 @@ def diffusion_loss(
       t: times `[]` or `[batch]`. By default they are drawn: stratified over the batch if `key` is
         one key, and independently if it is one key per example.
       steps: T for discrete time, None for continuous.
+      coupling: which noise each example is given (see `couplings`); its own by default.
 
     Returns:
       Losses `[batch]`, averaged over the data axes; with `weightings.elbo()`, they are in nats per
@@ -202,6 +205,7 @@ def diffusion_loss(
     checks.network(network)
     checks.schedule(schedule)
     t, eps = draw(key, x_0, t, steps)
+    eps = coupling(keys.fold_in(keys.per_example(key, len(x_0)), 2), x_0, eps, cond)
     alpha, sigma = scales_at(schedule, t, x_0)
     out = call(network, alpha * x_0 + sigma * eps, schedule.log_snr(t), cond)
     if out.shape != x_0.shape:

@@ -125,6 +125,15 @@ def unit_variance(target: str | Row, alpha: Scale, sigma: Scale) -> Scale:
     return a**2 + b**2
 
 
+def unbounded(target: str | Row) -> bool:
+    """Whether the size of a target grows without bound as the noise vanishes, as a score's does.
+
+    >>> [name for name in TARGETS if unbounded(name)]
+    ['score']
+    """
+    return bool(unit_variance(target, 1.0, 1e-3) > 1e3)
+
+
 def eps_per_out(target: str | Row, alpha: Scale, sigma: Scale) -> Scale:
     """alpha / det: the derivative of the decoded eps with respect to the output."""
     a, b = row(target)(alpha, sigma)

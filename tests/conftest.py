@@ -29,6 +29,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 CORE = [
     "augmentations",
     "averages",
+    "couplings",
     "denoisers",
     "densities",
     "guidance",

@@ -100,7 +100,7 @@ def draws(runner, accumulate=1):
         digests.append(jnp.stack([bits(d) for d in (x, noise, t, cond["label"], dropped)], 1))
         return jnp.zeros(len(x))
 
-    recording = E._replace(objective=lambda levels: record, apply=network)
+    recording = E._replace(objective=lambda *_: record, apply=network)
     make_losses = train.make_loss(recording, None)
 
     def loss_fn(key, params, batch, extra):
@@ -110,6 +110,17 @@ def draws(runner, accumulate=1):
     step = make_step(loss_fn, lambda extra, seen: seen["digest"], accumulate)
     nothing, extra = jnp.zeros(()), jnp.zeros((BATCH, 5), jnp.uint32)
     init = lambda: init_state(E.keys().train, nothing, E.optimizer, extra)
+    state, _ = runner.step(step)(runner.init(init), batch_of(runner, 3))
+    return whole(state.extra)
+
+
+def coupled_losses(runner, coupling):
+    """The loss `[batch]` of each example, by index, of a network that says 0."""
+    e = resolve(dataclasses.replace(CONFIG, coupling=coupling))
+    e = e._replace(apply=lambda params, x_t, log_snr, cond, dropout: 0 * x_t)
+    loss_fn = train.make_loss(e, None, axis_name=runner.axis)
+    step = make_step(loss_fn, lambda extra, seen: seen["loss"])
+    init = lambda: init_state(E.keys().train, jnp.zeros(()), E.optimizer, jnp.zeros(BATCH))
     state, _ = runner.step(step)(runner.init(init), batch_of(runner, 3))
     return whole(state.extra)
 

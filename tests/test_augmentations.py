@@ -98,7 +98,7 @@ def test_a_window_is_a_window_of_the_reflected_image():
     wide = np.pad(NOISE, ((3, 3), (3, 3), (0, 0)), "symmetric")
     seen = set()
     for seed in range(12):
-        x, told = crop(pad=3).draw(jax.random.key(seed), NOISE)
+        x, told = crop(pad=3.0).draw(jax.random.key(seed), NOISE)
         down, right = np.rint(3 * np.asarray(told)).astype(int) + 3
         np.testing.assert_array_equal(x, wide[down : down + 16, right : right + 12])
         seen.add((down, right))

@@ -18,7 +18,8 @@ from rich.console import Console
 
 import diffjax
 from diffjax import checkpoint
-from diffjax.experiment import command_line, inspect, run_directory
+from diffjax.experiment import command_line, inspect, resolve, run_directory
+from diffjax.schedules import time_at
 from diffjax.training import checkpoints, init_state, runners
 
 ROOT = Path(__file__).parents[1]
@@ -260,7 +261,13 @@ for name, limit in (("none", 0), ("some", 4000), ("end", 0)):
 
 def test_inspect_prints_what_a_run_holds(two, tmp_path):
     copy = shutil.copytree(two, tmp_path / "run")
-    row = {"step": 40, "loss": 0.5, "eval_loss": 0.25}
+    of_edm = np.exp(-((np.arange(-11.5, 12) - 2.4) ** 2) / (2 * 2.4**2))  # N(2.4, 2.4^2)
+    schedule = resolve(run_directory.read_config(copy)).schedule
+    visited = -np.diff(time_at(schedule, jnp.arange(-12.0, 13)))
+    losses = [
+        x / v if v > 1e-6 else None for x, v in zip(of_edm.tolist(), visited.tolist(), strict=True)
+    ]
+    row = {"step": 40, "loss": 0.5, "eval_loss": 0.25, "loss_by_log_snr": losses}
     (copy / "metrics.jsonl").write_text(json.dumps(row) + "\n")
 
     def report():
@@ -271,6 +278,7 @@ def test_inspect_prints_what_a_run_holds(two, tmp_path):
     damaged, text = report()
     assert damaged == 0 and text.count("sound") == 2 and "0.25" in text
     assert "model.width=8" in text and "loss 0.5" in text
+    assert "--config.density=normal --config.density_options mean=2.4 std=2.4" in text
     (copy / "checkpoints" / "40" / "seal.json").unlink()
     damaged, text = report()
     assert damaged == 1 and "seal.json is missing" in text

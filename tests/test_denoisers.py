@@ -417,6 +417,75 @@ def test_binding_the_condition_composes_in_any_order():
         assert denoisers.schedule_of(jax.jit(after)) is denoise.schedule, name
 
 
+def walked(make, guidance, denoise, ts, cond=COND, **options):
+    """The estimates of x_0 that each step used, and the sample."""
+    bound = lambda guided, schedule: make(functools.partial(guided, cond=cond), schedule)
+    walk = guidance(bound, denoise, denoise.schedule, null=NULL, **options)
+    seen = lambda state, t: state.x_0
+    x, estimates = diffjax.sample(jax.random.key(0), walk, X.astype(ts.dtype), ts, seen)
+    return estimates, x
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.6, jnp.array([0.0, 0.3, 0.6, 1.0])])
+def test_cfg_plus_plus_adds_the_unconditional_noise_to_the_guided_x_0(x64, weight):
+    """Algorithm 2 of the paper: with DDIM, for any schedule and step."""
+    denoise = diffjax.denoiser(labelled, diffjax.cosine(), "v")
+    for t, s in ((0.9, 0.7), (0.5, 0.49), (0.1, 0.0)):
+        ts = jnp.array([t, s])
+        _, got = walked(diffjax.ddim, diffjax.cfg_plus_plus, denoise, ts, weight=weight)
+        given, without = denoise(X, t, COND), denoise(X, t, {"label": jnp.full(4, 9)})
+        x_0 = without.x_0 + jnp.reshape(weight, (-1, 1)) * (given.x_0 - without.x_0)
+        alpha, sigma = denoise.schedule(s)
+        np.testing.assert_allclose(got, alpha * x_0 + sigma * without.eps, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["ancestral", "heun", "unipc"])
+def test_guidances_of_a_step_take_every_kind_of_sampler(name):
+    """Of weight 0 cfg_plus_plus is unconditional; without momentum apg_momentum is apg."""
+    denoise, ts = diffjax.denoiser(labelled, diffjax.cosine(-5, 5), "v"), jnp.linspace(1, 0, 4)
+    make, start = diffjax.SAMPLERS[name].make, jax.random.key(0)
+
+    def plain(guided, cond):
+        walk = make(functools.partial(guided, cond=cond), denoise.schedule)
+        return diffjax.sample(start, walk, X, ts)[0]
+
+    none = {"label": jnp.full(4, 9)}
+    _, x = walked(make, diffjax.cfg_plus_plus, denoise, ts, weight=0.0)
+    np.testing.assert_allclose(x, plain(denoise, none), rtol=1e-4, atol=1e-4)
+    options = dict(weight=3.0, eta=0.5)
+    _, x = walked(make, diffjax.apg_momentum, denoise, ts, momentum=0.0, **options)
+    same = diffjax.apg(denoise, denoise.schedule, null=NULL, **options)
+    np.testing.assert_allclose(x, plain(same, COND), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "evaluations"), [("ddim", 1), ("unipc", 1), ("heun", 2)])
+def test_momentum_is_a_geometric_sum_over_the_evaluations(name, evaluations):
+    """Where the two estimates never change, the difference is multiplied by 1 + m + m^2 + ..."""
+    denoise, m, weight = echo(), -0.5, 3.0
+    estimates, _ = walked(
+        diffjax.SAMPLERS[name].make,
+        diffjax.apg_momentum,
+        denoise,
+        jnp.linspace(1, 0, 5),
+        weight=weight,
+        momentum=m,
+        eta=1.0,
+    )
+    label = np.asarray(COND["label"], float)[None]
+    n = 1 + evaluations * np.arange(4)[:, None]
+    expected = label + (weight - 1) * (label - 9) * (1 - m**n) / (1 - m)
+    np.testing.assert_allclose(estimates[..., 0], expected, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"momentum=1.0: must be in \(-1, 1\)"):
+        walked(diffjax.ddim, diffjax.apg_momentum, denoise, jnp.ones(2), weight=2.0, momentum=1.0)
+
+
+def test_autoguidance_by_a_network_of_another_schedule_is_refused():
+    zero = lambda x_t, log_snr, cond: 0 * x_t
+    one, other = (diffjax.denoiser(zero, s, "v") for s in (diffjax.cosine(), diffjax.linear()))
+    with pytest.raises(ValueError, match="another schedule than the one given"):
+        diffjax.autoguidance(one, other, 2.0)
+
+
 def test_a_bound_condition_does_not_hide_in_the_unconditional_half():
     network = lambda x_t, log_snr, cond: 0 * x_t + (1.0 if cond is not None else 0.0)
     denoise = diffjax.denoiser(network, diffjax.cosine(), "x_0")

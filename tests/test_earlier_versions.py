@@ -52,6 +52,21 @@ def test_its_config_says_the_same(earlier):
     assert before["model"]["kind"] == "UNetConfig" and after["model"]["kind"] == "unet"
 
 
+def test_a_score_of_a_version_that_said_nothing_is_raw():
+    """The default of a new run is the scaled score; files without the field mean the raw one."""
+    new = config_lib.Config(target="score")
+    assert new.scales_output and not config_lib.Config().scales_output
+    assert config_lib.from_tree(config_lib.to_tree(new)).scales_output
+    tree = config_lib.to_tree(new)
+    del tree["unit_output"]
+    raw = config_lib.from_tree(tree)
+    assert not raw.scales_output
+    assert config_lib.differences(raw, new) == ["unit_output: the run has False, asked for True"]
+    # A run of another target is resumed by the same command as ever.
+    tree = config_lib.to_tree(config_lib.Config()) | {"unit_output": False}
+    assert config_lib.differences(config_lib.from_tree(tree), config_lib.Config()) == []
+
+
 def test_every_renamed_field_is_read():
     tree = json.loads(config_lib.to_json(config_lib.Config()))
     for old, new in config_lib.RENAMED.items():

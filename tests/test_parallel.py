@@ -47,6 +47,17 @@ def test_draws_are_bitwise_equal_on_every_layout(monkeypatch, alone, name, devic
     np.testing.assert_array_equal(got, alone[0])
 
 
+@pytest.mark.parametrize("coupling", ["ot", "immiscible"])
+def test_examples_are_paired_over_the_whole_batch_on_every_layout(monkeypatch, coupling):
+    losses = {}
+    for name, devices in (("sharded", 1), ("pmap", 8), ("fsdp", 4)):
+        on(monkeypatch, devices)
+        losses[name] = layouts.coupled_losses(layouts.LAYOUTS[name](), coupling)
+        np.testing.assert_allclose(losses[name], losses["sharded"], rtol=1e-5)
+    alone = layouts.coupled_losses(layouts.LAYOUTS[name](), "independent")
+    assert 0 < (alone != losses[name]).mean() <= 1
+
+
 def test_draws_are_bitwise_equal_without_any_compilation(alone):
     eager = runners.Runner(
         init=lambda f: jax.jit(f)(),

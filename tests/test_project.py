@@ -21,7 +21,7 @@ import pytest
 
 import diffjax
 from catalogue import SAMPLERS, SCHEDULES, TARGETS, WEIGHTINGS
-from diffjax import data, weightings
+from diffjax import couplings, data, weightings
 from diffjax.densities import DENSITIES
 from diffjax.evaluation import distances
 from diffjax.experiment import (
@@ -105,8 +105,8 @@ def test_layers(path):
 
 
 def test_the_mathematics_knows_of_nothing_else():
-    """Its files import JAX, NumPy, jaxtyping and the standard library; one function, diffrax."""
-    allowed = {"jax", "numpy", "jaxtyping", "diffrax", *sys.stdlib_module_names}
+    """Its files import JAX, NumPy, jaxtyping and the standard library; two functions more."""
+    allowed = {"jax", "numpy", "jaxtyping", "diffrax", "scipy", *sys.stdlib_module_names}
     for path in PACKAGE.rglob("*.py"):
         if part_of_file(path) == "mathematics":
             for node in ast.walk(ast.parse(path.read_text())):
@@ -149,11 +149,14 @@ def test_what_a_guidance_returns_is_a_prediction(name):
     ]
     options = ",".join(f"{option}={2 * i + 1}" for i, option in enumerate(needed))
     model = MODELS["unet"].config(labels=3, null_label=True)
-    sampling = Sampling(guidance=(f"{name}:{options}".rstrip(":"),))
+    # Some change the guidance before them.
+    before = ("cfg_zero:weight=2",) if "denoise" in list(parameters)[1:] else ()
+    sampling = Sampling(guidance=(*before, f"{name}:{options}".rstrip(":")))
     e = resolve(Config(model=model, sampling=sampling))
     network = lambda x_t, log_snr, cond: jnp.tanh(x_t + cond["label"][:, None])
     x_t, t = jax.random.normal(jax.random.key(0), (4, 5)), 0.3
-    guided = e.guide(e.denoiser(network))(x_t, t, {"label": jnp.arange(4) % 3})
+    denoise = e.denoiser(network)
+    guided = e.guide(denoise, weaker=denoise)(x_t, t, {"label": jnp.arange(4) % 3})
     alpha, sigma = diffjax.scales_at(e.schedule, t, x_t)
     np.testing.assert_allclose(alpha * guided.x_0 + sigma * guided.eps, x_t, rtol=1e-5, atol=1e-6)
 
@@ -166,11 +169,12 @@ def test_every_row_is_there_and_every_row_is_tested():
         assert name in diffjax.SCHEDULES or f"diffjax.{name}(" in made, name
     assert set(returning(weightings, weightings.Weighting)) <= set(weightings.WEIGHTINGS)
     assert set(returning(diffjax.densities, diffjax.densities.Density)) == set(DENSITIES)
+    assert set(returning(couplings, couplings.Coupling)) == set(couplings.COUPLINGS)
     for module in (onestep, multistep):
         assert set(returning(module, diffjax.Sampler)) <= set(diffjax.SAMPLERS)
-    needs_a_function = {"autoguidance", "classifier_guidance"}
     guidances = set(returning(diffjax.guidance, diffjax.Denoiser))
-    assert guidances == set(diffjax.GUIDANCES) | needs_a_function
+    assert guidances == set(diffjax.GUIDANCES) | {"classifier_guidance"}  # which needs a function
+    assert set(returning(diffjax.guidance, diffjax.Sampler)) == set(diffjax.STEP_GUIDANCES)
     assert set(returning(runners, runners.Runner)) == set(RUNNERS)
     assert set(returning(data.readers, tuple)) == set(data.readers.READERS)
     assert set(returning(data.toy, np.ndarray)) == set(data.toy.TOYS)
@@ -185,7 +189,8 @@ def test_every_row_is_there_and_every_row_is_tested():
     ):
         assert set(table) <= set(rows)
     # And each is public, if it is a function of its name.
-    for name in (*diffjax.SCHEDULES, *diffjax.SAMPLERS, *diffjax.GUIDANCES):
+    guidances = diffjax.GUIDANCES | diffjax.STEP_GUIDANCES
+    for name in (*diffjax.SCHEDULES, *diffjax.SAMPLERS, *guidances):
         assert name in diffjax.__all__ and callable(getattr(diffjax, name))
     assert {row.times for row in diffjax.SAMPLERS.values()} <= set(diffjax.samplers.TIMES)
 
@@ -197,7 +202,8 @@ def test_every_name_of_a_table_can_be_asked_for_on_the_command_line(capsys):
     text = re.sub(r"[\s│]+", "", capsys.readouterr().out)
     for table in (
         *(diffjax.TARGETS, diffjax.SCHEDULES, diffjax.SAMPLERS, diffjax.samplers.TIMES),
-        *(weightings.WEIGHTINGS, DENSITIES, data.DATASETS, RUNNERS, WRITERS, diffjax.GUIDANCES),
+        *(weightings.WEIGHTINGS, DENSITIES, data.DATASETS, RUNNERS, WRITERS),
+        *(diffjax.GUIDANCES | diffjax.STEP_GUIDANCES, couplings.COUPLINGS),
     ):
         assert "{" + ",".join(table) + "}" in text
     assert ",".join(MODELS) in text

@@ -247,6 +247,32 @@ def test_a_chain_of_the_command_line_is_what_samples_are_drawn_with(finished, tm
         (["classifier_free:weight=much"], "weight=much: must be a finite number"),
         (["classifier_free:weight=3", "within:low=4,high=-2"], "low=4 must be below high=-2"),
         (["classifier_free:3"], "'3' is not NAME=VALUE"),
+        (
+            ["classifier_free:weight=3", "dynamic_threshold", "dynamic_threshold:limit=2"],
+            "dynamic_threshold is there twice",
+        ),
+        (
+            ["classifier_free:weight=3", "cfg_zero:weight=2"],
+            "classifier_free and cfg_zero both amplify the condition; choose one of them",
+        ),
+        (["within:low=-2,high=4"], "within changes the guidance before it; there is none"),
+        (
+            ["dynamic_threshold", "cfg_plus_plus:weight=0.6"],
+            "cfg_plus_plus guides a whole step, and must be the first of the chain",
+        ),
+        (["cfg_plus_plus"], "guidance cfg_plus_plus needs weight=NUMBER"),
+        (["apg_momentum:weight=2,momentum=-2"], "momentum=-2: must be in (-1, 1)"),
+        (
+            ["apg_momentum:weight=2", "within:low=-2,high=4"],
+            "the momentum needs every step, which within leaves out; use apg",
+        ),
+        (["autoguidance:weight=2"], "guidance autoguidance needs weaker=RUN"),
+        (["autoguidance:weaker=digits"], "guidance autoguidance needs weight=NUMBER"),
+        (["autoguidance:weight=2,weaker=/nowhere"], "/nowhere holds no config.json"),
+        (
+            ["autoguidance:weight=2,weaker=digits,average=wide"],
+            "average=wide: must be a number",
+        ),
     ],
 )
 def test_a_bad_chain_of_guidances_is_one_clear_line(finished, tmp_path, chain, message):
@@ -255,6 +281,38 @@ def test_a_bad_chain_of_guidances_is_one_clear_line(finished, tmp_path, chain, m
     line = str(stop.value)
     assert line.startswith("error: ") and message in line and "\n" not in line
     assert not list(tmp_path.iterdir())
+
+
+def test_autoguidance_of_weight_zero_draws_from_the_weaker_network(finished, tmp_path):
+    argv = ["--n=4", "--steps=2", "--sampler=ddim", "--guidance"]
+    weaker, _ = draw_by("digits", tmp_path / "a.npz", *argv)
+    word = "autoguidance:weight=0,weaker=digits"
+    examples, settings = draw_by(finished, tmp_path / "b.npz", *argv, word)
+    np.testing.assert_array_equal(examples.x, weaker.x)
+    assert settings["guidance"] == [word]
+    _, params, _ = checkpoint.load("digits")
+    assert settings["weaker"]["sha256"] == digest(params) != settings["parameters"]["sha256"]
+
+
+def test_a_guidance_of_the_step_is_drawn_with_the_rest_of_the_chain():
+    """CFG++ of weight 0 is unconditional, as classifier-free guidance of weight 0 is."""
+
+    def drawn_with(*chain):
+        e = sampling.drawn_by(CONFIG, drawing(guidance=chain, steps=3))
+        of_label = lambda params, x_t, log_snr, cond: x_t + cond["label"][:, None, None, None]
+        generate = sampling.make_generate(e._replace(apply=of_label), (2, 2, 1))
+        batch = {"index": np.arange(4), "label": np.arange(4)}
+        return jax.jit(generate)((), batch), sampling.function_evaluations(e)
+
+    none, threshold = "classifier_free:weight=0", "dynamic_threshold:limit=0.5"
+    rest = ("within:low=-2,high=99", threshold)
+    x, evaluations = drawn_with("cfg_plus_plus:weight=0", *rest)
+    np.testing.assert_allclose(x, drawn_with(none, *rest)[0], atol=1e-6)
+    assert evaluations == 3
+    assert not np.allclose(x, drawn_with("cfg_plus_plus:weight=1", *rest)[0], atol=1e-2)
+    # Outside of the interval there is the condition, without guidance.
+    x, _ = drawn_with("cfg_plus_plus:weight=0", "within:low=50,high=99")
+    np.testing.assert_array_equal(x, drawn_with()[0])
 
 
 def test_samples_are_drawn_by_the_runner_of_the_run(finished, drawn, tmp_path, monkeypatch):

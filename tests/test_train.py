@@ -295,10 +295,11 @@ def test_a_finished_run_draws_again_when_sampling_changes(copied):
     assert (copied / "samples.png").read_bytes() != before
 
 
-def test_unit_output_scales_the_network_that_is_trained_sampled_and_read_back(copied):
-    """`unit_output` divides the output of a score network by sigma, in `load` too."""
+@pytest.mark.parametrize("unit_output", [None, True])
+def test_unit_output_scales_the_network_that_is_trained_sampled_and_read_back(copied, unit_output):
+    """The output of a score network is divided by sigma, in `load` too, unless it is raw."""
     config = config_lib.from_json((copied / "config.json").read_text())
-    scaled = dataclasses.replace(config, target="score", unit_output=True)
+    scaled = dataclasses.replace(config, target="score", unit_output=unit_output)
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
     cond = {"label": jnp.zeros(2, jnp.int32)}
     _, params, _ = checkpoint.load(copied)
@@ -307,6 +308,8 @@ def test_unit_output_scales_the_network_that_is_trained_sampled_and_read_back(co
     out = resolve(scaled).apply(params, x, log_snr, cond)
     sigma = jnp.sqrt(jax.nn.sigmoid(-log_snr))[:, None, None, None]
     np.testing.assert_allclose(out * sigma, plain, rtol=1e-4, atol=1e-5)
+    raw = dataclasses.replace(scaled, unit_output=False)
+    np.testing.assert_array_equal(resolve(raw).apply(params, x, log_snr, cond), plain)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model": {"kind": "ViT"}}'])
@@ -486,6 +489,23 @@ BAD = {
     "two decays": (
         ["--config.optimizer.decay_steps=500", "--config.optimizer.inverse_sqrt_from=5"],
         "decay_steps=500 and inverse_sqrt_from=5: the learning rate decays in one way",
+    ),
+    "coupling": (["--config.coupling=best"], "unknown coupling 'best': one of independent, ot"),
+    "coupling option": (
+        ["--config.coupling=immiscible", "--config.coupling_options", "k=0"],
+        "k=0: must be at least 1",
+    ),
+    "coupling and the bound": (
+        ["--config.coupling=ot", "--config.weighting=elbo"],
+        "coupling=ot: weighting=elbo, bound_weight=None train on the bound",
+    ),
+    "coupling of parts": (
+        ["--config.coupling=ot", "--config.optimizer.accumulate=2"],
+        "it pairs the whole batch, and optimizer.accumulate=2 would split that",
+    ),
+    "coupling and a stochastic sampler": (
+        ["--config.coupling=ot", "--config.sampling.sampler=ancestral"],
+        "sampler ancestral: with coupling=ot the network has learned no score",
     ),
     "points": (["--config.data.name=two_moons"], "examples of shape (2,)"),
     "flip": (

@@ -272,6 +272,27 @@ def test_every_step_draws_anew():
     assert len(set(losses)) == 3
 
 
+def test_a_score_network_is_trained_as_the_eps_network_unless_it_is_raw():
+    """Divided by sigma, its output is that of eps with the other sign, and so is each update."""
+    base = command_line.from_file("configs/two_moons.py")
+    train_set, _ = data.load("two_moons")
+
+    def losses(**changes):
+        model = models.MLPConfig(width=16, blocks=1)
+        e = resolve(dataclasses.replace(base, batch_size=64, model=model, **changes))
+        e = e._replace(optimizer=optax.adam(2e-3))
+        state, found = initial_state(e, (2,))(), []
+        step = jax.jit(train.make_step(e, train.make_loss(e, None)))
+        for k in range(20):
+            state, metrics = step(state, data.train_batch(train_set, 0, k, 64))
+            found.append(float(metrics["loss"]))
+        return np.array(found)
+
+    of_eps = losses(target="eps")
+    np.testing.assert_allclose(losses(target="score"), of_eps, rtol=1e-4)
+    assert abs(losses(target="score", unit_output=False) / of_eps - 1).max() > 0.01
+
+
 @pytest.mark.parametrize("target", ["x_0", "eps", "score"])
 def test_training_learns_the_data(target):
     """300 steps on two moons: the loss falls, and samples lie near the data, with every target."""
@@ -357,7 +378,7 @@ def test_a_step_under_shard_map_is_that_of_one_device(check_vma, accumulate, rem
 def test_the_held_out_times_are_spread_over_all_examples_held_out():
     """Whatever the size of a batch, they cover the interval: one time in each n-th of it."""
     e = resolve(Config(batch_size=32))
-    e = e._replace(objective=lambda levels: lambda *args, t, **_: t)
+    e = e._replace(objective=lambda *_: lambda *args, t, **_: t)
     for n in (8, 18, 32, 40, 96):
         loss = train.make_loss(e, None, n)
         index = np.arange(n)

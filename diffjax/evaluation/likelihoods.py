@@ -7,13 +7,23 @@ import jax
 import numpy as np
 
 from .. import keys, likelihood
-from ..experiment import Experiment
+from ..experiment import Config, Experiment
 from ..experiment.functions import conditioned
 from ..training.runners import Runner, in_parts
 from ..types import Array
 from .sampling import with_progress
 
 Bound = Callable[[Any, dict[str, Array]], Array]
+
+
+def check_bound(config: Config) -> None:
+    """Raise a ValueError if a run of this config has no variational bound."""
+    if config.coupling != "independent":
+        raise ValueError(
+            f"coupling={config.coupling}: the variational bound needs a network that was trained "
+            "with independent noise; evaluate.py --flow=True counts bits by the flow, and "
+            "--held_out=0 counts none"
+        )
 
 
 def variational_bound(e: Experiment, levels: int | None, samples: int = 32) -> Bound:
@@ -26,7 +36,11 @@ def variational_bound(e: Experiment, levels: int | None, samples: int = 32) -> B
       e: the experiment.
       levels: number of values that an element of the data can take; None for continuous data.
       samples: times at which the denoising term is evaluated, for each example.
+
+    Raises:
+      ValueError: if the run was trained on coupled pairs of data and noise.
     """
+    check_bound(e.config)
     variance = "learned" if e.config.bound_weight is not None else "posterior"
 
     def bound(params, batch):

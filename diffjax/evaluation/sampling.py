@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +23,13 @@ from rich.progress import Progress
 
 from .. import data, keys, samplers
 from ..data import limits
-from ..experiment import Config, Experiment, Walk, config as config_lib, resolve
-from ..experiment.config import known_name
-from ..experiment.functions import conditioned
+from ..denoisers import schedule_of, with_schedule
+from ..experiment import Config, Experiment, Sampling, Walk, config as config_lib, resolve
+from ..experiment.config import known_name, require
+from ..experiment.functions import condition_of
 from ..experiment.run_directory import check_average
 from ..process import prior_sample
+from ..published import trained
 from ..super_resolution import enlarge, psnr, shrink
 from ..training import parsing
 from ..training.files import digest, file_digest, replacing, write_text
@@ -88,22 +90,96 @@ def drawn_by(config: Config, drawing: Drawing) -> Experiment:
     return resolve(dataclasses.replace(config, sampling=sampling, seed=drawing.seed))
 
 
-def make_generate(e: Experiment, shape: tuple[int, ...]) -> Callable[[Any, dict[str, Any]], Data]:
+def make_generate(
+    e: Experiment, shape: tuple[int, ...], weaker: Experiment | None = None
+) -> Callable[[Any, dict[str, Any]], Data]:
     """A pure function (params, batch) -> samples `[batch, *shape]`.
 
     Sample i depends only on the experiment, the parameters, `batch["index"][i]` and its
     conditioning, so that it is the same on any number of devices and in any batch.
+
+    Args:
+      e: the experiment.
+      shape: shape of a sample.
+      weaker: the experiment of `e.weaker`. The parameters are then a pair, its own the second
+        (see `load_weaker`).
+
+    Raises:
+      ValueError: if `e` guides by a weaker network, and there is none, or it does not fit.
     """
     ts = e.grid()
+    if e.weaker is not None and weaker is None:
+        raise ValueError(
+            f"sampling.guidance={' '.join(e.config.sampling.guidance)}: the weaker network "
+            f"{e.weaker.source} is not loaded here; sample.py and evaluate.py do that"
+        )
 
     def generate(params, batch):
         key_prior, key_walk, key_cond = jax.random.split(e.keys().samples, 3)
         keys_prior, keys_walk = (keys.fold_in(k, batch["index"]) for k in (key_prior, key_walk))
-        denoise = conditioned(e, lambda d: e.clip(e.guide(d)), params, key_cond, batch)
+        cond, other = condition_of(e, key_cond, batch), None
+        if weaker is not None:
+            params, other = params[0], _weaker_denoiser(weaker, params[1])
+        denoise = e.denoiser(functools.partial(e.apply, params))
+
+        def finish(guided):
+            return functools.partial(e.clip(e.guide(denoise, guided, other)), cond=cond)
+
         x_1 = prior_sample(keys_prior, e.schedule, (len(batch["index"]), *shape))
-        return samplers.sample(keys_walk, e.sampler(denoise), x_1, ts)[0]
+        return samplers.sample(keys_walk, e.sampler(denoise, finish), x_1, ts)[0]
 
     return generate
+
+
+def _weaker_denoiser(e, params):
+    """The denoiser of a weaker network, which need not know the labels."""
+    denoise = e.denoiser(functools.partial(e.apply, params))
+    if e.config.model.labels:
+        return denoise
+    return with_schedule(e.schedule, lambda x_t, t, cond=None: denoise(x_t, t))
+
+
+class Weaker(NamedTuple):
+    """The network that samples are guided away from, loaded.
+
+    Attributes:
+      experiment: its experiment, for `make_generate`; None if there is no such network.
+      join: parameters -> what `make_generate` then takes for parameters: these, or a pair.
+      settings: what the settings of samples say of it.
+    """
+
+    experiment: Experiment | None = None
+    join: Callable[[Any], Any] = lambda params: params
+    settings: dict[str, Any] = {}  # noqa: RUF012, it is never changed
+
+
+def load_weaker(e: Experiment, shape: tuple[int, ...]) -> Weaker:
+    """Load the network that the experiment guides away from, if there is one.
+
+    Raises:
+      FileNotFoundError, ValueError: if it cannot be loaded, or was trained for other samples.
+    """
+    if e.weaker is None:
+        return Weaker()
+    source, average = e.weaker
+    _, params, config = trained.load(source, average)
+    weaker = resolve(dataclasses.replace(config, sampling=Sampling()))
+    require(
+        (
+            config.model.labels in (0, e.config.model.labels),
+            f"weaker={source}: it has {config.model.labels} classes, not "
+            f"{e.config.model.labels}, or none",
+        ),
+        (config.low_resolution is None, f"weaker={source}: it enlarges images"),
+    )
+    try:
+        check_shape(weaker, params, shape)
+        schedule_of(_weaker_denoiser(weaker, params), e.schedule)
+    except ValueError as error:
+        raise ValueError(f"weaker={source}: {error}") from error
+    check_parameters(params, Path(source))
+    about = {"weaker": parameters(config, params, average)}
+    return Weaker(weaker, lambda own: (own, params), about)
 
 
 def make_cascade(
@@ -240,7 +316,7 @@ def function_evaluations(e: Experiment) -> int:
         calls.append(None)  # not t, which would leak out of the trace
         return LearnedPrediction(x_t, x_t, x_t)
 
-    sampler = e.sampler(denoise)
+    sampler = e.sampler(denoise, lambda _: denoise)
     step = lambda key, x: sampler.step(key, sampler.init(x), jnp.float32(1), jnp.float32(0.5))
     jax.eval_shape(step, jax.random.key(0), jnp.zeros((1, 2)))
     return len(calls) * e.config.sampling.steps

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import tyro
 
+from ..couplings import COUPLINGS
 from ..data.transient import is_transient
 from ..densities import DENSITIES
 from ..models import MODELS, name_of, switched
@@ -69,6 +70,7 @@ def parse(argv: Sequence[str], configs: Path = Path("configs")) -> Command:
         ("schedule", SCHEDULES),
         ("weighting", WEIGHTINGS),
         ("density", DENSITIES),
+        ("coupling", COUPLINGS),
     ):
         name, rest = take(rest, f"--config.{field}")
         if name is not None:

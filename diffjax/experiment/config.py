@@ -13,20 +13,21 @@ import types
 import typing
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Union
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Union
 
 import tyro
 
 from ..augmentations import AUGMENTATIONS
+from ..couplings import COUPLINGS
 from ..data import DATASETS, ORDERS, check_workers
 from ..data.images import CROPS, UNREADABLE
 from ..densities import DENSITIES
-from ..guidance import GUIDANCES
+from ..guidance import GUIDANCES, STEP_GUIDANCES
 from ..latents import LATENTS
 from ..models import MODELS, ModelConfig, UNetConfig, name_of
 from ..samplers import SAMPLERS, TIMES
 from ..schedules import LONGEST as LONGEST_GRID, SCHEDULES
-from ..targets import TARGETS
+from ..targets import TARGETS, unbounded
 from ..training import parsing
 from ..training.averaging import DTYPES
 from ..training.files import flatten, unequal
@@ -103,6 +104,41 @@ def parse_guidance(word: str) -> tuple[str, dict[str, Any]]:
     return name, as_options(options.split(",") if options else ())
 
 
+class Weaker(NamedTuple):
+    """The network that autoguidance guides away from.
+
+    Attributes:
+      source: what `checkpoint.load` takes: a run's directory, an exported file or a name.
+      average: the relative width of the average of its parameters; None: the moving average.
+    """
+
+    source: str
+    average: float | None
+
+
+def take_weaker(name: str, options: dict[str, Any]) -> tuple[dict[str, Any], Weaker | None]:
+    """The options of a guidance without those that say which network is the weaker one, and that.
+
+    >>> take_weaker("autoguidance", {"weight": 2, "weaker": "runs/small", "average": 0.2})
+    ({'weight': 2}, Weaker(source='runs/small', average=0.2))
+
+    Raises:
+      ValueError: if autoguidance has no weaker network, or its average is no number.
+    """
+    if name != "autoguidance":
+        return options, None
+    source, average = options.get("weaker"), options.get("average")
+    if source is None:
+        raise ValueError(
+            "guidance autoguidance needs weaker=RUN, the directory of a smaller or less trained "
+            "run, or an exported file"
+        )
+    if average is not None and not parsing.is_of(average, int, float):
+        raise ValueError(f"guidance autoguidance: average={average}: must be a number")
+    rest = {k: v for k, v in options.items() if k not in ("weaker", "average")}
+    return rest, Weaker(str(source), average)
+
+
 Options = Annotated[
     dict[str, Any],
     tyro.constructors.PrimitiveConstructorSpec(
@@ -119,7 +155,7 @@ Guidance = Annotated[
     tuple[str, ...],
     tyro.constructors.PrimitiveConstructorSpec(
         nargs="*",
-        metavar="[{" + ",".join(GUIDANCES) + "}:OPTION=VALUE,... ...]",
+        metavar="[{" + ",".join(GUIDANCES | STEP_GUIDANCES) + "}:OPTION=VALUE,... ...]",
         instance_from_str=as_chain,
         is_instance=lambda value: isinstance(value, tuple),
         str_from_instance=list,
@@ -283,7 +319,8 @@ class Walk:
     """Steps of the grid."""
     guidance: Guidance = ()
     """A chain of guidances, such as classifier_free:weight=3 within:low=-2,high=4. A number alone
-    is the weight of classifier_free. Empty: no guidance."""
+    is the weight of classifier_free; autoguidance:weight=2,weaker=RUN,average=0.1 names a run, and
+    may name an average of its parameters. Empty: no guidance."""
     cond_noise: float = 0.0
     """Super-resolution: the time to which the low-resolution image is diffused, at most
     max_cond_noise."""
@@ -366,9 +403,10 @@ class Config:
     data: Data = Data()
     target: Annotated[str, one_of(TARGETS)] = "eps"
     """What the network predicts."""
-    unit_output: bool = False
-    """Scale the network's output to the target's standard deviation (for a score: divide by
-    sigma)."""
+    unit_output: bool | None = None
+    """Scale the network's output to the target's standard deviation (for a score: divide by sigma).
+    None: a score is scaled, unless its variance is learned too, and no other target is. False: the
+    raw score, which the network must scale by itself."""
     unit_input: bool = False
     """Scale the network's input to variance one, for data of standard deviation 0.5 (EDM, with
     target F)."""
@@ -393,6 +431,11 @@ class Config:
     density_weights: bool = True
     """Divide each loss by the density of its time, so that the density changes how much the loss
     varies, and not its mean; False: the density is a part of the objective, as EDM's is."""
+    coupling: Annotated[str, one_of(COUPLINGS)] = "independent"
+    """Which noise each example is given in training: its own, or one that is near it. With another
+    than independent, samples are drawn by deterministic samplers, and there is no bound."""
+    coupling_options: Options = dataclasses.field(default_factory=dict)
+    """Options of the coupling."""
     bound_weight: float | None = None
     """Learn the decoder's variance too, with this weight on the bound (0.001 in improved DDPM); it
     needs time_steps, and a model whose out_channels are twice the data's. None: do not learn it."""
@@ -469,6 +512,13 @@ class Config:
     eval: Eval = Eval()
     writers: Annotated[tuple[str, ...], one_of(WRITERS)] = ()
     """Where metrics and pictures go beside the run's directory."""
+
+    @property
+    def scales_output(self) -> bool:
+        """Whether the network's output is scaled to the target's standard deviation."""
+        if self.unit_output is None:
+            return unbounded(self.target) and self.bound_weight is None
+        return self.unit_output
 
 
 CHANGEABLE = {
@@ -577,8 +627,11 @@ def differences(old: Config, new: Config) -> list[str]:
 
 
 def fields(config: Config) -> dict[str, Any]:
-    """Every field by its full name, as in `model.width`, with its value in JSON."""
-    return flatten(to_tree(config))
+    """Every field by its full name, as in `model.width`, with its value in JSON.
+
+    `unit_output` has the value that it stands for, True or False.
+    """
+    return flatten(to_tree(config) | {"unit_output": config.scales_output})
 
 
 def _upgraded(tree):
@@ -589,6 +642,8 @@ def _upgraded(tree):
         place = tree.get(section, {}) if section else tree
         if isinstance(place, dict) and name in place:
             place[new.rpartition(".")[2]] = place.pop(name)
+    # Where nothing was said of it, the score was raw.
+    tree.setdefault("unit_output", False)
     kinds = {row.config.__name__: name for name, row in MODELS.items()}
     model, sampling = tree.get("model"), tree.get("sampling")
     if isinstance(model, dict) and isinstance(model.get("kind"), str):

@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from .. import keys, latents, loss_aware, losses, models, samplers, schedules
 from ..augmentations import AUGMENTATIONS
+from ..couplings import COUPLINGS
 from ..denoisers import (
     clip_x_0,
     denoiser,
@@ -24,7 +25,7 @@ from ..denoisers import (
     with_schedule,
 )
 from ..densities import DENSITIES, relative
-from ..guidance import GUIDANCES
+from ..guidance import GUIDANCES, STEP_GUIDANCES
 from ..learned_variance import hybrid_loss
 from ..samplers import SAMPLERS, TIMES, Sampler
 from ..schedules import SCHEDULES, Schedule
@@ -33,7 +34,7 @@ from ..training import TrainState, ema_warmup, init_state, projected
 from ..training.averaging import averaging
 from ..types import Array, Data, Denoiser, Key, Network, Real
 from ..weightings import WEIGHTINGS, Weighting
-from .config import Config, known_name, parse_guidance
+from .config import Config, Weaker, known_name, parse_guidance, take_weaker
 from .rules import check
 
 
@@ -73,8 +74,8 @@ class Experiment(NamedTuple):
       config: the config, checked.
       schedule: the noise schedule.
       weighting: the weighting of the loss; None for unit variance.
-      objective: (levels of the data, or None) -> `diffusion_loss`, or `hybrid_loss` if a variance
-        is learned.
+      objective: (levels of the data, or None; the mapped axis over which a batch is split, or None)
+        -> `diffusion_loss` with the config's coupling, or `hybrid_loss` if a variance is learned.
       times: how training draws its times.
       init: (key, shape of an example) -> fresh parameters of the network.
       apply: (params, x_t, log_snr, cond) -> an estimate of the target; with the keyword `dropout`,
@@ -84,13 +85,17 @@ class Experiment(NamedTuple):
       condition: (keys `[batch]`, batch, drop=False, cond_noise=None) -> what the network is
         conditioned on, or None.
       denoiser: network -> denoiser, neither guided nor clipped.
-      guide: denoiser -> denoiser, by the chain of guidances in `sampling.guidance`.
+      guide: (denoiser, start=denoiser, weaker=None) -> denoiser, by the chain of guidances in
+        `sampling.guidance`. The chain begins with `start`; `weaker` is the denoiser of the network
+        below.
+      weaker: the network that the chain guides away from, or None.
       example: (keys `[batch]`, a batch's `x`) -> the examples that the network is trained on: the
         same, or latents that are drawn by their moments, and scaled.
       augment: (keys `[batch]`, examples, what the network is conditioned on) -> both, of augmented
         images in training; the same where there is no augmentation.
       clip: denoiser -> denoiser, whose x_0 stays in [-1, 1] if the data are images.
-      sampler: denoiser -> `Sampler`.
+      sampler: (denoiser, finish) -> `Sampler`. A guidance that acts on a whole step, if the chain
+        begins with one, is applied to the denoiser; `finish`, denoiser -> denoiser, does the rest.
       grid: () -> the times that samples walk along; a ValueError if two of them fall together.
       learning_rate: steps taken -> learning rate.
       ema_decay: steps taken -> decay of the moving average.
@@ -101,7 +106,7 @@ class Experiment(NamedTuple):
     config: Config
     schedule: Schedule
     weighting: Weighting | None
-    objective: Callable[[int | None], Callable[..., Array]]
+    objective: Callable[..., Callable[..., Array]]
     times: Times
     init: Callable[[Key, tuple[int, ...]], Any]
     apply: Callable[..., Data]
@@ -110,9 +115,10 @@ class Experiment(NamedTuple):
     example: Callable[[Key, Data], Data]
     augment: Callable[[Key, Data, Any], tuple[Data, Any]]
     denoiser: Callable[[Network], Denoiser]
-    guide: Callable[[Denoiser], Denoiser]
+    guide: Callable[..., Denoiser]
+    weaker: Weaker | None
     clip: Callable[[Denoiser], Denoiser]
-    sampler: Callable[[Denoiser], Sampler]
+    sampler: Callable[[Denoiser, Callable[[Denoiser], Denoiser]], Sampler]
     grid: Callable[[], Float[Real, " times"]]
     learning_rate: optax.Schedule
     ema_decay: Callable[[Array], Array]
@@ -139,6 +145,7 @@ def resolve(config: Config) -> Experiment:
     module = models.make_module(config.model)
     condition = _condition(config, schedule)
     project = models.MODELS[models.name_of(config.model)].project
+    of_step, guide, weaker = _guidance(config, schedule)
     learned = config.bound_weight is not None
 
     def init(key, shape):
@@ -156,10 +163,12 @@ def resolve(config: Config) -> Experiment:
         u = jnp.asarray(models.Uncertainty().apply({"params": params["uncertainty"]}, log_snr))
         return jnp.exp(-u) * each + u
 
-    def objective(levels):
+    coupling = _coupling(config)
+
+    def objective(levels, axis_name=None):
         weight = config.bound_weight
         if weight is None:
-            return losses.diffusion_loss
+            return functools.partial(losses.diffusion_loss, coupling=coupling(axis_name))
         return functools.partial(hybrid_loss, bound_weight=weight, levels=levels)
 
     kind = config.data.latents
@@ -207,9 +216,10 @@ def resolve(config: Config) -> Experiment:
         denoiser=lambda network: denoiser(
             network, schedule, config.target, learned_variance=learned
         ),
-        guide=_guide(config, schedule),
+        guide=guide,
+        weaker=weaker,
         clip=clip,
-        sampler=_sampler(config, schedule),
+        sampler=_sampler(config, schedule, of_step),
         grid=grid,
         learning_rate=_learning_rate(config.optimizer),
         ema_decay=ema_warmup(config.ema)
@@ -243,10 +253,14 @@ def conditioned(
       key: the key of the conditioning noise, one.
       batch: `index`, and what the network is conditioned on.
     """
-    keys_cond = keys.fold_in(key, batch["index"])
-    cond = e.condition(keys_cond, batch, cond_noise=e.config.sampling.cond_noise)
     denoise = wrap(e.denoiser(functools.partial(e.apply, params)))
-    return functools.partial(denoise, cond=cond)
+    return functools.partial(denoise, cond=condition_of(e, key, batch))
+
+
+def condition_of(e: Experiment, key: Key, batch: Any) -> Any:
+    """What the network is conditioned on when it samples; the arguments are as in `conditioned`."""
+    keys_cond = keys.fold_in(key, batch["index"])
+    return e.condition(keys_cond, batch, cond_noise=e.config.sampling.cond_noise)
 
 
 def bind(
@@ -298,34 +312,61 @@ def _schedule(config):
     return schedules.shift(schedule, shift) if shift else schedule
 
 
-def _sampler(config, schedule):
+def _coupling(config):
+    """The mapped axis over which a batch is split, or None -> the coupling."""
+    make = bind("coupling", COUPLINGS, config.coupling, config.coupling_options, ("axis_name",))
+    make()  # which refuses options out of range
+    gathers = "axis_name" in inspect.signature(make).parameters
+    return lambda axis_name: make(axis_name=axis_name) if gathers else make()
+
+
+def _sampler(config, schedule, of_step):
     table = {name: row.make for name, row in SAMPLERS.items()}
     name, options = config.sampling.sampler, config.sampling.options
     make = bind("sampler", table, name, options, ("denoise", "schedule"))
-    make(lambda *_: None, schedule)  # which refuses options out of range
-    return lambda denoise: make(denoise, schedule)
+    # This refuses options out of range.
+    if make(lambda *_: None, schedule).stochastic and config.coupling != "independent":
+        raise ValueError(
+            f"sampler {name}: with coupling={config.coupling} the network has learned no score, "
+            "which a stochastic sampler needs; use a deterministic one, such as ddim or heun"
+        )
+
+    def sampler(denoise, finish):
+        return of_step(lambda guided, schedule: make(finish(guided), schedule), denoise)
+
+    return sampler
 
 
-def _guide(config, schedule):
-    """denoiser -> denoiser, by the config's chain."""
+def _guidance(config, schedule):
+    """The chain, as (make, denoiser) -> sampler, (denoiser, ...) -> denoiser, and a `Weaker`."""
     supplied = {"schedule": schedule, "null": {"label": np.int32(config.model.labels)}}
-    chain = []
+    weaker, chain = None, []
+    of_step = lambda make, denoise: make(denoise, schedule)
     for word in config.sampling.guidance:
         name, options = parse_guidance(word)
-        known_name("guidance", GUIDANCES, name)
-        first, *others = inspect.signature(GUIDANCES[name]).parameters
-        known = (first, "denoise", *supplied)
-        chain.append((bind("guidance", GUIDANCES, name, options, known), others))
+        known_name("guidance", GUIDANCES | STEP_GUIDANCES, name)
+        table = STEP_GUIDANCES if name in STEP_GUIDANCES else GUIDANCES
+        first, *others = inspect.signature(table[name]).parameters
+        options, named = take_weaker(name, options)
+        weaker = named or weaker
+        known = (first, "denoise", "weaker", *supplied)
+        guidance = bind("guidance", table, name, options, known)
+        if table is STEP_GUIDANCES:
+            of_step = functools.partial(guidance, **supplied)
+        else:
+            chain.append((guidance, others))
 
-    def guide(denoise):
-        guided = denoise
+    def guide(denoise, start=None, weaker=None):
+        guided = denoise if start is None else start
         for make, parameters in chain:
-            available = supplied | {"denoise": denoise}
+            available = supplied | {"denoise": denoise, "weaker": weaker}
             guided = make(guided, **{n: v for n, v in available.items() if n in parameters})
         return guided
 
-    guide(lambda x_t, t, cond=None: None)  # which refuses options out of range
-    return guide
+    nothing = lambda x_t, t, cond=None: None
+    guide(nothing, weaker=nothing)  # which refuses options out of range
+    of_step(SAMPLERS["ddim"].make, nothing)  # and this
+    return of_step, guide, weaker
 
 
 def _augmentation(config):
@@ -350,7 +391,7 @@ def _apply(config, module, schedule):
         if config.time_input and config.time_steps is not None:
             f = time_input(f, schedule, config.time_steps)
         f = unit_input(f, schedule) if config.unit_input else f
-        f = unit_output(f, config.target, schedule) if config.unit_output else f
+        f = unit_output(f, config.target, schedule) if config.scales_output else f
         return f(x_t, log_snr, cond)
 
     return apply

@@ -11,15 +11,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
 
+from ..densities import fit_normal
+from ..losses import LOG_SNR_EDGES
 from ..training import metrics, parsing
 from ..training.checkpoints import ARRAYS, damage_of
 from . import run_directory
 from .command_line import error_exit, read_flags
 from .config import Config, fields
+from .functions import resolve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +67,23 @@ def report(workdir: Path, console: Console) -> int:
     if rows:
         last = metrics.numbers(rows[-1])
         console.print("last metrics: " + "  ".join(f"{k} {v:.4g}" for k, v in last.items()))
+    by_log_snr = [metrics.by_log_snr(row) for row in rows if "loss_by_log_snr" in row]
+    for binned in by_log_snr[-1:]:
+        console.print(*advice(config, binned["loss_by_log_snr"]))
     return damaged
+
+
+def advice(config: Config, losses: np.ndarray) -> list[str]:
+    """A line with the density of noise levels that losses by log-SNR ask for; none if none does."""
+    if config.loss_aware_times or config.learned_uncertainty or not config.density_weights:
+        return []
+    with contextlib.suppress(ValueError, OverflowError):  # of a damaged line of metrics
+        losses = losses.astype(np.float32)
+        found = fit_normal(resolve(config).schedule, LOG_SNR_EDGES, losses)
+        mean, std = (f"{float(x):.1f}" for x in found)
+        words = f"--config.density=normal --config.density_options mean={mean} std={std}"
+        return [f"its losses would vary least with {words}"]
+    return []
 
 
 def main(argv: Sequence[str] | None = None) -> None:

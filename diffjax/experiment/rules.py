@@ -10,9 +10,10 @@ import math
 import numpy as np
 
 from ..averages import check_width
+from ..couplings import COUPLINGS
 from ..data import Examples, shape_of
 from ..densities import DENSITIES
-from ..guidance import GUIDANCES
+from ..guidance import GUIDANCES, STEP_GUIDANCES
 from ..latents import LATENTS
 from ..schedules import LONGEST, SCHEDULES, Schedule
 from ..targets import decode, row, unit_variance
@@ -40,6 +41,7 @@ def check(config: Config) -> None:
     known_name("schedule", SCHEDULES, c.schedule)
     known_name("weighting", WEIGHTINGS, c.weighting)
     known_name("density", DENSITIES, c.density)
+    known_name("coupling", COUPLINGS, c.coupling)
     known_name("runner", RUNNERS, c.parallel)
     known_name("snapshot_dtype", DTYPES, c.snapshot_dtype)
     known_name("keep_best_by", BEST, c.keep_best_by)
@@ -63,6 +65,8 @@ def check(config: Config) -> None:
         *_of_averages(c),
         *_of_time(c),
         *_of_conditioning(c),
+        *_of_coupling(c),
+        *_of_guidance(c.sampling.guidance),
     )
 
 
@@ -152,7 +156,7 @@ def _of_time(c):
             f"bound_weight={c.bound_weight}: must be at least 0, and time_steps at least 2",
         ),
         (
-            c.bound_weight is None or not c.unit_output,
+            c.bound_weight is None or not c.scales_output,
             f"bound_weight={c.bound_weight}: with unit_output=True no variance can be learned",
         ),
         (
@@ -204,9 +208,65 @@ def _of_conditioning(c):
     )
 
 
+def _of_coupling(c):
+    """What a coupling of data and noise excludes."""
+    said = f"coupling={c.coupling}"
+    independent = c.coupling == "independent"
+    return (
+        (
+            independent or (c.bound_weight is None and c.weighting != "elbo"),
+            f"{said}: weighting={c.weighting}, bound_weight={c.bound_weight} train on the bound, "
+            "which needs coupling=independent",
+        ),
+        (
+            independent or c.low_resolution is None,
+            f"{said}: in super-resolution (low_resolution={c.low_resolution}) no two examples have "
+            "the same condition, so that they have no noise to exchange; use coupling=independent",
+        ),
+        (
+            c.coupling != "ot" or c.optimizer.accumulate == 1,
+            f"{said}: it pairs the whole batch, and optimizer.accumulate={c.optimizer.accumulate} "
+            "would split that; use accumulate=1",
+        ),
+    )
+
+
+def _of_guidance(chain):
+    """What makes no sense in a chain of guidances, whatever their options."""
+    said = f"sampling.guidance={' '.join(chain)}"
+    names = [word.partition(":")[0] for word in chain]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    amplify = [name for name in names if _needs_null(name)]
+    # Those that refer to the denoiser without guidance do nothing to it alone.
+    alone = "denoise" in _parameters(names[0])[1:] if names and names[0] in GUIDANCES else False
+    late = [name for name in names[1:] if name in STEP_GUIDANCES]
+    return (
+        (not twice, f"{said}: {', '.join(twice)} is there twice"),
+        (
+            len(amplify) <= 1,
+            f"{said}: {' and '.join(amplify)} both amplify the condition; choose one of them",
+        ),
+        (not alone, f"{said}: {''.join(names[:1])} changes the guidance before it; there is none"),
+        (
+            not late,
+            f"{said}: {', '.join(late)} guides a whole step, and must be the first of the chain",
+        ),
+        (
+            not {"apg_momentum", "within"} <= set(names),
+            f"{said}: the momentum needs every step, which within leaves out; use apg",
+        ),
+    )
+
+
 def _needs_null(name):
     """Whether a guidance compares with the network's output without its conditioning."""
-    return name in GUIDANCES and "null" in inspect.signature(GUIDANCES[name]).parameters
+    return "null" in _parameters(name)
+
+
+def _parameters(name):
+    """The names of a guidance's arguments; none if there is no such guidance."""
+    table = GUIDANCES | STEP_GUIDANCES
+    return list(inspect.signature(table[name]).parameters) if name in table else []
 
 
 def cautions(config: Config, schedule: Schedule, train: Examples) -> list[str]:

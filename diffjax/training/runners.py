@@ -37,6 +37,8 @@ class Runner(NamedTuple):
         devices.
       flops: takes a step made by `step`, its state and its batch, and returns the operations of a
         call of it on one device.
+      axis: the mapped axis over which a batch is split, for collectives; None where a function is
+        given the whole batch.
     """
 
     init: Callable[[Callable], Any]
@@ -45,6 +47,7 @@ class Runner(NamedTuple):
     slots: Callable[[int], np.ndarray]
     put: Callable[[Any], Any]
     flops: Callable[..., float]
+    axis: str | None = None
 
 
 def pmap(fsdp: int = 1) -> Runner:
@@ -94,7 +97,7 @@ def pmap(fsdp: int = 1) -> Runner:
         return jax.tree.map(to_devices, batch)
 
     # XLA counts the operations of one device.
-    return Runner(init, step, map_, slots, put, telemetry.flops)
+    return Runner(init, step, map_, slots, put, telemetry.flops, AXIS)
 
 
 def sharded(fsdp: int = 1) -> Runner:
