@@ -33,6 +33,7 @@ CORE = [
     "guidance",
     "inverse",
     "keys",
+    "learned_schedule",
     "learned_variance",
     "likelihood",
     "loss_aware",
