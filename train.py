@@ -24,7 +24,7 @@ from diffjax import data, keys, losses, plots, super_resolution
 from diffjax.evaluation import distances, reference, sampling
 from diffjax.experiment import Config, Experiment, dataset, resolve
 from diffjax.experiment.command_line import error_exit, parse
-from diffjax.experiment.functions import initial_state
+from diffjax.experiment.functions import initial_state, with_parameters
 from diffjax.experiment.run_directory import SNAPSHOTS, open_run
 from diffjax.training import (
     Batch,
@@ -64,7 +64,7 @@ def make_loss(e: Experiment, levels: int | None, held_out: int | None = None) ->
     Example i draws from `key` folded with its position in the global batch, so that nothing
     depends on how the batch is split over devices.
     """
-    loss = e.objective(levels)  # diffjax.diffusion_loss, or hybrid_loss
+    loss = e.objective(levels)  # diffjax.diffusion_loss, or another
     config = e.config
     train = held_out is None
 
@@ -74,13 +74,14 @@ def make_loss(e: Experiment, levels: int | None, held_out: int | None = None) ->
         t, correction = e.times.draw(key_times, extra, index, held_out or config.batch_size)
         cond = e.condition(keys.fold_in(key_cond, index), batch, drop=train)
 
+        schedule = with_parameters(e, params).schedule  # e.schedule, unless it is learned
         network = functools.partial(e.apply, params)
         if train and config.model.dropout:
             network = functools.partial(network, dropout=keys.fold_in(key_dropout, index))
         each = loss(
             keys.fold_in(key_noise, index),
             network,
-            e.schedule,
+            schedule,
             config.target,
             batch["x"],
             cond=cond,
@@ -88,8 +89,9 @@ def make_loss(e: Experiment, levels: int | None, held_out: int | None = None) ->
             t=t,
             steps=config.time_steps,
         )
-        balanced = e.balance(params, e.schedule.log_snr(t), each)
-        return Losses(correction * balanced, {"t": t, "loss": each})
+        log_snr = schedule.log_snr(t)
+        balanced = e.balance(params, log_snr, each)
+        return Losses(correction * balanced, {"t": t, "log_snr": log_snr, "loss": each})
 
     return loss_fn
 
@@ -98,7 +100,7 @@ def make_step(e: Experiment, loss_fn: LossFn) -> Callable:
     """The training step, (state, batch, axis_name) -> (state, metrics), for a runner to map."""
 
     def measure(seen):
-        return {"by_log_snr": losses.by_log_snr(e.schedule.log_snr(seen["t"]), seen["loss"])}
+        return {"by_log_snr": losses.by_log_snr(seen["log_snr"], seen["loss"])}
 
     step = functools.partial(
         train_step,

@@ -75,11 +75,26 @@ def continuous_bound_loss(
 
     at = lambda schedule: (schedule.log_snr(t), rate_at(schedule, t))
     diffusion = _two_gradients(loss, at(ends), at(inside))
-    # In continuous time the reconstruction term does not involve the network.
-    rest = prior_term(ends, x_0) + reconstruction_term(
-        lambda x_t, t: None, ends, x_0, eps, levels=levels
-    )
+    rest = prior_term(ends, x_0) + _reconstruction(ends, x_0, eps, levels)
     return diffusion + rest / math.prod(x_0.shape[1:])
+
+
+def _reconstruction(schedule, x_0, eps, levels):
+    """The reconstruction term, whose only parameter is the log-SNR at t = 0.
+
+    It has the derivative of forward mode, because that of reverse mode would store an intermediate
+    result for each of the `levels`.
+    """
+
+    def term(log_snr):
+        constant = schedule._replace(log_snr=lambda t: log_snr)
+        # In continuous time it does not involve the network.
+        return reconstruction_term(lambda x_t, t: None, constant, x_0, eps, levels=levels)
+
+    log_snr = schedule.log_snr(0.0)
+    still = jax.lax.stop_gradient(log_snr)
+    value, slope = jax.jvp(term, (still,), (jnp.ones_like(still),))
+    return value + slope * (log_snr - still)
 
 
 def _two_gradients(loss, by_mean, by_square):

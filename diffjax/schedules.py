@@ -282,10 +282,10 @@ def monotone_params(width: int = 32) -> MonotoneParams:
     """Make the parameters of a nearly straight `monotone` schedule with `width` sigmoids.
 
     Raises:
-      ValueError: if `width` is below 1.
+      ValueError: unless `width` is a whole number of at least 1.
     """
-    if width < 1:
-        raise ValueError(f"{width=}: must be at least 1")
+    if width != int(width) or width < 1:
+        raise ValueError(f"{width=}: must be a whole number of at least 1")
     centre = (jnp.arange(width) + 0.5) / width
     return MonotoneParams(jnp.zeros(()), jnp.full(width, -3.0), jnp.full(width, 2.0), centre)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from .. import keys, likelihood
 from ..experiment import Experiment
-from ..experiment.functions import conditioned
+from ..experiment.functions import conditioned, with_parameters
 from ..training.runners import Runner, in_parts
 from ..types import Array
 from .sampling import with_progress
@@ -30,11 +30,12 @@ def variational_bound(e: Experiment, levels: int | None, samples: int = 32) -> B
     variance = "learned" if e.config.bound_weight is not None else "posterior"
 
     def bound(params, batch):
+        now = with_parameters(e, params)
         key, _, key_cond = jax.random.split(e.keys().held_out, 3)
         return likelihood.elbo(
             keys.fold_in(key, batch["index"]),
-            conditioned(e, e.clip, params, key_cond, batch),
-            e.schedule,
+            conditioned(now, now.clip, params, key_cond, batch),
+            now.schedule,
             batch["x"],
             e.config.time_steps,
             variance=variance,
@@ -58,13 +59,14 @@ def flow_bound(e: Experiment, levels: int | None, steps: int = 50) -> Bound:
     """
 
     def bound(params, batch):
+        now = with_parameters(e, params)
         _, key, key_cond = jax.random.split(e.keys().held_out, 3)
-        denoise = conditioned(e, lambda denoise: denoise, params, key_cond, batch)
+        denoise = conditioned(now, lambda denoise: denoise, params, key_cond, batch)
         key_cell, key_signs = (keys.fold_in(k, batch["index"]) for k in jax.random.split(key))
         x, log_volume = batch["x"], 0.0
         if levels is not None:
             x, log_volume = likelihood.dequantise(key_cell, x, levels)
-        log_p = likelihood.flow_log_likelihood(denoise, e.schedule, x, key_signs, steps=steps)
+        log_p = likelihood.flow_log_likelihood(denoise, now.schedule, x, key_signs, steps=steps)
         return -log_p - log_volume
 
     return bound

@@ -25,7 +25,7 @@ from .. import data, keys, samplers
 from ..data import limits
 from ..experiment import Config, Experiment, Walk, config as config_lib, resolve
 from ..experiment.config import known_name
-from ..experiment.functions import conditioned
+from ..experiment.functions import conditioned, with_parameters
 from ..experiment.run_directory import check_average
 from ..process import prior_sample
 from ..super_resolution import enlarge, psnr, shrink
@@ -92,14 +92,17 @@ def make_generate(e: Experiment, shape: tuple[int, ...]) -> Callable[[Any, dict[
     Sample i depends only on the experiment, the parameters, `batch["index"][i]` and its
     conditioning, so that it is the same on any number of devices and in any batch.
     """
-    ts = e.grid()
+    # That of a fixed schedule is computed here, where its values are known and checked.
+    fixed = None if e.config.learns_schedule else e.grid()
 
     def generate(params, batch):
         key_prior, key_walk, key_cond = jax.random.split(e.keys().samples, 3)
         keys_prior, keys_walk = (keys.fold_in(k, batch["index"]) for k in (key_prior, key_walk))
-        denoise = conditioned(e, lambda d: e.clip(e.guide(d)), params, key_cond, batch)
-        x_1 = prior_sample(keys_prior, e.schedule, (len(batch["index"]), *shape))
-        return samplers.sample(keys_walk, e.sampler(denoise), x_1, ts)[0]
+        now = with_parameters(e, params)
+        denoise = conditioned(now, lambda d: now.clip(now.guide(d)), params, key_cond, batch)
+        ts = now.grid() if fixed is None else fixed
+        x_1 = prior_sample(keys_prior, now.schedule, (len(batch["index"]), *shape))
+        return samplers.sample(keys_walk, now.sampler(denoise), x_1, ts)[0]
 
     return generate
 
