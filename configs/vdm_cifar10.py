@@ -3,10 +3,10 @@
     python train.py --config=configs/vdm_cifar10.py --config.data.path=cifar-10-batches-bin
 
 Theirs: 32 blocks of 128 channels at one resolution, Fourier features, a schedule of 1024 sigmoids
-that is learned with its ends, 10 million steps of 128 images, 2.65 bits per dimension. Not run here:
-no package carries the images, and this needs accelerators. The network's parameters are counted in
-the tests: 30,577,667, which is theirs without the weights of a conditioning that is always zero
-here and without the two numbers of the schedule of their published config.
+that is learned with its ends, 10 million steps of 128 images, 2.65 bits per dimension. Not run
+here: no package carries the images, and this needs accelerators. The tests count the network's
+parameters, 30,577,667: theirs without the weights of a conditioning that is always zero here, and
+without the two numbers of the schedule of their published config.
 """
 
 import dataclasses

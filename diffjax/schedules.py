@@ -246,10 +246,10 @@ class MonotoneParams(NamedTuple):
       centre: the time at which each sigmoid is steepest, `[width]`.
     """
 
-    line: Array
-    height: Array
-    slope: Array
-    centre: Array
+    line: Real
+    height: Real
+    slope: Real
+    centre: Real
 
 
 def monotone(
@@ -284,10 +284,12 @@ def monotone_params(width: int = 32) -> MonotoneParams:
     Raises:
       ValueError: unless `width` is a whole number of at least 1.
     """
-    if width != int(width) or width < 1:
+    if not isinstance(width, int | np.integer) or width < 1:
         raise ValueError(f"{width=}: must be a whole number of at least 1")
-    centre = (jnp.arange(width) + 0.5) / width
-    return MonotoneParams(jnp.zeros(()), jnp.full(width, -3.0), jnp.full(width, 2.0), centre)
+    # Arrays of NumPy, so that a config can be read before JAX starts.
+    centre = (np.arange(width) + 0.5) / width
+    made = np.zeros(()), np.full(width, -3.0), np.full(width, 2.0), centre
+    return MonotoneParams(*(x.astype(jnp.result_type(float)) for x in made))
 
 
 @_curve

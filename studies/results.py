@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import vdm
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -363,7 +364,7 @@ variance-preserving, except `rectified_flow`.
 Samples are drawn by 20 steps of DDIM, uniform in t, so that the schedule also determines the grid
 of noise levels.
 
-## Moving average
+{vdm}## Moving average
 
 The first column is the decay of the average; 0 is no average.
 
@@ -422,6 +423,7 @@ def page(record: dict[str, Any]) -> str:
         fashion=study_table(record, "fashion"),
         **{name: study_table(record, name, base, not_shared) for name, base in ablations.items()},
         sampler=grid(record),
+        vdm=vdm.section(),
         checked=", ".join(COLUMNS[key] for key in CHECKED),
     )
 

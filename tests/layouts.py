@@ -37,7 +37,6 @@ CONFIG = dataclasses.replace(
     ),
 )
 E = resolve(CONFIG)
-LEARNED = resolve(dataclasses.replace(CONFIG, schedule="monotone", weighting="elbo"))
 LAYOUTS = {
     "pmap": lambda: runners.pmap(),
     "sharded": lambda: runners.sharded(),
@@ -53,12 +52,12 @@ def batch_of(runner, step):
     return runner.put(data.train_batch(train_set, 0, step, BATCH, slots, CONFIG.data.flip))
 
 
-def make_step(loss_fn, remember, accumulate=1, e=E):
-    """A training step of an experiment's optimiser."""
+def make_step(loss_fn, remember, accumulate=1):
+    """A training step of `E`'s optimiser."""
     return functools.partial(
         train_step,
         loss_fn=loss_fn,
-        tx=e.optimizer,
+        tx=E.optimizer,
         ema_decay=0.9,
         accumulate=accumulate,
         remember=remember,
@@ -66,10 +65,10 @@ def make_step(loss_fn, remember, accumulate=1, e=E):
     )
 
 
-def training(accumulate=1, e=E):
-    """The initial state of an experiment, and a training step with the loss of train.py."""
-    step = make_step(train.make_loss(e, None), e.times.remember, accumulate, e)
-    return initial_state(e, (8, 8, 1)), step
+def training(accumulate=1):
+    """The initial state of `CONFIG`, and a training step with the loss of train.py."""
+    step = make_step(train.make_loss(E, None), E.times.remember, accumulate)
+    return initial_state(E, (8, 8, 1)), step
 
 
 def whole(x):
@@ -115,9 +114,9 @@ def draws(runner, accumulate=1):
     return whole(state.extra)
 
 
-def parameters(runner, steps=20, accumulate=1, e=E):
+def parameters(runner, steps=20, accumulate=1):
     """The parameters after some steps, by name, and the losses on the way."""
-    init, step = training(accumulate, e)
+    init, step = training(accumulate)
     state, mapped = runner.init(init), runner.step(step)
     losses = []
     for k in range(steps):

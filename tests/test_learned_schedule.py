@@ -1,15 +1,25 @@
 """A schedule that is learned beside the network, against closed forms of Gaussian data."""
 
+import dataclasses
 import functools
 import math
 
-import diffjax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from diffjax import keys, weightings
+
+import diffjax
+import train
+from diffjax import checkpoint, data, keys, weightings
+from diffjax.evaluation.likelihoods import variational_bound
+from diffjax.evaluation.sampling import make_generate
+from diffjax.experiment import command_line, dataset, resolve
+from diffjax.experiment.functions import initial_state, with_parameters
+from diffjax.models import MLPConfig
+from diffjax.published import weights
 from diffjax.schedules import MonotoneParams, split, tangent
+from diffjax.training import averaging, runners
 
 STD, ENDS = 0.5, (-6.0, 4.0)
 B = math.log(STD**2)  # eps is estimated with the mean squared error sigmoid(log_snr + B)
@@ -53,9 +63,7 @@ def test_the_gradients_are_those_of_the_bound_and_of_the_mean_square(x64):
     def naive(theta, params, ends):
         schedule, network = diffjax.monotone(params, *ends), network_of(theta)
         weight = weightings.elbo()
-        diffusion = diffjax.diffusion_loss(
-            key, network, schedule, "eps", x_0, weight=weight, t=t
-        )
+        diffusion = diffjax.diffusion_loss(key, network, schedule, "eps", x_0, weight=weight, t=t)
         eps = keys.normal(
             keys.fold_in(keys.fold_in(keys.per_example(key, 64), 2), 0), x_0.shape, x_0.dtype
         )
@@ -66,12 +74,16 @@ def test_the_gradients_are_those_of_the_bound_and_of_the_mean_square(x64):
         return diffusion, diffusion + rest / x_0.shape[1]
 
     at = jnp.float64(0.7), bent(), tuple(map(jnp.float64, ENDS))
-    value, got = jax.value_and_grad(lambda *a: learned(*a).mean(), (0, 1, 2))(*at)
-    _, bound = naive(*at)
-    np.testing.assert_allclose(value, bound.mean(), rtol=1e-12)
-    of_bound = jax.grad(lambda *a: naive(*a)[1].mean(), (0, 2))(*at)
-    of_square = jax.grad(lambda *a: (naive(*a)[0] ** 2).mean(), 1)(*at)
-    wanted = of_bound[0], of_square, of_bound[1]
+    value, got = jax.jit(jax.value_and_grad(lambda *a: learned(*a).mean(), (0, 1, 2)))(*at)
+
+    @jax.jit
+    def wanted(*at):
+        bound, of_bound = jax.value_and_grad(lambda *a: naive(*a)[1].mean(), (0, 2))(*at)
+        of_square = jax.grad(lambda *a: (naive(*a)[0] ** 2).mean(), 1)(*at)
+        return bound, (of_bound[0], of_square, of_bound[1])
+
+    bound, wanted = wanted(*at)
+    np.testing.assert_allclose(value, bound, rtol=1e-12)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
     assert all(np.abs(x).max() > 1e-3 for x in jax.tree.leaves(got))
@@ -101,13 +113,16 @@ def test_the_ends_follow_the_closed_form_of_the_bound_and_the_inside_does_not_en
 
     keys = jax.random.split(jax.random.key(0), 16)  # as many estimates, for a standard error
     found, inside = jax.lax.map(grads, keys)
-    bound = lambda w, h: 0.5 * (
-        STD**2 * jnp.exp(w)
-        + math.log(2 * math.pi)
-        - h
-        + 1
-        + jax.nn.softplus(h + B)
-        - jax.nn.softplus(w + B)
+    bound = lambda w, h: (
+        0.5
+        * (
+            STD**2 * jnp.exp(w)
+            + math.log(2 * math.pi)
+            - h
+            + 1
+            + jax.nn.softplus(h + B)
+            - jax.nn.softplus(w + B)
+        )
     )
     exactly = bound(low, high), *jax.grad(bound, (0, 1))(low, high)
     for got, wanted in zip(jax.tree.leaves((found, inside)), (*exactly, 0, 0, 0, 0), strict=True):
@@ -139,7 +154,7 @@ def test_the_schedule_that_is_learned_has_nearly_the_least_variance():
             return (jax.tree.map(move, params, mean, square), mean, square), None
 
         start = jax.tree.map(jnp.zeros_like, params)
-        return jax.lax.scan(step, (params, start, start), jnp.arange(600))[0][0]
+        return jax.lax.scan(step, (params, start, start), jnp.arange(400))[0][0]
 
     soft = lambda l: jax.nn.softplus(l + B)
 
@@ -152,7 +167,6 @@ def test_the_schedule_that_is_learned_has_nearly_the_least_variance():
     straight = std(diffjax.monotone(params, *ends))
     least = std(diffjax.Schedule(best, diffjax.vp))
     learned = std(diffjax.monotone(learn(params), *ends))
-    print(straight, least, learned)
     assert straight > 3 * least
     assert learned < 1.25 * least
 
@@ -166,3 +180,138 @@ def test_a_discrete_time_and_another_schedule_are_refused():
     assert isinstance(split(diffjax.monotone(bent()))[0].log_snr.args[0], MonotoneParams)
     line = tangent(diffjax.cosine(), t, t + 1, 2 * t)
     assert (line.log_snr(t) == t + 1).all()
+
+
+def moons(**changes):
+    """A run on points, whose network is small and whose schedule is learned."""
+    config = command_line.from_file("configs/two_moons.py:smoke")
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, shape=(2,)),
+        model=MLPConfig(width=8, blocks=1, out_channels=2),
+        optimizer=dataclasses.replace(config.optimizer, warmup=0, learning_rate=1e-2),
+        schedule="monotone",
+        schedule_options={"width": 4},
+        weighting="elbo",
+        fourier_features=(0,),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def trained(config, runner, steps=4):
+    """The parameters after some steps."""
+    e = resolve(config)
+    state = runner.init(initial_state(e, (2,)))
+    step = runner.step(train.make_step(e, train.make_loss(e, None)))
+    train_set, _ = data.load("two_moons")
+    batch = dataset.make_batch(config, train_set, runner.slots(config.batch_size))
+    for k in range(0, steps, config.steps_per_call):
+        state, _ = step(state, runner.put(batch(k)))
+    return jax.tree.map(np.asarray, state.params)
+
+
+@pytest.fixture(scope="module")
+def learned():
+    """A config of a learned schedule, and its parameters after a few steps on one device."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runners, "_devices", lambda: jax.devices()[:1])
+        config = moons()
+        return config, trained(config, runners.sharded())
+
+
+@pytest.mark.parametrize(
+    ("runner", "devices", "accumulate", "together"),
+    [(runners.pmap, 4, 2, 2), (runners.sharded, 4, 1, 1)],
+)
+def test_training_is_equal_on_every_layout(
+    monkeypatch, learned, runner, devices, accumulate, together
+):
+    """The gradient is of squares, example by example, so that the parts do not enter."""
+    monkeypatch.setattr(runners, "_devices", lambda: jax.devices()[:devices])
+    config, expected = learned
+    start = resolve(config).init(jax.random.key(0), (2,))["schedule"]
+    assert all((expected["schedule"][name] != x).all() for name, x in start.items())
+    optimizer = dataclasses.replace(config.optimizer, accumulate=accumulate)
+    same = dataclasses.replace(config, optimizer=optimizer, steps_per_call=together)
+    got = trained(same, runner())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, expected)
+
+
+def by_hand(config, params):
+    """The schedule among the parameters."""
+    own = params["schedule"]
+    inside = MonotoneParams(*(own[name] for name in MonotoneParams._fields))
+    return diffjax.monotone(inside, own["log_snr_min"], own["log_snr_max"])
+
+
+def test_what_is_drawn_and_evaluated_is_on_the_schedule_of_the_parameters(learned):
+    config, params = learned
+    params = params | {"schedule": params["schedule"] | {"log_snr_max": np.float32(5.0)}}
+    e, schedule = resolve(config), by_hand(config, params)
+    index = jnp.arange(8)
+    x = jax.jit(make_generate(e, (2,)))(params, {"index": index})
+    prior, walk, _ = jax.random.split(e.keys().samples, 3)
+    denoise = diffjax.denoiser(functools.partial(e.apply, params), schedule, config.target)
+
+    @jax.jit
+    def draw():
+        x_1 = diffjax.prior_sample(keys.fold_in(prior, index), schedule, (8, 2))
+        ts = diffjax.samplers.TIMES[config.sampling.grid](schedule, config.sampling.steps)
+        walker = diffjax.ddim(denoise, schedule)
+        return diffjax.sample(keys.fold_in(walk, index), walker, x_1, ts)[0]
+
+    drawn = draw()
+    np.testing.assert_allclose(x, drawn, rtol=1e-4, atol=1e-4)
+
+    points = jax.random.normal(jax.random.key(0), (8, 2))
+    bound = jax.jit(variational_bound(e, None, 4))(params, {"index": index, "x": points})
+    key = jax.random.split(e.keys().held_out, 3)[0]
+    elbo = functools.partial(diffjax.elbo, levels=None, samples=4)
+    expected = jax.jit(lambda: elbo(keys.fold_in(key, index), denoise, schedule, points).nats)()
+    np.testing.assert_allclose(bound, expected, rtol=1e-3)
+
+
+def test_a_learned_schedule_is_kept_and_a_denoiser_needs_it(learned, tmp_path):
+    config, params = learned
+    e = resolve(dataclasses.replace(config, averages=(0.1,), snapshot_every=20))
+    (snapshot,) = averaging.snapshots_of(e.optimizer.init(params), (0.1,), "float32")
+    averaging.write_snapshot(tmp_path, 0, snapshot)
+    kept = averaging.read_snapshot(tmp_path / averaging.name(0, 0.1)).params
+    assert jax.tree.map(np.shape, kept) == jax.tree.map(np.shape, params)
+    weights.save(tmp_path / "moons.safetensors", params, config)
+    apply, read, config = checkpoint.load(tmp_path / "moons.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, read, params)
+    network = functools.partial(apply, read)
+    with pytest.raises(ValueError, match="needs its parameters; take with_parameters"):
+        resolve(config).denoiser(network)
+    denoise = with_parameters(resolve(config), read).denoiser(network)
+    assert denoise.schedule.log_snr(0.0) == params["schedule"]["log_snr_max"]
+
+
+def test_a_fixed_schedule_has_no_parameters_and_is_the_same_object():
+    e = resolve(moons(schedule="cosine", schedule_options={}))
+    params = e.init(jax.random.key(0), (2,))
+    assert "schedule" not in params and with_parameters(e, params) is e
+    alone = resolve(moons(schedule="cosine", schedule_options={}, weighting="unit"))
+    assert jax.tree.structure(e.optimizer.init(params)) == jax.tree.structure(
+        alone.optimizer.init(params)
+    )
+
+
+def test_the_schedule_neither_decays_nor_is_clipped_with_the_network(learned):
+    """With gradients of zero, decay alone moves the network, and nothing the schedule; a large
+    gradient of the schedule does not make the step of the network smaller."""
+    optimizer = dataclasses.replace(
+        moons().optimizer, weight_decay=0.1, clip=1.0, schedule_factor=3.0
+    )
+    e, params = resolve(moons(optimizer=optimizer)), learned[1]
+    zero = jax.tree.map(np.zeros_like, params)
+    step = jax.jit(lambda grads: e.optimizer.update(grads, e.optimizer.init(params), params)[0])
+    still = step(zero)
+    assert not any(jnp.any(x) for x in jax.tree.leaves(still.pop("schedule")))
+    assert any(jnp.any(x) for x in jax.tree.leaves(still))
+    large = zero | {"schedule": jax.tree.map(lambda x: np.full_like(x, 1e9), params["schedule"])}
+    moved = step(large)
+    for x in jax.tree.leaves(moved.pop("schedule")):
+        np.testing.assert_allclose(x, -3e-2, rtol=1e-3)  # the first step of Adam
+    jax.tree.map(np.testing.assert_array_equal, moved, still)

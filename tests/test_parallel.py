@@ -76,21 +76,6 @@ def test_layouts_agree(monkeypatch, alone, name, devices, accumulate):
     layouts.assert_close(got, alone[2], f"{name} on {devices}")
 
 
-def test_layouts_agree_on_a_schedule_that_is_learned(monkeypatch):
-    """Its gradient is of squares, example by example, so that the parts do not enter."""
-    found = []
-    for name, devices, accumulate in (("sharded", 1, 1), ("pmap", 4, 2), ("two axes", 4, 1)):
-        on(monkeypatch, devices)
-        runner = layouts.LAYOUTS[name]()
-        found.append(layouts.parameters(runner, 3, accumulate, layouts.LEARNED))
-    expected, *others = found
-    start = layouts.initial_state(layouts.LEARNED, (8, 8, 1))().params["schedule"]
-    assert all((expected[f"['schedule']['{name}']"] != x).all() for name, x in start.items())
-    for got in others:
-        np.testing.assert_allclose(got.pop("losses"), expected["losses"], rtol=1e-5)
-        layouts.assert_close(got, {k: v for k, v in expected.items() if k != "losses"}, "learned")
-
-
 @pytest.mark.parametrize("name", ["pmap", "fsdp"])
 def test_an_image_depends_on_its_index_alone(monkeypatch, alone, name):
     on(monkeypatch, 8)

@@ -504,8 +504,8 @@ BAD = {
         "log_snr_min=20 must be below log_snr_max=10.0",
     ),
     "learned width": (
-        [*MONOTONE, "--config.schedule_options", "width=1.5"],
-        "width=1.5: must be a whole number of at least 1",
+        [*MONOTONE, "--config.schedule_options", "width=0"],
+        "width=0: must be a whole number of at least 1",
     ),
     "factor of a fixed schedule": (
         ["--config.optimizer.schedule_factor=3"],

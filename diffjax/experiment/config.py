@@ -349,8 +349,8 @@ class Config:
     """Give the network sin and cos(2^n pi x_t) beside x_t, for each of these n (VDM: 7 8); it needs
     model.out_channels. Empty: none."""
     schedule: Annotated[str, one_of(SCHEDULES)] = "cosine"
-    """The noise schedule. monotone is learned beside the network, from the bound and the variance of
-    its estimate (VDM); it needs weighting=elbo."""
+    """The noise schedule. monotone is learned beside the network, from the bound and the variance
+    of its estimate (VDM); it needs weighting=elbo."""
     schedule_options: Options = dataclasses.field(default_factory=dict)
     """Options of the schedule."""
     schedule_shift: float = 0.0

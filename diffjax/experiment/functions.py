@@ -37,7 +37,6 @@ from ..weightings import WEIGHTINGS, Weighting
 from .config import Config, known_name, parse_guidance
 from .rules import check
 
-
 SCHEDULE = "schedule"
 """The name of a learned schedule's parameters, beside those of the network."""
 
@@ -323,8 +322,8 @@ def _without_parameters(network):
 def _parameters(schedule):
     """The parameters of a `monotone` schedule, by name."""
     inside, low, high = schedule.log_snr.args
-    ends = {"log_snr_min": jnp.asarray(low, float), "log_snr_max": jnp.asarray(high, float)}
-    return inside._asdict() | ends
+    named = inside._asdict() | {"log_snr_min": low, "log_snr_max": high}
+    return {name: jnp.asarray(x, float) for name, x in named.items()}
 
 
 def _schedule(config):
