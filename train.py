@@ -22,9 +22,9 @@ import numpy as np
 
 from diffjax import data, keys, losses, plots, super_resolution
 from diffjax.evaluation import distances, reference, sampling
-from diffjax.experiment import Config, Experiment, dataset, resolve
+from diffjax.experiment import Config, Experiment, dataset, resolve, with_parameters
 from diffjax.experiment.command_line import error_exit, parse
-from diffjax.experiment.functions import initial_state, with_parameters
+from diffjax.experiment.functions import initial_state
 from diffjax.experiment.run_directory import SNAPSHOTS, open_run
 from diffjax.training import (
     Batch,

@@ -27,9 +27,8 @@ from matplotlib.figure import Figure
 
 import diffjax
 from diffjax import checkpoint, data, keys, plots
-from diffjax.experiment import resolve
+from diffjax.experiment import resolve, with_parameters
 from diffjax.experiment.dataset import load_data
-from diffjax.experiment.functions import with_parameters
 from diffjax.schedules import rate_at, time_at
 from diffjax.training import metrics
 from markdown_table import table
@@ -81,9 +80,9 @@ def measured(workdir: Path, n: int) -> dict[str, Any]:
     """The curve of a run's schedule, and the spread of one loss on it and on others.
 
     With e the squared error of eps per dimension at a log-SNR l, uniform between the ends, and r(l)
-    the rate of a schedule at l, a loss is r e / 2 with density 1 / r: its mean is the same for every
-    schedule, and its mean square is the integral of r E[e^2] / 4. The least is that of the rate
-    proportional to E[e^2]^(-1/2).
+    the rate of a schedule at l, a loss is r e / 2 with density 1 / r: its mean is the same for
+    every schedule, and its mean square is the integral of r E[e^2] / 4. The least is that of the
+    rate proportional to E[e^2]^(-1/2).
     """
     apply, params, config = checkpoint.load(workdir)
     schedule = with_parameters(resolve(config), params).schedule
@@ -105,12 +104,14 @@ def measured(workdir: Path, n: int) -> dict[str, Any]:
         for i in range(0, n - n % size, size)
     ]
     e = np.concatenate(each).astype(np.float64)
-    l, span = log_snr[: len(e)], high - low
+    log_snr, span = log_snr[: len(e)], high - low
     mean = span * e.mean() / 2
     std = lambda square: float(np.sqrt(square - mean**2))
 
     def on(schedule):
-        return std(span * np.mean(np.asarray(rate_at(schedule, time_at(schedule, l))) * e**2) / 4)
+        return std(
+            span * np.mean(np.asarray(rate_at(schedule, time_at(schedule, log_snr))) * e**2) / 4
+        )
 
     roots = np.sqrt([part.mean() for part in np.array_split(e**2, PARTS)])
     spread = {
@@ -157,9 +158,10 @@ SECTION = """\
 
 The network is that of `configs/vdm_fashion.py`, trained by the bound for {steps} steps on {date}
 ({program}); the rows differ in the schedule, of which only the first is learned
-([A learned schedule](howto/learned_schedule.md)). The numbers are of {n} seeds: bits/dim of held-out
-examples, and the standard deviation of one loss, in nats per dimension, of the trained network on
-its own schedule, on others between the same ends, and on the one with the least variance.
+([A learned schedule](howto/learned_schedule.md)). The numbers are means over seeds {seeds}: bits/dim of
+held-out examples, and the standard deviation of one loss, in nats per dimension, of the trained
+network on its own schedule, on others between the same ends, and on the one with the least
+variance.
 
 {table}
 ![The schedules](images/vdm.png)
@@ -199,7 +201,7 @@ def written(record: dict[str, Any]) -> str:
         steps=f"{record['steps']:,}",
         date=record["date"],
         program=f"{program['device']}, {program['devices']} devices, jax {program['jax']}",
-        n=len(runs["learned"]),
+        seeds=", ".join(runs["learned"]),
         table=table(head, rows),
         command=record["command"],
     )

@@ -14,8 +14,8 @@ import train
 from diffjax import checkpoint, data, keys, weightings
 from diffjax.evaluation.likelihoods import variational_bound
 from diffjax.evaluation.sampling import make_generate
-from diffjax.experiment import command_line, dataset, resolve
-from diffjax.experiment.functions import initial_state, with_parameters
+from diffjax.experiment import Walk, command_line, dataset, resolve, with_parameters
+from diffjax.experiment.functions import initial_state
 from diffjax.models import MLPConfig
 from diffjax.published import weights
 from diffjax.schedules import MonotoneParams, split, tangent
@@ -269,6 +269,20 @@ def test_what_is_drawn_and_evaluated_is_on_the_schedule_of_the_parameters(learne
     elbo = functools.partial(diffjax.elbo, levels=None, samples=4)
     expected = jax.jit(lambda: elbo(keys.fold_in(key, index), denoise, schedule, points).nats)()
     np.testing.assert_allclose(bound, expected, rtol=1e-3)
+
+
+def test_every_sampler_grid_and_guidance_takes_a_schedule_that_is_traced(learned):
+    config, params = learned
+    walks = [
+        *(Walk(sampler) for sampler in diffjax.SAMPLERS),
+        *(Walk(times=times) for times in diffjax.samplers.TIMES),
+        Walk(guidance=("dynamic_threshold", "within:low=-1,high=1")),
+    ]
+    for walk in walks:
+        sampling = dataclasses.replace(config.sampling, **(vars(walk) | {"steps": 2}))
+        generate = make_generate(resolve(dataclasses.replace(config, sampling=sampling)), (2,))
+        out = jax.eval_shape(generate, params, {"index": jax.ShapeDtypeStruct((8,), jnp.int32)})
+        assert out.shape == (8, 2), walk
 
 
 def test_a_learned_schedule_is_kept_and_a_denoiser_needs_it(learned, tmp_path):

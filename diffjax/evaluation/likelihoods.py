@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from .. import keys, likelihood
-from ..experiment import Experiment
-from ..experiment.functions import conditioned, with_parameters
+from ..experiment import Experiment, with_parameters
+from ..experiment.functions import conditioned
 from ..training.runners import Runner, in_parts
 from ..types import Array
 from .sampling import with_progress

@@ -23,9 +23,16 @@ from rich.progress import Progress
 
 from .. import data, keys, samplers
 from ..data import limits
-from ..experiment import Config, Experiment, Walk, config as config_lib, resolve
+from ..experiment import (
+    Config,
+    Experiment,
+    Walk,
+    config as config_lib,
+    resolve,
+    with_parameters,
+)
 from ..experiment.config import known_name
-from ..experiment.functions import conditioned, with_parameters
+from ..experiment.functions import conditioned
 from ..experiment.run_directory import check_average
 from ..process import prior_sample
 from ..super_resolution import enlarge, psnr, shrink
