@@ -253,14 +253,15 @@ def fourier_features(
       levels: number of values of the data's grid in [-1, 1].
 
     >>> network = fourier_features(lambda x, log_snr, cond: x, exponents=(0,), levels=2)
-    >>> print(network(jnp.ones((1, 1)), jnp.zeros(1), None).round(3))  # sin, cos(pi / 2)
-    [[ 1.  1. -0.]]
+    >>> network(jnp.ones((1, 1)), jnp.zeros(1), None).round(3) + 0  # sin, cos(pi / 2)
+    Array([[1., 1., 0.]], dtype=float32)
     """
 
     def featured(x_t, log_snr, cond):
         z = x_t * ((levels - 1) / levels)
-        angles = [2.0**n * jnp.pi * z for n in exponents]
-        waves = [f(angle) for angle in angles for f in (jnp.sin, jnp.cos)]
+        turns = [2.0 ** (n - 1) * z for n in exponents]
+        # Whole turns are taken off while they are exact, before the product with pi is rounded.
+        waves = [f(2 * jnp.pi * (a - jnp.round(a))) for a in turns for f in (jnp.sin, jnp.cos)]
         return network(jnp.concatenate([x_t, *waves], axis=-1), log_snr, cond)
 
     return featured

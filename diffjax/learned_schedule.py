@@ -9,6 +9,7 @@ the variance plus a constant.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,11 +86,11 @@ def _reconstruction(schedule, x_0, eps, levels):
     It has the derivative of forward mode, because that of reverse mode would store an intermediate
     result for each of the `levels`.
     """
+    unused: Any = lambda x_t, t, cond=None: None  # in continuous time
 
     def term(log_snr):
         constant = schedule._replace(log_snr=lambda t: log_snr)
-        # In continuous time it does not involve the network.
-        return reconstruction_term(lambda x_t, t: None, constant, x_0, eps, levels=levels)
+        return reconstruction_term(unused, constant, x_0, eps, levels=levels)
 
     log_snr = schedule.log_snr(0.0)
     still = jax.lax.stop_gradient(log_snr)

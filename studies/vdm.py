@@ -158,9 +158,9 @@ SECTION = """\
 
 The network is that of `configs/vdm_fashion.py`, trained by the bound for {steps} steps on {date}
 ({program}); the rows differ in the schedule, of which only the first is learned
-([A learned schedule](howto/learned_schedule.md)). The numbers are means over seeds {seeds}: bits/dim of
-held-out examples, and the standard deviation of one loss, in nats per dimension, of the trained
-network on its own schedule, on others between the same ends, and on the one with the least
+([A learned schedule](howto/learned_schedule.md)). The numbers are means over seeds {seeds}:
+bits/dim of held-out examples, and the standard deviation of one loss, in nats per dimension, of the
+trained network on its own schedule, on others between the same ends, and on the one with the least
 variance.
 
 {table}

@@ -144,7 +144,7 @@ def resolve(config: Config) -> Experiment:
         batch = {"x": x, "label": jnp.zeros(1, jnp.int32)}
         cond = _condition(config, schedule)(keys.per_example(key, 1), batch)
         make = lambda x_t, log_snr, cond: module.init(key, x_t, log_snr, cond)
-        params = _featured(config, make)(x, jnp.zeros(1), cond)["params"]
+        params: Any = _featured(config, make)(x, jnp.zeros(1), cond)["params"]
         if config.learned_uncertainty:
             own = models.Uncertainty().init(keys.fold_in(key, 1), jnp.zeros(1))["params"]
             params = {**params, "uncertainty": own}
@@ -280,7 +280,7 @@ def bind(
     return functools.partial(table[name], **options)
 
 
-def _on_schedule(config, schedule):
+def _on_schedule(config: Config, schedule: Schedule) -> dict[str, Any]:
     """The fields of an `Experiment` that depend on its schedule."""
     learned_variance = config.bound_weight is not None
 
