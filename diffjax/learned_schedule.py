@@ -18,7 +18,7 @@ from jaxtyping import Float
 from . import keys
 from .likelihood import prior_term, reconstruction_term
 from .losses import diffusion_loss, draw
-from .schedules import Schedule, rate_at, split, tangent
+from .schedules import Schedule, rate_at, split
 from .targets import Row
 from .types import Array, Cond, Data, Key, Network, Time
 from .weightings import Weighting, elbo
@@ -71,7 +71,8 @@ def continuous_bound_loss(
     _, eps = draw(keys.fold_in(keys.per_example(key, len(x_0)), 2), x_0, t)
 
     def loss(log_snr, rate):
-        line = tangent(schedule, t, log_snr, rate)
+        # At the time t a loss depends on its schedule by these two numbers alone, as on this line.
+        line = schedule._replace(log_snr=lambda s: log_snr - rate * (s - t))
         return diffusion_loss(key, network, line, target, x_0, cond, elbo(), t)
 
     at = lambda schedule: (schedule.log_snr(t), rate_at(schedule, t))

@@ -326,24 +326,6 @@ def split(schedule: Schedule) -> tuple[Schedule, Schedule]:
     )
 
 
-def tangent(schedule: Schedule, t: Time, log_snr: Array, rate: Array) -> Schedule:
-    """A schedule that is a straight line of time: `log_snr` at t, falling at `rate`.
-
-    A loss at the time t depends on its schedule by these two numbers alone.
-
-    Args:
-      schedule: the schedule whose scales it has.
-      t: times `[batch]`.
-      log_snr: of the shape of t.
-      rate: of the shape of t.
-    """
-    return Schedule(Partial(_tangent, t, log_snr, rate), schedule.scales)
-
-
-def _tangent(t_0, log_snr, rate, t):
-    return log_snr - rate * (t - t_0)
-
-
 def shift(schedule: Schedule, by: Scalar) -> Schedule:
     """The same schedule with `by` added to its log-SNR at every t.
 

@@ -18,7 +18,7 @@ from diffjax.experiment import Walk, command_line, dataset, resolve, with_parame
 from diffjax.experiment.functions import initial_state
 from diffjax.models import MLPConfig
 from diffjax.published import weights
-from diffjax.schedules import MonotoneParams, split, tangent
+from diffjax.schedules import MonotoneParams, split
 from diffjax.training import averaging, runners
 
 STD, ENDS = 0.5, (-6.0, 4.0)
@@ -178,8 +178,6 @@ def test_a_discrete_time_and_another_schedule_are_refused():
     with pytest.raises(TypeError, match="monotone"):
         diffjax.continuous_bound_loss(jax.random.key(0), exact, diffjax.cosine(), "eps", x_0)
     assert isinstance(split(diffjax.monotone(bent()))[0].log_snr.args[0], MonotoneParams)
-    line = tangent(diffjax.cosine(), t, t + 1, 2 * t)
-    assert (line.log_snr(t) == t + 1).all()
 
 
 def moons(**changes):
@@ -221,7 +219,10 @@ def learned():
 
 @pytest.mark.parametrize(
     ("runner", "devices", "accumulate", "together"),
-    [(runners.pmap, 4, 2, 2), (runners.sharded, 4, 1, 1)],
+    [
+        (runners.pmap, 4, 2, 2),
+        pytest.param(runners.sharded, 4, 1, 1, marks=pytest.mark.faults),
+    ],
 )
 def test_training_is_equal_on_every_layout(
     monkeypatch, learned, runner, devices, accumulate, together
