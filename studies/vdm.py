@@ -5,8 +5,8 @@
 
 A run is `train.py` with a variant of configs/vdm_fashion.py, then `evaluate.py`, in runs/vdm. A
 finished run is not made again, so that the same command continues a study that was stopped. The
-numbers go to `vdm.json` beside the record of results.py, and the curves to docs/images/vdm.png; then
-`studies/results.py --only` writes the page.
+numbers go to `vdm.json` beside the record of results.py, and the curves to docs/images/vdm.png.
+Then `studies/results.py --only` writes the page.
 """
 
 import argparse
