@@ -5,6 +5,8 @@ The tests are parametrised over these, so that a new row is tested because it is
 
 import functools
 
+import pytest
+
 import diffjax
 from diffjax import weightings
 
@@ -12,7 +14,6 @@ SCHEDULES = {name: make() for name, make in diffjax.SCHEDULES.items()} | {
     "cosine_short": diffjax.cosine(-10.0, 10.0),
     "sigmoid_sharp": diffjax.sigmoid(start=0.0, end=3.0, tau=0.5),
     "log_uniform_vp": diffjax.log_uniform(0.001, 1000.0, scales=diffjax.vp),
-    "monotone": diffjax.monotone(diffjax.monotone_params()),
     "shift": diffjax.shift(diffjax.cosine(), -2.0),
     "cosine_betas": diffjax.from_betas(diffjax.cosine_betas(100)),
     "zero_terminal_snr": diffjax.from_betas(diffjax.zero_terminal_snr(diffjax.linear_betas(1000))),
@@ -32,3 +33,9 @@ EXACT = diffjax.oracles.gaussian(SCHEDULES["cosine"], [0.0], 1.0)
 DETERMINISTIC = {
     name: make for name, make in SAMPLERS.items() if not make(EXACT, SCHEDULES["cosine"]).stochastic
 }
+
+
+def slow(*cases):
+    """Cases of `pytest.mark.parametrize` that only `make test-faults` runs."""
+    values = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*each, marks=pytest.mark.faults) for each in values]

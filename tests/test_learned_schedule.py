@@ -11,6 +11,7 @@ import pytest
 
 import diffjax
 import train
+from catalogue import slow
 from diffjax import checkpoint, data, keys, weightings
 from diffjax.evaluation.likelihoods import variational_bound
 from diffjax.evaluation.sampling import make_generate
@@ -219,10 +220,7 @@ def learned():
 
 @pytest.mark.parametrize(
     ("runner", "devices", "accumulate", "together"),
-    [
-        (runners.pmap, 4, 2, 2),
-        pytest.param(runners.sharded, 4, 1, 1, marks=pytest.mark.faults),
-    ],
+    [(runners.pmap, 4, 2, 2), *slow((runners.sharded, 4, 1, 1))],
 )
 def test_training_is_equal_on_every_layout(
     monkeypatch, learned, runner, devices, accumulate, together
