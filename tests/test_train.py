@@ -163,6 +163,28 @@ def test_averages_are_tracked_resumed_and_made_after_training(tmp_path, monkeypa
     assert result["parameters"] == {"average": 0.1, "sha256": digest(params)}
 
 
+@pytest.mark.faults
+def test_a_learned_schedule_is_resumed_averaged_drawn_evaluated_and_inspected(tmp_path, capsys):
+    argv = ["--config=configs/two_moons.py:smoke", *MONOTONE, "--config.averages", "0.1"]
+    argv += ["--config.snapshot_every=20", "--config.optimizer.schedule_factor=3"]
+    run(tmp_path / "whole", *argv, "--config.steps=40")
+    run(tmp_path / "parts", *argv, "--config.steps=20")
+    run(tmp_path / "parts", *argv, "--config.steps=40")
+    assert_bitwise_equal(newest(tmp_path / "parts")[1], newest(tmp_path / "whole")[1])
+    ends = []
+    for average in (None, 0.1):
+        own = checkpoint.load(tmp_path / "whole", average)[1]["schedule"]
+        ends.append(float(own["log_snr_max"]))
+        workdir = [f"--workdir={tmp_path / 'whole'}", f"--average={average}"]
+        sample.main([*workdir, "--n=8", f"--out={tmp_path / f'{average}.npz'}"])
+        evaluate.main([*workdir, "--n=0", "--held_out=16"])
+    assert ends[0] != ends[1] and 10 not in ends
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="0"):
+        inspect_run.main([str(tmp_path / "whole")])
+    assert f"learned schedule: log-SNR from {ends[0]:.4g} to" in capsys.readouterr().out
+
+
 def test_a_density_changes_how_the_loss_varies_and_not_its_mean_unless_it_is_asked_to():
     """By a loss that is known at each time: with weights, its mean is that of uniform times."""
     n, config = 4000, command_line.from_file("configs/digits.py:smoke")
