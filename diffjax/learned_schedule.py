@@ -21,7 +21,7 @@ from .losses import diffusion_loss, draw
 from .schedules import Schedule, rate_at, split
 from .targets import Row
 from .types import Array, Cond, Data, Key, Network, Time
-from .weightings import Weighting, elbo
+from .weightings import elbo
 
 
 def continuous_bound_loss(
@@ -31,9 +31,7 @@ def continuous_bound_loss(
     target: str | Row,
     x_0: Data,
     cond: Cond = None,
-    weight: Weighting | None = None,
     t: Time | None = None,
-    steps: int | None = None,
     *,
     levels: int | None = 256,
 ) -> Float[Array, " batch"]:
@@ -51,9 +49,7 @@ def continuous_bound_loss(
       target: the target that the network regresses.
       x_0: clean data `[batch, ...]`.
       cond: conditioning passed to the network.
-      weight: None, or the bound's own, `weightings.elbo()`; the loss is the bound in any case.
       t: times `[]` or `[batch]`; drawn by default.
-      steps: None: in discrete time the bound depends on the inside of the schedule.
       levels: number of values in [-1, 1] that an element of the data can take; None for continuous
         data.
 
@@ -62,10 +58,7 @@ def continuous_bound_loss(
 
     Raises:
       TypeError: if the schedule is not one of `monotone`.
-      ValueError: if `steps` is given.
     """
-    if steps is not None:
-        raise ValueError(f"{steps=}: in discrete time the bound depends on the schedule's inside")
     ends, inside = split(schedule)
     t, _ = draw(key, x_0, t)
     _, eps = draw(keys.fold_in(keys.per_example(key, len(x_0)), 2), x_0, t)

@@ -159,8 +159,10 @@ def resolve(config: Config) -> Experiment:
 
     def objective(levels):
         weight = config.bound_weight
-        if config.learns_schedule:
-            return functools.partial(continuous_bound_loss, levels=levels)
+        if config.learns_schedule:  # by the bound's own weight, in continuous time
+            return lambda *args, weight, steps, **options: continuous_bound_loss(
+                *args, levels=levels, **options
+            )
         if weight is None:
             return losses.diffusion_loss
         return functools.partial(hybrid_loss, bound_weight=weight, levels=levels)
