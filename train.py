@@ -22,7 +22,7 @@ import numpy as np
 
 from diffjax import data, keys, losses, plots, super_resolution
 from diffjax.evaluation import distances, pixels, reference, sampling
-from diffjax.experiment import Config, Experiment, dataset, resolve
+from diffjax.experiment import Config, Experiment, dataset, resolve, with_parameters
 from diffjax.experiment.command_line import error_exit, parse
 from diffjax.experiment.functions import initial_state
 from diffjax.experiment.run_directory import SNAPSHOTS, open_run
@@ -69,7 +69,7 @@ def make_loss(
     Example i draws from `key` folded with its position in the global batch, so that nothing
     depends on how the batch is split over devices, which may be along a mapped axis.
     """
-    loss = e.objective(levels, axis_name)  # diffjax.diffusion_loss, or hybrid_loss
+    loss = e.objective(levels, axis_name)  # diffjax.diffusion_loss, or another
     config = e.config
     train = held_out is None
 
@@ -83,13 +83,14 @@ def make_loss(
         if train:
             x, cond = e.augment(key_augment, x, cond)
 
+        schedule = with_parameters(e, params).schedule  # e.schedule, unless it is learned
         network = functools.partial(e.apply, params)
         if train and config.model.dropout:
             network = functools.partial(network, dropout=keys.fold_in(key_dropout, index))
         each = loss(
             keys.fold_in(key_noise, index),
             network,
-            e.schedule,
+            schedule,
             config.target,
             x,
             cond=cond,
@@ -97,8 +98,9 @@ def make_loss(
             t=t,
             steps=config.time_steps,
         )
-        balanced = e.balance(params, e.schedule.log_snr(t), each)
-        return Losses(correction * balanced, {"t": t, "loss": each})
+        log_snr = schedule.log_snr(t)
+        balanced = e.balance(params, log_snr, each)
+        return Losses(correction * balanced, {"t": t, "log_snr": log_snr, "loss": each})
 
     return loss_fn
 
@@ -107,7 +109,7 @@ def make_step(e: Experiment, loss_fn: LossFn) -> Callable:
     """The training step, (state, batch, axis_name) -> (state, metrics), for a runner to map."""
 
     def measure(seen):
-        return {"by_log_snr": losses.by_log_snr(e.schedule.log_snr(seen["t"]), seen["loss"])}
+        return {"by_log_snr": losses.by_log_snr(seen["log_snr"], seen["loss"])}
 
     step = functools.partial(
         train_step,

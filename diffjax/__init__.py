@@ -11,8 +11,9 @@ Importing this imports jax and numpy only; networks are in `diffjax.models`, the
 """
 
 from . import couplings, densities, guidance, inverse, oracles, samplers, schedules, weightings
-from .denoisers import clip_x_0, denoiser, time_input, unit_input, unit_output
+from .denoisers import clip_x_0, denoiser, fourier_features, time_input, unit_input, unit_output
 from .guidance import *
+from .learned_schedule import continuous_bound_loss
 from .learned_variance import bound_loss, hybrid_loss
 from .likelihood import (
     Elbo,
@@ -43,6 +44,7 @@ __all__ = [
     "bits_per_dim",
     "bound_loss",
     "clip_x_0",
+    "continuous_bound_loss",
     "convert",
     "couplings",
     "decode",
@@ -55,6 +57,7 @@ __all__ = [
     "elbo",
     "encode",
     "flow_log_likelihood",
+    "fourier_features",
     "guidance",
     "hybrid_loss",
     "inverse",

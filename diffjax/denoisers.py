@@ -9,7 +9,7 @@ schedule is an argument too, it must be the same; it may be None if the denoiser
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -234,6 +234,37 @@ def time_input(network: Network, schedule: Schedule, steps: int) -> Network:
       steps: T.
     """
     return lambda x_t, log_snr, cond: network(x_t, steps * time_at(schedule, log_snr) - 1, cond)
+
+
+def fourier_features(
+    network: Network, exponents: Sequence[int] = (7, 8), levels: int = 256
+) -> Network:
+    """Give a network sin and cos(2^n pi z) of each channel beside x_t, for each n in `exponents`.
+
+    A network sees the values of single pixels badly, and the likelihood of pixels depends on them
+    (Kingma et al. 2021, section 4 and appendix C). z is x_t (levels - 1) / levels, which puts the
+    pixels of [-1, 1] at the middles of `levels` cells; a period is then a whole number of cells.
+    The network's input has 1 + 2 `len(exponents)` times the channels, x_t first. Use the same
+    wrapper in training and in sampling.
+
+    Args:
+      network: (features, log_snr `[batch]`, cond) -> an estimate of the target.
+      exponents: the n.
+      levels: number of values of the data's grid in [-1, 1].
+
+    >>> network = fourier_features(lambda x, log_snr, cond: x, exponents=(0,), levels=2)
+    >>> network(jnp.ones((1, 1)), jnp.zeros(1), None).round(3) + 0  # sin, cos(pi / 2)
+    Array([[1., 1., 0.]], dtype=float32)
+    """
+
+    def featured(x_t, log_snr, cond):
+        z = x_t * ((levels - 1) / levels)
+        turns = [2.0 ** (n - 1) * z for n in exponents]
+        # Whole turns are taken off while they are exact, before the product with pi is rounded.
+        waves = [f(2 * jnp.pi * (a - jnp.round(a))) for a in turns for f in (jnp.sin, jnp.cos)]
+        return network(jnp.concatenate([x_t, *waves], axis=-1), log_snr, cond)
+
+    return featured
 
 
 def clip_x_0(

@@ -158,11 +158,10 @@ def reconstruction_term(
     check_like(x_0, eps=eps)
     x_0, eps = at_least_float32(x_0), at_least_float32(eps)
     if steps is None:
-        mean = x_0 + eps * jnp.exp(-schedule.log_snr(0.0) / 2).astype(x_0.dtype)  # x_t / alpha_t
-        log_std = jnp.broadcast_to(-schedule.log_snr(0.0) / 2, x_0.shape)
+        log_std = jnp.broadcast_to(-schedule.log_snr(0.0) / 2, x_0.shape)  # of x_t / alpha_t
         if levels is None:
-            return -_sum(_log_normal(x_0, mean, log_std))
-        return -_sum(_log_categorical(x_0, mean, log_std, levels))
+            return -_sum(_log_normal(eps, jnp.zeros_like(eps), jnp.zeros_like(eps)) - log_std)
+        return -_sum(_log_categorical(x_0, eps, log_std, levels))
     prediction = predict(denoise, q_sample(schedule, x_0, 1 / steps, eps), 1 / steps)
     return _from_first_step(schedule, prediction, x_0, steps, variance, levels)
 
@@ -509,16 +508,17 @@ def _log_cell(x, mean, log_std, levels):
     return log_high + jnp.log1p(-jnp.exp(log_low - log_high))
 
 
-def _log_categorical(x, mean, log_std, levels):
-    """log softmax over all values of the log-density of `mean` about each, at the value of x."""
+def _log_categorical(x, eps, log_std, levels):
+    """log softmax over all values of the log-density of x + std eps about each, at the value x."""
 
-    def one(args):
-        x, mean, log_std = args
-        values = jnp.linspace(-1, 1, levels, dtype=x.dtype).reshape(-1, *[1] * x.ndim)
-        logits = _log_normal(mean[None], values, log_std[None])
-        return _log_normal(mean, x, log_std) - jax.nn.logsumexp(logits, axis=0)
+    def add(total, value):
+        # The density about this value over that about x, which is at most exp(eps^2 / 2).
+        u = (value - x) * jnp.exp(-log_std)
+        return total + jnp.exp(u * eps - u**2 / 2), None
 
-    return jax.lax.map(one, (x, mean, log_std))  # one example at a time, to save memory
+    # One value after another, which neither takes memory for all of them nor a second pass.
+    values = jnp.linspace(-1, 1, levels, dtype=x.dtype)
+    return -jnp.log(jax.lax.scan(add, 0 * x, values)[0])
 
 
 def _sum(x):

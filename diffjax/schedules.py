@@ -246,10 +246,10 @@ class MonotoneParams(NamedTuple):
       centre: the time at which each sigmoid is steepest, `[width]`.
     """
 
-    line: Array
-    height: Array
-    slope: Array
-    centre: Array
+    line: Real
+    height: Real
+    slope: Real
+    centre: Real
 
 
 def monotone(
@@ -263,11 +263,7 @@ def monotone(
     log_snr = max - (max - min) (g(t) - g(0)) / (g(1) - g(0)), where g is an increasing line plus
     increasing sigmoids (Kingma et al. 2021, appendix H). The bound in continuous time depends only
     on the ends; the curve between them changes the variance of its estimate, so VDM trains the
-    curve on the mean squared loss (appendix I.2):
-
-        variance = lambda p: jnp.mean(diffusion_loss(key, network, monotone(p), target, x_0,
-                                                     weight=weightings.elbo()) ** 2)
-        gradient = jax.grad(variance)(params)
+    curve on the mean squared loss (appendix I.2). `learned_schedule` has the loss that does both.
 
     Args:
       params: parameters, such as those of `monotone_params`.
@@ -286,12 +282,14 @@ def monotone_params(width: int = 32) -> MonotoneParams:
     """Make the parameters of a nearly straight `monotone` schedule with `width` sigmoids.
 
     Raises:
-      ValueError: if `width` is below 1.
+      ValueError: unless `width` is a whole number of at least 1.
     """
-    if width < 1:
-        raise ValueError(f"{width=}: must be at least 1")
-    centre = (jnp.arange(width) + 0.5) / width
-    return MonotoneParams(jnp.zeros(()), jnp.full(width, -3.0), jnp.full(width, 2.0), centre)
+    if not isinstance(width, int | np.integer) or width < 1:
+        raise ValueError(f"{width=}: must be a whole number of at least 1")
+    # Arrays of NumPy, so that a config can be read before JAX starts.
+    centre = (np.arange(width) + 0.5) / width
+    made = np.zeros(()), np.full(width, -3.0), np.full(width, 2.0), centre
+    return MonotoneParams(*(x.astype(jnp.result_type(float)) for x in made))
 
 
 @_curve
@@ -303,6 +301,29 @@ def _monotone(params, log_snr_min, log_snr_max, t):
 
     first, last = g(jnp.zeros((), t.dtype)), g(jnp.ones((), t.dtype))
     return log_snr_max - (log_snr_max - log_snr_min) * (g(t) - first) / (last - first)
+
+
+def split(schedule: Schedule) -> tuple[Schedule, Schedule]:
+    """The same `monotone` schedule twice: only the ends of the first, and only the inside of the
+    second, are differentiated.
+
+    Raises:
+      TypeError: if the schedule is not one of `monotone`.
+
+    >>> at = lambda schedule, part: split(schedule)[part].log_snr(0.25)
+    >>> slopes = [jax.grad(at)(monotone(monotone_params()), part) for part in (0, 1)]
+    >>> [f"{float(slope.log_snr.args[1]):.3f}" for slope in slopes]  # by log_snr_min
+    ['0.231', '0.000']
+    """
+    curve: Any = schedule.log_snr
+    if getattr(curve, "func", None) is not _monotone:
+        raise TypeError("the schedule is not one of `monotone`, whose ends and inside are known")
+    params, *ends = curve.args
+    still = jax.lax.stop_gradient
+    return (
+        schedule._replace(log_snr=Partial(_monotone, still(params), *ends)),
+        schedule._replace(log_snr=Partial(_monotone, params, *still(ends))),
+    )
 
 
 def shift(schedule: Schedule, by: Scalar) -> Schedule:
@@ -485,8 +506,10 @@ def _require_steps(steps):
 
 
 def _require_decreasing(log_snr_min, log_snr_max):
-    # The ends of a vmapped or learned schedule are traced and cannot be checked.
-    if known(log_snr_min, log_snr_max) and not log_snr_min < log_snr_max:
+    # The ends of a vmapped or learned schedule are traced and cannot be checked. Those that are
+    # known are compared by NumPy, which gives a value while something else is traced too.
+    ends = log_snr_min, log_snr_max
+    if known(*ends) and not np.less(*map(np.asarray, ends)):
         raise ValueError(f"{log_snr_min=} must be below {log_snr_max=}")
 
 
@@ -502,6 +525,10 @@ def _cosine_betas(steps: int = 1000, max_beta=0.999, log_snr_max=24.0):
     return from_betas(cosine_betas(steps, max_beta), log_snr_max)
 
 
+def _monotone_start(width: int = 32, log_snr_min=-10.0, log_snr_max=10.0):
+    return monotone(monotone_params(width), log_snr_min, log_snr_max)
+
+
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "cosine": cosine,
     "linear": linear,
@@ -511,16 +538,16 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "linear_betas": _linear_betas,
     "scaled_linear_betas": _scaled_linear_betas,
     "cosine_betas": _cosine_betas,
+    "monotone": _monotone_start,
 }
 """Schedules by name, as configs and the command line choose them. A schedule with an option `steps`
-is a table of that many steps of discrete time."""
+is a table of that many steps of discrete time. A run learns `monotone`, which starts straight."""
 
 __all__ = [
     "SCHEDULES",
     "Schedule",
     "flow",
     "from_betas",
-    "monotone",
     "monotone_params",
     "shift",
     "time_at",

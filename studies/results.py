@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import scipy.stats
+import vdm
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -375,7 +376,7 @@ variance-preserving, except `rectified_flow`.
 Samples are drawn by 20 steps of DDIM, uniform in t, so that the schedule also determines the grid
 of noise levels.
 
-## Moving average
+{vdm}## Moving average
 
 The first column is the decay of the average; 0 is no average. A constant decay has no warm-up.
 
@@ -436,6 +437,7 @@ def page(record: dict[str, Any]) -> str:
         **{name: study_table(record, name, base, not_shared) for name, base in ablations.items()},
         sampler=grid(record),
         pictured="" if "score" in record["digits"]["runs"] else PICTURED,
+        vdm=vdm.section(),
         checked=", ".join(COLUMNS[key] for key in CHECKED),
     )
 

@@ -14,7 +14,6 @@ SCHEDULES = {name: make() for name, make in diffjax.SCHEDULES.items()} | {
     "cosine_short": diffjax.cosine(-10.0, 10.0),
     "sigmoid_sharp": diffjax.sigmoid(start=0.0, end=3.0, tau=0.5),
     "log_uniform_vp": diffjax.log_uniform(0.001, 1000.0, scales=diffjax.vp),
-    "monotone": diffjax.monotone(diffjax.monotone_params()),
     "shift": diffjax.shift(diffjax.cosine(), -2.0),
     "cosine_betas": diffjax.from_betas(diffjax.cosine_betas(100)),
     "zero_terminal_snr": diffjax.from_betas(diffjax.zero_terminal_snr(diffjax.linear_betas(1000))),

@@ -35,6 +35,7 @@ CORE = [
     "guidance",
     "inverse",
     "keys",
+    "learned_schedule",
     "learned_variance",
     "likelihood",
     "loss_aware",

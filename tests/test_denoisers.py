@@ -492,3 +492,18 @@ def test_a_bound_condition_does_not_hide_in_the_unconditional_half():
     bound = functools.partial(denoise, cond={"label": jnp.zeros(2)})
     guided = diffjax.classifier_free(bound, 3.0, None)
     np.testing.assert_allclose(guided(jnp.ones((2, 3)), 0.5).x_0, 3.0)
+
+
+def test_fourier_features_have_periods_of_whole_pixels():
+    """With 256 levels, that of exponent n is 256 / 2^n levels; x_t comes first."""
+    pixels = jnp.arange(256.0)[:, None] / 127.5 - 1
+    seen = lambda x_t, *n: diffjax.fourier_features(lambda x, log_snr, cond: x, n)(x_t, None, None)
+    features = seen(pixels, 6, 7)
+    assert features.shape == (256, 5)
+    np.testing.assert_array_equal(features[:, :1], pixels)
+    for n, period in ((6, 4), (7, 2), (8, 1)):
+        waves = seen(pixels, n)[:, 1:]
+        np.testing.assert_allclose(waves[period:], waves[:-period], atol=2e-4)
+        np.testing.assert_allclose((waves**2).sum(1), 1, atol=1e-5)
+        between = seen(pixels + period / 255, n)[:, 1:]  # half a period on
+        np.testing.assert_allclose(between, -waves, atol=2e-4)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import diffjax
+from diffjax.experiment import command_line
 from diffjax.models import (
     MLP,
     MLPConfig,
@@ -162,6 +163,28 @@ def test_remat_changes_memory_and_nothing_else():
 
     plain, remat = loss(SMALL)(params), loss(dataclasses.replace(SMALL, remat=True))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, remat)
+
+
+def test_the_network_of_vdm_starts_as_the_identity_at_every_noise_level():
+    """Its parameters are the paper's, without 4 x 128 of a conditioning that is always zero."""
+    config = command_line.from_file("configs/vdm_cifar10.py")
+    assert count(config.model, 32, 3 * 5) == 30_578_181 - 2 - 4 * 128
+    model = dataclasses.replace(config.model, width=8, blocks=1, groups=4, dropout=0.0)
+    module = UNet(model)
+    x_t = jax.random.normal(jax.random.key(0), (2, 8, 8, 15))
+    log_snr = jnp.array([-5.0, 13.3])
+    params = module.init(jax.random.key(1), x_t, log_snr, None)["params"]
+    np.testing.assert_array_equal(
+        module.apply({"params": params}, x_t, log_snr, None), x_t[..., :3]
+    )
+    levels = [block["level"] for block in params.values() if "level" in block]
+    assert len(levels) == 5 and all(list(level) == ["kernel"] for level in levels)
+    assert not any(level["kernel"].any() for level in levels)
+    # The sinusoids have frequencies 1 to 1 / 10000 of 0 to 1000 between the ends.
+    embedded = model.log_snr_scale * log_snr + model.log_snr_shift
+    np.testing.assert_allclose(embedded, [1000, 0], atol=1e-3)
+    period = config.model.embedding_period
+    np.testing.assert_allclose(period ** (-63 / 64), 1e-4, rtol=1e-6)
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_parameters_in_float32():

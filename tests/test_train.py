@@ -44,6 +44,7 @@ from test_data import write_cifar, write_mnist
 ROOT = Path(__file__).parents[1]
 COSTS = {"img_per_s", "data_stall", "memory_gb", "tflop_per_s", "compile_s"}
 TINY = ["--config=configs/digits.py:smoke"]
+MONOTONE = ["--config.schedule=monotone", "--config.weighting=elbo"]
 
 
 def run(workdir, *argv):
@@ -83,8 +84,8 @@ def interrupted(finished, workdir):
     return workdir
 
 
-PAPERS = ("dit_imagenet256", "edm2_imagenet64", "edm_cifar10", "jit_imagenet256")
-SLOW = ("cifar10", "fashion_mnist", "fashion_sr", *PAPERS)
+PAPERS = ("dit_imagenet256", "edm2_imagenet64", "edm_cifar10", "jit_imagenet256", "vdm_cifar10")
+SLOW = ("cifar10", "fashion_mnist", "fashion_sr", "vdm_fashion", *PAPERS)
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
 
 
@@ -94,10 +95,10 @@ CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
 )
 def test_every_config_runs_its_smoke_variant(name, tmp_path, capsys):
     argv = [f"--config=configs/{name}.py:smoke"]
-    if name.startswith("fashion"):
+    if "fashion" in name:
         write_mnist(tmp_path)
         argv.append(f"--config.data.path={tmp_path}")
-    if name in ("cifar10", "edm_cifar10"):
+    if "cifar10" in name:
         write_cifar(tmp_path)
         argv.append(f"--config.data.path={tmp_path}")
     if name in ("folder", "edm2_imagenet64", "jit_imagenet256"):
@@ -210,6 +211,28 @@ def test_averages_are_tracked_resumed_and_made_after_training(tmp_path, monkeypa
     evaluate.main([f"--workdir={tmp_path / 'parts'}", "--average=0.1", "--n=0", "--held_out=16"])
     result = json.loads((tmp_path / "parts/evaluation.json").read_text())
     assert result["parameters"] == {"average": 0.1, "sha256": digest(params)}
+
+
+@pytest.mark.faults
+def test_a_learned_schedule_is_resumed_averaged_drawn_evaluated_and_inspected(tmp_path, capsys):
+    argv = ["--config=configs/two_moons.py:smoke", *MONOTONE, "--config.averages", "0.1"]
+    argv += ["--config.snapshot_every=20", "--config.optimizer.schedule_factor=3"]
+    run(tmp_path / "whole", *argv, "--config.steps=40")
+    run(tmp_path / "parts", *argv, "--config.steps=20")
+    run(tmp_path / "parts", *argv, "--config.steps=40")
+    assert_bitwise_equal(newest(tmp_path / "parts")[1], newest(tmp_path / "whole")[1])
+    ends = []
+    for average in (None, 0.1):
+        own = checkpoint.load(tmp_path / "whole", average)[1]["schedule"]
+        ends.append(float(own["log_snr_max"]))
+        workdir = [f"--workdir={tmp_path / 'whole'}", f"--average={average}"]
+        sample.main([*workdir, "--n=8", f"--out={tmp_path / f'{average}.npz'}"])
+        evaluate.main([*workdir, "--n=0", "--held_out=16"])
+    assert ends[0] != ends[1] and 10 not in ends
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="0"):
+        inspect_run.main([str(tmp_path / "whole")])
+    assert f"learned schedule: log-SNR from {ends[0]:.4g} to" in capsys.readouterr().out
 
 
 def test_a_density_changes_how_the_loss_varies_and_not_its_mean_unless_it_is_asked_to():
@@ -537,6 +560,71 @@ BAD = {
     "negative bound": (
         ["--config.bound_weight=-1", "--config.time_steps=100"],
         "bound_weight=-1.0: must be at least 0",
+    ),
+    "learned schedule": (
+        ["--config.schedule=monotone"],
+        "weighting=min_snr: schedule=monotone is learned, from the bound, which is weighting=elbo",
+    ),
+    "learned in discrete time": (
+        [*MONOTONE, "--config.time_steps=100"],
+        "time_steps=100: schedule=monotone is learned, in continuous time",
+    ),
+    "learned with loss-aware times": (
+        [*MONOTONE, "--config.time_steps=100", "--config.loss_aware_times=True"],
+        "time_steps=100: schedule=monotone is learned, in continuous time",
+    ),
+    "learned with a density": (
+        [*MONOTONE, "--config.density=normal"],
+        "density=normal: schedule=monotone is learned, and is itself the density of noise levels",
+    ),
+    "learned with an uncertainty": (
+        [*MONOTONE, "--config.learned_uncertainty=True"],
+        "learned_uncertainty=True: schedule=monotone is learned, from the bound",
+    ),
+    "learned and shifted": (
+        [*MONOTONE, "--config.schedule_shift=1"],
+        "schedule_shift=1.0: schedule=monotone is learned, with its ends",
+    ),
+    "learned for enlarging": (
+        [*MONOTONE, "--config.low_resolution=4", "--config.model.image_cond=True"],
+        "low_resolution=4: schedule=monotone is learned, and the low-resolution image",
+    ),
+    "learned option": (
+        [*MONOTONE, "--config.schedule_options", "sigmoids=3"],
+        "schedule monotone has no option sigmoids; it has width, log_snr_min, log_snr_max",
+    ),
+    "learned ends": (
+        [*MONOTONE, "--config.schedule_options", "log_snr_min=20"],
+        "log_snr_min=20 must be below log_snr_max=10.0",
+    ),
+    "learned width": (
+        [*MONOTONE, "--config.schedule_options", "width=0"],
+        "width=0: must be a whole number of at least 1",
+    ),
+    "factor of a fixed schedule": (
+        ["--config.optimizer.schedule_factor=3"],
+        "optimizer.schedule_factor=3.0: needs a schedule that is learned, schedule=monotone",
+    ),
+    "factor": (
+        [*MONOTONE, "--config.optimizer.schedule_factor=0"],
+        "optimizer.schedule_factor=0.0: must be positive and finite",
+    ),
+    "features of a network": (
+        ["--config.fourier_features", "7", "8"],
+        "fourier_features=(7, 8): the network's input has more channels than the data, so that it "
+        "needs model.out_channels=1, not None",
+    ),
+    "features twice": (
+        ["--config.fourier_features", "7", "7", "--config.model.out_channels=1"],
+        "fourier_features=(7, 7): must be different, and from -12 to 12",
+    ),
+    "features scaled": (
+        ["--config.fourier_features", "7", "--config.unit_input=True"],
+        "fourier_features=(7,): their periods are those of the data's grid",
+    ),
+    "residual": (
+        ["--config.model.residual=True", "--config.model.out_channels=2"],
+        "residual=True: x_t has 1 channels, fewer than the output, out_channels=2",
     ),
     "density": (["--config.density=gumbel"], "unknown density 'gumbel': one of uniform, normal"),
     "density's option": (

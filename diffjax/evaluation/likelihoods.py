@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from .. import keys, likelihood
-from ..experiment import Config, Experiment
+from ..experiment import Config, Experiment, with_parameters
 from ..experiment.functions import conditioned
 from ..training.runners import Runner, in_parts
 from ..types import Array
@@ -44,11 +44,12 @@ def variational_bound(e: Experiment, levels: int | None, samples: int = 32) -> B
     variance = "learned" if e.config.bound_weight is not None else "posterior"
 
     def bound(params, batch):
+        now = with_parameters(e, params)
         key, _, key_cond, key_x = jax.random.split(e.keys().held_out, 4)
         return likelihood.elbo(
             keys.fold_in(key, batch["index"]),
-            conditioned(e, e.clip, params, key_cond, batch),
-            e.schedule,
+            conditioned(now, now.clip, params, key_cond, batch),
+            now.schedule,
             e.example(keys.fold_in(key_x, batch["index"]), batch["x"]),
             e.config.time_steps,
             variance=variance,
@@ -72,13 +73,14 @@ def flow_bound(e: Experiment, levels: int | None, steps: int = 50) -> Bound:
     """
 
     def bound(params, batch):
+        now = with_parameters(e, params)
         _, key, key_cond, key_x = jax.random.split(e.keys().held_out, 4)
-        denoise = conditioned(e, lambda denoise: denoise, params, key_cond, batch)
+        denoise = conditioned(now, lambda denoise: denoise, params, key_cond, batch)
         key_cell, key_signs = (keys.fold_in(k, batch["index"]) for k in jax.random.split(key))
         x, log_volume = e.example(keys.fold_in(key_x, batch["index"]), batch["x"]), 0.0
         if levels is not None:
             x, log_volume = likelihood.dequantise(key_cell, x, levels)
-        log_p = likelihood.flow_log_likelihood(denoise, e.schedule, x, key_signs, steps=steps)
+        log_p = likelihood.flow_log_likelihood(denoise, now.schedule, x, key_signs, steps=steps)
         return -log_p - log_volume
 
     return bound

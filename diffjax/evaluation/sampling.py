@@ -24,7 +24,15 @@ from rich.progress import Progress
 from .. import data, keys, samplers
 from ..data import limits
 from ..denoisers import schedule_of, with_schedule
-from ..experiment import Config, Experiment, Sampling, Walk, config as config_lib, resolve
+from ..experiment import (
+    Config,
+    Experiment,
+    Sampling,
+    Walk,
+    config as config_lib,
+    resolve,
+    with_parameters,
+)
 from ..experiment.config import known_name, require
 from ..experiment.functions import condition_of
 from ..experiment.run_directory import check_average
@@ -107,7 +115,8 @@ def make_generate(
     Raises:
       ValueError: if `e` guides by a weaker network, and there is none, or it does not fit.
     """
-    ts = e.grid()
+    # That of a fixed schedule is computed here, where its values are known and checked.
+    fixed = None if e.config.learns_schedule else e.grid()
     if e.weaker is not None and weaker is None:
         raise ValueError(
             f"sampling.guidance={' '.join(e.config.sampling.guidance)}: the weaker network "
@@ -117,16 +126,19 @@ def make_generate(
     def generate(params, batch):
         key_prior, key_walk, key_cond = jax.random.split(e.keys().samples, 3)
         keys_prior, keys_walk = (keys.fold_in(k, batch["index"]) for k in (key_prior, key_walk))
-        cond, other = condition_of(e, key_cond, batch), None
+        other = None
         if weaker is not None:
             params, other = params[0], _weaker_denoiser(weaker, params[1])
-        denoise = e.denoiser(functools.partial(e.apply, params))
+        now = with_parameters(e, params)
+        cond = condition_of(now, key_cond, batch)
+        denoise = now.denoiser(functools.partial(now.apply, params))
 
         def finish(guided):
-            return functools.partial(e.clip(e.guide(denoise, guided, other)), cond=cond)
+            return functools.partial(now.clip(now.guide(denoise, guided, other)), cond=cond)
 
-        x_1 = prior_sample(keys_prior, e.schedule, (len(batch["index"]), *shape))
-        return samplers.sample(keys_walk, e.sampler(denoise, finish), x_1, ts)[0]
+        ts = now.grid() if fixed is None else fixed
+        x_1 = prior_sample(keys_prior, now.schedule, (len(batch["index"]), *shape))
+        return samplers.sample(keys_walk, now.sampler(denoise, finish), x_1, ts)[0]
 
     return generate
 

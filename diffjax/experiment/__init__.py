@@ -7,7 +7,7 @@ loads its data, `run_directory` has the files of a run, and `inspect` prints wha
 """
 
 from .config import Config, Data, Eval, Optimizer, Sampling, Walk, smoke, variant_of
-from .functions import Experiment, resolve
+from .functions import Experiment, resolve, with_parameters
 
 __all__ = [
     "Config",
@@ -20,4 +20,5 @@ __all__ = [
     "resolve",
     "smoke",
     "variant_of",
+    "with_parameters",
 ]

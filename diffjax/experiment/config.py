@@ -273,6 +273,8 @@ class Optimizer:
     """Adam's decay of the mean squared gradient."""
     weight_decay: float = 0.0
     """Decoupled weight decay (AdamW)."""
+    schedule_factor: float = 1.0
+    """Factor on the learning rate for a learned schedule, schedule=monotone."""
     accumulate: int = 1
     """Parts into which each device splits its share of the batch, to process one after another."""
 
@@ -283,6 +285,10 @@ class Optimizer:
             (
                 self.learning_rate > 0,
                 f"optimizer.learning_rate={self.learning_rate}: must be positive",
+            ),
+            (
+                0 < self.schedule_factor < math.inf,
+                f"optimizer.schedule_factor={self.schedule_factor}: must be positive and finite",
             ),
             (
                 self.clip is None or self.clip > 0,
@@ -412,8 +418,12 @@ class Config:
     target F)."""
     time_input: bool = False
     """Give the network its discrete time, 0 to time_steps - 1 (DDPM), in place of log-SNR."""
+    fourier_features: tuple[int, ...] = ()
+    """Give the network sin and cos(2^n pi x_t) beside x_t, for each of these n (VDM: 7 8); it needs
+    model.out_channels. Empty: none."""
     schedule: Annotated[str, one_of(SCHEDULES)] = "cosine"
-    """The noise schedule."""
+    """The noise schedule. monotone is learned beside the network, from the bound and the variance
+    of its estimate (VDM); it needs weighting=elbo."""
     schedule_options: Options = dataclasses.field(default_factory=dict)
     """Options of the schedule."""
     schedule_shift: float = 0.0
@@ -519,6 +529,11 @@ class Config:
         if self.unit_output is None:
             return unbounded(self.target) and self.bound_weight is None
         return self.unit_output
+
+    @property
+    def learns_schedule(self) -> bool:
+        """Whether the schedule is learned beside the network."""
+        return self.schedule == "monotone"
 
 
 CHANGEABLE = {

@@ -18,6 +18,7 @@ from ..couplings import COUPLINGS
 from ..denoisers import (
     clip_x_0,
     denoiser,
+    fourier_features,
     predict,
     time_input,
     unit_input,
@@ -26,16 +27,20 @@ from ..denoisers import (
 )
 from ..densities import DENSITIES, relative
 from ..guidance import GUIDANCES, STEP_GUIDANCES
+from ..learned_schedule import continuous_bound_loss
 from ..learned_variance import hybrid_loss
 from ..samplers import SAMPLERS, TIMES, Sampler
-from ..schedules import SCHEDULES, Schedule
+from ..schedules import SCHEDULES, MonotoneParams, Schedule, monotone
 from ..super_resolution import shrink, small_image
 from ..training import TrainState, ema_warmup, init_state, projected
 from ..training.averaging import averaging
-from ..types import Array, Data, Denoiser, Key, Network, Real
+from ..types import Array, Data, Denoiser, Key, Network, Real, known
 from ..weightings import WEIGHTINGS, Weighting
 from .config import Config, Weaker, known_name, parse_guidance, take_weaker
 from .rules import check
+
+SCHEDULE = "schedule"
+"""The name of a learned schedule's parameters, beside those of the network."""
 
 
 class Streams(NamedTuple):
@@ -72,12 +77,15 @@ class Experiment(NamedTuple):
 
     Attributes:
       config: the config, checked.
-      schedule: the noise schedule.
+      schedule: the noise schedule; one that is learned is as it is before training, and
+        `with_parameters` gives the experiment on the one that was learned.
       weighting: the weighting of the loss; None for unit variance.
       objective: (levels of the data, or None; the mapped axis over which a batch is split, or None)
-        -> `diffusion_loss` with the config's coupling, or `hybrid_loss` if a variance is learned.
+        -> `diffusion_loss` with the config's coupling, `hybrid_loss` if a variance is learned, or
+        `continuous_bound_loss` if the schedule is.
       times: how training draws its times.
-      init: (key, shape of an example) -> fresh parameters of the network.
+      init: (key, shape of an example) -> fresh parameters of the network, and of the schedule if
+        it is learned.
       apply: (params, x_t, log_snr, cond) -> an estimate of the target; with the keyword `dropout`,
         keys `[batch]`, in training mode. `partial(apply, params)` is a network.
       balance: (params, log_snr, losses) -> what training minimises, `[batch]` each: the losses, or
@@ -143,19 +151,19 @@ def resolve(config: Config) -> Experiment:
     check(config)
     schedule = _schedule(config)
     module = models.make_module(config.model)
-    condition = _condition(config, schedule)
     project = models.MODELS[models.name_of(config.model)].project
-    of_step, guide, weaker = _guidance(config, schedule)
-    learned = config.bound_weight is not None
 
     def init(key, shape):
-        batch = {"x": jnp.zeros((1, *shape)), "label": jnp.zeros(1, jnp.int32)}
-        cond = condition(keys.per_example(key, 1), batch)
-        params = module.init(key, batch["x"], jnp.zeros(1), cond)["params"]
+        x = jnp.zeros((1, *shape))
+        batch = {"x": x, "label": jnp.zeros(1, jnp.int32)}
+        cond = _condition(config, schedule)(keys.per_example(key, 1), batch)
+        make = lambda x_t, log_snr, cond: module.init(key, x_t, log_snr, cond)
+        params: Any = _featured(config, make)(x, jnp.zeros(1), cond)["params"]
         if config.learned_uncertainty:
             own = models.Uncertainty().init(keys.fold_in(key, 1), jnp.zeros(1))["params"]
             params = {**params, "uncertainty": own}
-        return params if project is None else project(params)
+        params = params if project is None else project(params)
+        return {**params, SCHEDULE: _parameters(schedule)} if config.learns_schedule else params
 
     def balance(params, log_snr, each):
         if not config.learned_uncertainty:
@@ -167,6 +175,10 @@ def resolve(config: Config) -> Experiment:
 
     def objective(levels, axis_name=None):
         weight = config.bound_weight
+        if config.learns_schedule:  # by the bound's own weight, in continuous time
+            return lambda *args, weight, steps, **options: continuous_bound_loss(
+                *args, levels=levels, **options
+            )
         if weight is None:
             return functools.partial(losses.diffusion_loss, coupling=coupling(axis_name))
         return functools.partial(hybrid_loss, bound_weight=weight, levels=levels)
@@ -184,50 +196,49 @@ def resolve(config: Config) -> Experiment:
         x, told = jax.vmap(augmentation.draw)(key, x)
         return x, {**(cond or {}), "augment": told} if config.model.augment_dim else cond
 
-    def clip(denoise):
-        if kind is not None:  # which have no range
-            return denoise
-        clipped = clip_x_0(denoise, schedule)
-        of_rank = lambda x_t: clipped if x_t.ndim == 4 else denoise
-        images_clipped = lambda x_t, t, cond=None: predict(of_rank(x_t), x_t, t, cond)
-        return with_schedule(schedule, images_clipped)
-
-    def grid():
-        ts = TIMES[config.sampling.grid](schedule, config.sampling.steps)
-        samplers.check_times(np.asarray(ts), stochastic=True)  # stochastic: the times must fall
-        return ts
-
     def streams():
         # Threefry, whose draws do not depend on the layout of the devices.
         return Streams(*jax.random.split(jax.random.key(config.seed, impl="threefry2x32"), 4))
 
+    optimizer = _optimizer(config, project)
+    on_schedule = _on_schedule(config, schedule)
+    if config.learns_schedule:
+        on_schedule["denoiser"] = _without_parameters
     return Experiment(
         config=config,
-        schedule=schedule,
         weighting=bind("weighting", WEIGHTINGS, config.weighting, config.weighting_options)(),
         objective=objective,
-        times=_times(config, schedule),
         init=init,
-        apply=_apply(config, module, schedule),
         balance=balance,
-        condition=condition,
         example=example,
         augment=augment,
-        denoiser=lambda network: denoiser(
-            network, schedule, config.target, learned_variance=learned
-        ),
-        guide=guide,
-        weaker=weaker,
-        clip=clip,
-        sampler=_sampler(config, schedule, of_step),
-        grid=grid,
         learning_rate=_learning_rate(config.optimizer),
         ema_decay=ema_warmup(config.ema)
         if config.ema_warmup
         else lambda _: jnp.asarray(config.ema),
-        optimizer=_tracking(_optimizer(config.optimizer, project), config.averages),
+        optimizer=_tracking(optimizer, config.averages),
         keys=streams,
+        **on_schedule,
     )
+
+
+def with_parameters(e: Experiment, params: Any) -> Experiment:
+    """The experiment on the schedule that is among the parameters, if its schedule is learned.
+
+    If its schedule is fixed, this is e itself.
+
+    >>> e = resolve(Config(schedule="monotone", weighting="elbo"))
+    >>> params = e.init(jax.random.key(0), (8, 8, 1))
+    >>> params["schedule"]["log_snr_max"] += 1
+    >>> [float(f.schedule.log_snr(0.0)) for f in (e, with_parameters(e, params))]
+    [10.0, 11.0]
+    """
+    if not e.config.learns_schedule:
+        return e
+    own = params[SCHEDULE]
+    inside = MonotoneParams(*(own[name] for name in MonotoneParams._fields))
+    schedule = monotone(inside, own["log_snr_min"], own["log_snr_max"])
+    return e._replace(**_on_schedule(e.config, schedule))
 
 
 def initial_state(e: Experiment, shape: tuple[int, ...]) -> Callable[[], TrainState]:
@@ -247,7 +258,7 @@ def conditioned(
     """The denoiser of samples and likelihoods, bound to the conditioning of a batch.
 
     Args:
-      e: the experiment.
+      e: the experiment, of `with_parameters`.
       wrap: denoiser -> denoiser, such as `e.clip`.
       params: of the network.
       key: the key of the conditioning noise, one.
@@ -304,6 +315,56 @@ def bind(
     if missing:
         raise ValueError(f"{kind} {name} needs {', '.join(f'{n}=NUMBER' for n in missing)}")
     return functools.partial(table[name], **options)
+
+
+def _on_schedule(config: Config, schedule: Schedule) -> dict[str, Any]:
+    """The fields of an `Experiment` that depend on its schedule."""
+    learned_variance = config.bound_weight is not None
+    of_step, guide, weaker = _guidance(config, schedule)
+
+    def clip(denoise):
+        if config.data.latents is not None:  # which have no range
+            return denoise
+        clipped = clip_x_0(denoise, schedule)
+        of_rank = lambda x_t: clipped if x_t.ndim == 4 else denoise
+        images_clipped = lambda x_t, t, cond=None: predict(of_rank(x_t), x_t, t, cond)
+        return with_schedule(schedule, images_clipped)
+
+    def grid():
+        ts = TIMES[config.sampling.grid](schedule, config.sampling.steps)
+        if known(ts):
+            # stochastic: the times must fall
+            samplers.check_times(np.asarray(ts), stochastic=True)
+        return ts
+
+    return dict(
+        schedule=schedule,
+        times=_times(config, schedule),
+        apply=_apply(config, models.make_module(config.model), schedule),
+        condition=_condition(config, schedule),
+        denoiser=lambda network: denoiser(
+            network, schedule, config.target, learned_variance=learned_variance
+        ),
+        guide=guide,
+        weaker=weaker,
+        clip=clip,
+        sampler=_sampler(config, schedule, of_step),
+        grid=grid,
+    )
+
+
+def _without_parameters(network):
+    raise ValueError(
+        "schedule=monotone: the schedule is learned, so that a denoiser needs its parameters; take "
+        "with_parameters(resolve(config), params).denoiser"
+    )
+
+
+def _parameters(schedule):
+    """The parameters of a `monotone` schedule, by name."""
+    inside, low, high = schedule.log_snr.args
+    named = inside._asdict() | {"log_snr_min": low, "log_snr_max": high}
+    return {name: jnp.asarray(x, float) for name, x in named.items()}
 
 
 def _schedule(config):
@@ -385,9 +446,15 @@ def _augmentation(config):
     return found
 
 
+def _featured(config, network):
+    """The network itself without Fourier features, so that nothing changes."""
+    exponents = config.fourier_features
+    return fourier_features(network, exponents) if exponents else network
+
+
 def _apply(config, module, schedule):
     def apply(params, x_t, log_snr, cond=None, **dropout):
-        f = functools.partial(models.apply, module, params, **dropout)
+        f = _featured(config, functools.partial(models.apply, module, params, **dropout))
         if config.time_input and config.time_steps is not None:
             f = time_input(f, schedule, config.time_steps)
         f = unit_input(f, schedule) if config.unit_input else f
@@ -473,8 +540,19 @@ def _tracking(tx, averages):
     return averaging(tx, averages) if averages else tx
 
 
-def _optimizer(o, project):
-    """Clipping by global norm, then Adam (AdamW if there is weight decay), then the projection."""
+def _optimizer(config, project):
+    """Clipping by global norm, then Adam (AdamW if there is weight decay), then the projection.
+
+    A learned schedule has an Adam of its own, without decay: its gradient has another scale, which
+    the network's should not be clipped by.
+    """
+    o = config.optimizer
     tx = optax.adamw(_learning_rate(o), b1=o.beta_1, b2=o.beta_2, weight_decay=o.weight_decay)
     tx = tx if o.clip is None else optax.chain(optax.clip_by_global_norm(o.clip), tx)
-    return tx if project is None else projected(tx, project)
+    tx = tx if project is None else projected(tx, project)
+    if not config.learns_schedule:
+        return tx
+    rate = _learning_rate(o)
+    own = optax.adam(lambda step: o.schedule_factor * rate(step), o.beta_1, o.beta_2)
+    which = lambda params: {name: SCHEDULE if name == SCHEDULE else "network" for name in params}
+    return optax.partition({"network": tx, SCHEDULE: own}, which)

@@ -64,6 +64,10 @@ def report(workdir: Path, console: Console) -> int:
     console.print(table)
     for path in sorted((workdir / run_directory.CHECKPOINTS).glob("damaged-*")):
         console.print(f"renamed: {path.name}")
+    if config.learns_schedule and len(table.rows) > damaged:
+        own = run_directory.read_params(workdir)["schedule"]
+        ends = own["log_snr_max"], own["log_snr_min"]
+        console.print("learned schedule: log-SNR from {:.4g} to {:.4g}".format(*map(float, ends)))
     if rows:
         last = metrics.numbers(rows[-1])
         console.print("last metrics: " + "  ".join(f"{k} {v:.4g}" for k, v in last.items()))

@@ -28,6 +28,10 @@ LARGEST_GAIN = 1e5
 cosine schedule, 20,000 for its betas, and 160,000 for a table with zero terminal SNR."""
 
 
+HIGHEST = 12
+"""The largest exponent of a Fourier feature: 2^12 pi x_t has 12 bits left of float32's 24."""
+
+
 def check(config: Config) -> None:
     """Refuse a config that cannot run, before anything is loaded or compiled.
 
@@ -64,6 +68,7 @@ def check(config: Config) -> None:
         *_of_intervals(c),
         *_of_averages(c),
         *_of_time(c),
+        *_of_schedule(c),
         *_of_conditioning(c),
         *_of_coupling(c),
         *_of_guidance(c.sampling.guidance),
@@ -166,9 +171,64 @@ def _of_time(c):
     )
 
 
+def _of_schedule(c):
+    """What a learned schedule is learned from, and the network's Fourier features."""
+    fixed = not c.learns_schedule
+    learned = f"schedule={c.schedule} is learned"
+    return (
+        (
+            fixed or c.weighting == "elbo",
+            f"weighting={c.weighting}: {learned}, from the bound, which is weighting=elbo; under "
+            "another weighting the mean of the loss would depend on the schedule",
+        ),
+        (
+            fixed or c.time_steps is None,
+            f"time_steps={c.time_steps}: {learned}, in continuous time; in discrete time the bound "
+            "depends on the whole schedule, not on its ends alone",
+        ),
+        (
+            fixed or c.density == "uniform",
+            f"density={c.density}: {learned}, and is itself the density of noise levels; give "
+            "density=uniform",
+        ),
+        (
+            fixed or not c.learned_uncertainty,
+            f"learned_uncertainty={c.learned_uncertainty}: {learned}, from the bound, which has no "
+            "uncertainty",
+        ),
+        (
+            fixed or c.schedule_shift == 0,
+            f"schedule_shift={c.schedule_shift}: {learned}, with its ends; give log_snr_min and "
+            "log_snr_max in schedule_options, where they start",
+        ),
+        (
+            fixed or c.low_resolution is None,
+            f"low_resolution={c.low_resolution}: {learned}, and the low-resolution image would be "
+            "diffused by another schedule at each step",
+        ),
+        (
+            c.learns_schedule or c.optimizer.schedule_factor == 1,
+            f"optimizer.schedule_factor={c.optimizer.schedule_factor}: needs a schedule that is "
+            f"learned, schedule=monotone, not {c.schedule}",
+        ),
+        (
+            len(set(c.fourier_features)) == len(c.fourier_features)
+            and all(-HIGHEST <= n <= HIGHEST for n in c.fourier_features),
+            f"fourier_features={c.fourier_features}: must be different, and from {-HIGHEST} to "
+            f"{HIGHEST}",
+        ),
+        (
+            not (c.fourier_features and c.unit_input),
+            f"fourier_features={c.fourier_features}: their periods are those of the data's grid, "
+            "which unit_input=True would scale",
+        ),
+    )
+
+
 def _of_conditioning(c):
     """Super-resolution, labels and guidance."""
     s = c.sampling
+    learns_bound = c.learns_schedule or c.bound_weight is not None
     need_null = [word for word in s.guidance if _needs_null(word.partition(":")[0])]
     return (
         (
@@ -196,9 +256,9 @@ def _of_conditioning(c):
             f"data.latents={c.data.latents}",
         ),
         (
-            c.augmentation is None or c.low_resolution is None is c.data.latents is c.bound_weight,
+            c.augmentation is None or not (learns_bound or c.low_resolution or c.data.latents),
             f"augmentation={c.augmentation}: images of super-resolution and latents are not "
-            "augmented, nor images of which a variance is learned (bound_weight)",
+            "augmented, nor images whose bound is learned (bound_weight, or schedule=monotone)",
         ),
         (
             c.model.image_cond == (c.low_resolution is not None),
@@ -349,6 +409,12 @@ def check_data(config: Config, train: Examples, test: Examples) -> None:
             (c.model.out_channels or shape[-1]) == channels,
             f"model.out_channels={c.model.out_channels}: data of {shape[-1]} channels and "
             f"{variance} (bound_weight={c.bound_weight}) need {channels}",
+        ),
+        (
+            not c.fourier_features or c.model.out_channels == channels,
+            f"fourier_features={c.fourier_features}: the network's input has more channels than "
+            f"the data, so that it needs model.out_channels={channels}, not "
+            f"{c.model.out_channels}",
         ),
         (
             len(train.x) >= c.batch_size,

@@ -3,7 +3,8 @@
 A `Block` is two 3x3 convolutions with the embedded log-SNR added between them. A level is a few
 blocks at one resolution, with self-attention where the image is small enough; the way down keeps
 every activation, and the way up concatenates them. The options span Ho et al. 2020 (DDPM), Nichol &
-Dhariwal 2021 (improved DDPM) and Dhariwal & Nichol 2021 (ADM).
+Dhariwal 2021 (improved DDPM), Dhariwal & Nichol 2021 (ADM) and Kingma et al. 2021 (VDM, which has
+one level and never changes the resolution).
 """
 
 import dataclasses
@@ -47,12 +48,18 @@ class UNetConfig:
     """Probability of dropping an activation inside a block."""
     scale_shift: bool = False
     """Let the embedded log-SNR scale and shift activations (ADM), not only shift them (DDPM)."""
+    noise_from_zero: bool = False
+    """Start the effect of the embedded log-SNR on each block at zero, and without a bias (VDM)."""
+    residual: bool = False
+    """Add the first channels of x_t to the output, as many as it has (VDM)."""
     resblock_updown: bool = False
     """Change resolution inside a residual block (ADM), not by a convolution (DDPM)."""
     pad_both: bool = False
     """Pad convolutions that halve on all sides (improved DDPM), not only below and right (DDPM)."""
     log_snr_scale: float = 25.0
     """Factor on log-SNR before it is embedded: [-20, 20] becomes the 1000 units of DDPM's time."""
+    log_snr_shift: float = 0.0
+    """The network embeds log_snr_scale * log_snr + log_snr_shift."""
     embedding_period: float = 10000.0
     """The sinusoids that embed log-SNR have frequencies from 1 down to just above 1 / this."""
     out_channels: int | None = None
@@ -104,6 +111,11 @@ class UNetConfig:
         heights = [shape[0] // self.patch // 2**level for level in range(len(self.mults))]
         if not set(self.attention) <= set(heights):
             raise ValueError(f"attention={self.attention}: the heights are {heights}")
+        if self.residual and (self.out_channels or 0) > shape[-1]:
+            raise ValueError(
+                f"residual=True: x_t has {shape[-1]} channels, fewer than the output, "
+                f"out_channels={self.out_channels}"
+            )
 
     def check_size(self, shape: tuple[int, ...]) -> None:
         """Raise a ValueError unless the network takes examples of this shape: images that halve."""
@@ -141,7 +153,9 @@ class UNet(nn.Module):
         conv = functools.partial(nn.Conv, kernel_size=(3, 3), kernel_init=Init, dtype=dtype)
         block = functools.partial(nn.remat(Block) if c.remat else Block, c, dtype)
 
-        embed = lambda x: noise_embedding(c.log_snr_scale * x, c.width, c.embedding_period)
+        embed = lambda x: noise_embedding(
+            c.log_snr_scale * x + c.log_snr_shift, c.width, c.embedding_period
+        )
         emb = embed(log_snr)
         if c.image_cond and c.embed_image_log_snr:
             emb = jnp.concatenate([emb, embed(cond["image_log_snr"])], axis=-1)
@@ -195,7 +209,8 @@ class UNet(nn.Module):
         h = nn.silu(nn.GroupNorm(c.groups, epsilon=c.epsilon, dtype=dtype, name="norm_out")(h))
         channels = c.patch**2 * (c.out_channels or x_t.shape[-1])
         h = conv(channels, kernel_init=Zero, name="conv_out")(h)
-        return unfold(h, c.patch).astype(x_t.dtype)
+        out = unfold(h, c.patch).astype(x_t.dtype)
+        return out + x_t[..., : out.shape[-1]] if c.residual else out
 
 
 class Block(nn.Module):
@@ -224,7 +239,8 @@ class Block(nn.Module):
             h, x = self.resize(h), self.resize(x)
         h = conv(kernel_init=Init, name="conv_0")(h)
         # The parameters are named "level" in all existing checkpoints, so the name stays.
-        noise = dense(self.channels * (1 + c.scale_shift), name="level")(nn.silu(emb))
+        plain = {"kernel_init": Zero, "use_bias": False} if c.noise_from_zero else {}
+        noise = dense(self.channels * (1 + c.scale_shift), name="level", **plain)(nn.silu(emb))
         noise = noise[:, None, None]
         if c.scale_shift:
             scale, shift = jnp.split(noise, 2, axis=-1)

@@ -35,9 +35,9 @@ def load(
 
     >>> import functools, jax, diffjax
     >>> from diffjax.checkpoint import load
-    >>> from diffjax.experiment import resolve
+    >>> from diffjax.experiment import resolve, with_parameters
     >>> apply, params, config = load("digits")
-    >>> e = resolve(config)
+    >>> e = with_parameters(resolve(config), params)  # for a schedule that is learned, too
     >>> denoise = e.clip(e.denoiser(functools.partial(apply, params)))
     >>> walk = diffjax.ddim(functools.partial(denoise, cond={"label": jax.numpy.arange(2)}),
     ...                     e.schedule)

@@ -48,7 +48,7 @@ def save(path: Path | str, params: Any, config: Config) -> None:
     config = dataclasses.replace(config, data=data, **unmeasured)
     # safetensors writes a transposed array in the order of its memory, so make it contiguous.
     flat = flatten_dict(params, sep="/")
-    arrays = {name: np.ascontiguousarray(value) for name, value in flat.items()}
+    arrays = {name: np.asarray(value, order="C") for name, value in flat.items()}
     _refuse_others(path, arrays, config)
     metadata = {CONFIG: config_lib.to_json(config), SEAL: digest(params)}
     try:

@@ -167,4 +167,4 @@ def _on_host(x, dtype):
         x = multihost_utils.process_allgather(x, tiled=True)
     x = np.asarray(x)
     with np.errstate(over="ignore"):
-        return np.ascontiguousarray(x.astype(dtype) if _floating(x) else x)
+        return np.asarray(x.astype(dtype) if _floating(x) else x, order="C")
