@@ -30,6 +30,7 @@ CORE = [
     "averages",
     "denoisers",
     "densities",
+    "flow_maps",
     "guidance",
     "inverse",
     "keys",
