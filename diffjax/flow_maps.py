@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from . import checks, keys, ode
-from .denoisers import denoiser, with_schedule
+from .denoisers import denoiser, known_schedule, schedule_of, with_schedule
 from .losses import draw
 from .process import scales_at
 from .schedules import Schedule, rate_at
@@ -54,7 +54,7 @@ from .types import (
 from .weightings import Weighting
 
 Step = Callable[[Data, Array, Array], Data]
-"""(y, t, s) -> u, the velocity on the circle that takes y from time t to time s in one turn."""
+"""(y, t, s) -> a velocity on the circle, of the shape of y."""
 
 
 def flow_map(network: Network, schedule: Schedule, target: str | Row) -> FlowMap:
@@ -94,6 +94,16 @@ def flow_map(network: Network, schedule: Schedule, target: str | Row) -> FlowMap
         return denoise(x_t, t, {**(cond or {}), "log_snr_s": log_snr_s})
 
     return with_schedule(schedule, mean)
+
+
+def velocity_of(mean: FlowMap, schedule: Schedule, cond: Cond = None) -> Step:
+    """u of a flow map: the velocity on the circle that takes y from time t to time s in one turn."""
+
+    def u(y, t, s):
+        given = {"s": s} if cond is None else {"s": s, "cond": cond}
+        return ode.velocity(functools.partial(mean, **given), schedule, y, t)[0]
+
+    return u
 
 
 def eulerian(schedule: Schedule, u: Step, v: Step, y: Data, t: Array, s: Array, r: Array):
@@ -217,9 +227,11 @@ def flow_map_loss(
     alpha, sigma = scales_at(schedule, t, x_0)
     radius = ode.radius(schedule, t, x_0)
     y, of_pair = (alpha * x_0 + sigma * eps) / radius, (alpha * eps - sigma * x_0) / radius
-    u = _step(flow_map(network, schedule, target), schedule, cond)
+    u = velocity_of(flow_map(network, schedule, target), schedule, cond)
     if callable(velocity):
-        teacher = functools.partial(velocity, cond=cond) if cond is not None else velocity
+        if known_schedule(velocity) is not None:
+            schedule_of(velocity, schedule)
+        teacher = velocity if cond is None else functools.partial(velocity, cond=cond)
         v = lambda y, t, s: ode.velocity(teacher, schedule, y, t)[0]
     else:
         v = u if velocity == "own" else lambda y, t, s: of_pair
@@ -265,12 +277,6 @@ def check(
             f"{diagonal=}, {to_data=}, {normalise=}: must be at least 0, and the first two fractions"
             " at most 1 together"
         )
-
-
-def _step(mean, schedule, cond):
-    """u of a flow map, as a `Step`."""
-    at = lambda s: functools.partial(mean, cond=cond, s=s)
-    return lambda y, t, s: ode.velocity(at(s), schedule, y, t)[0]
 
 
 def _turn(schedule, y, t, s):

@@ -18,7 +18,7 @@ from .dit import DiT, DiTConfig
 from .edm2_unet import EDM2UNet, EDM2UNetConfig, Uncertainty, normalised
 from .mlp import MLP, MLPConfig
 from .song_unet import SongUNet, SongUNetConfig
-from .unet import UNet, UNetConfig
+from .unet import SECOND_TIME, UNet, UNetConfig
 
 
 class ModelConfig(Protocol):
@@ -57,6 +57,11 @@ class ModelConfig(Protocol):
     @property
     def image_cond(self) -> bool:
         """Whether the network takes `cond["image"]` and `cond["image_log_snr"]`."""
+        ...
+
+    @property
+    def two_times(self) -> bool:
+        """Whether the network takes `cond["log_snr_s"]`, as a flow map's does."""
         ...
 
     def check_input(self, shape: tuple[int, ...]) -> None:
@@ -101,6 +106,7 @@ __all__ = [
     "apply",
     "make_module",
     "name_of",
+    "start_from",
     "switched",
 ]
 
@@ -168,3 +174,30 @@ def apply(
         return module.apply({"params": params}, x_t, log_snr, cond, rngs={"dropout": key})[0]
 
     return jax.vmap(one)(x_t, log_snr, cond, dropout)
+
+
+def start_from(fresh: Any, trained: Any) -> Any:
+    """The parameters of a trained network, with the second time's of a fresh one if it has none.
+
+    Those start at zero, so that a flow map that starts from a denoiser is that denoiser for every
+    end of its step.
+
+    Args:
+      fresh: parameters of the network that starts.
+      trained: parameters of the network that it starts from.
+
+    Raises:
+      ValueError: if other parameters are missing or too many, or of another shape; names one.
+    """
+    flat = lambda tree: dict(jax.tree_util.tree_leaves_with_path(tree))
+    new, old = flat(fresh), flat(trained)
+    second = {path for path in new if any(getattr(k, "key", None) == SECOND_TIME for k in path)}
+    for path in (new.keys() | old.keys()) - (second - old.keys()):
+        shapes = [jnp.shape(tree[path]) if path in tree else None for tree in (new, old)]
+        if shapes[0] != shapes[1]:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"parameters {name} of shape {shapes[1]}, but the network has {shapes[0]}: it must "
+                "have the model of the run that it starts from, but for two_times"
+            )
+    return jax.tree_util.tree_map_with_path(lambda path, p: old.get(path, p), fresh)

@@ -5,7 +5,7 @@ import dataclasses
 import flax.linen as nn
 
 from ..types import Array, Cond
-from .unet import class_index, noise_embedding
+from .unet import check_embedding, class_index, noise_embedding, noise_level, second_time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +16,11 @@ class MLPConfig:
     """Channels of each layer."""
     blocks: int = 3
     """Residual blocks."""
+    embedding: str = "log_snr"
+    """What embeds the noise level: log_snr, or angle, atan2(sigma, alpha), for flow maps."""
+    two_times: bool = False
+    """Embed `cond["log_snr_s"]` `[batch]` too, the log-SNR at which the step of a flow map ends; it
+    needs embedding=angle."""
     dropout: float = 0.0
     """Probability of dropping an activation inside a block."""
     out_channels: int | None = None
@@ -28,6 +33,7 @@ class MLPConfig:
     def __post_init__(self) -> None:
         if min(self.width // 2, self.blocks, self.out_channels or 1) < 1 or self.labels < 0:
             raise ValueError(f"width must be at least 2, other counts at least 1: {self}")
+        check_embedding(self.embedding, self.two_times)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: must be in [0, 1)")
         if self.null_label and not self.labels:
@@ -62,7 +68,11 @@ class MLP(nn.Module):
     def __call__(self, x_t: Array, log_snr: Array, cond: Cond) -> Array:
         c = self.config
         c.check_input(x_t.shape[1:])
-        h = nn.Dense(c.width)(x_t) + nn.Dense(c.width)(noise_embedding(log_snr, c.width))
+        level = noise_level(c.embedding, 1.0)
+        embed = lambda x: noise_embedding(level(x), c.width)
+        h = nn.Dense(c.width)(x_t) + nn.Dense(c.width)(embed(log_snr))
+        if c.two_times:
+            h += second_time(c.width, h.dtype)(embed(cond["log_snr_s"]))
         if c.labels:
             label = class_index(cond["label"], c.labels, c.null_label)
             h += nn.Embed(c.labels + c.null_label, c.width)(label)
