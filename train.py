@@ -26,6 +26,7 @@ from diffjax.experiment import Config, Experiment, dataset, resolve
 from diffjax.experiment.command_line import error_exit, parse
 from diffjax.experiment.functions import initial_state
 from diffjax.experiment.run_directory import SNAPSHOTS, open_run
+from diffjax.published import trained
 from diffjax.training import (
     Batch,
     Losses,
@@ -64,7 +65,7 @@ def make_loss(e: Experiment, levels: int | None, held_out: int | None = None) ->
     Example i draws from `key` folded with its position in the global batch, so that nothing
     depends on how the batch is split over devices.
     """
-    loss = e.objective(levels)  # diffjax.diffusion_loss, or hybrid_loss
+    loss = e.objective(levels)  # diffjax.diffusion_loss, hybrid_loss, or flow_map_loss
     config = e.config
     train = held_out is None
 
@@ -135,6 +136,7 @@ def train(
         real = None
         if config.eval.features is not None:
             real = reference.load(config.eval, both, config.data.name, runner)
+        e = trained.inherit(e, dataset.example_shape(config))
         checkpoints = open_run(workdir, config, dataset.fingerprint(train_set, test_set))
 
     # Pure functions: the loss, the step, and a sample.

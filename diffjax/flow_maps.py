@@ -192,7 +192,8 @@ def flow_map_loss(
         draws it uniformly. A half is the shortcut models', a small one the consistency models'.
       diagonal: the fraction of examples with s = t, if s is drawn.
       to_data: the fraction of examples with s = 0, if s is drawn.
-      normalise: the power p of a factor stop_gradient(loss + 0.001)^-p (Geng et al. 2025).
+      normalise: the power p of a factor stop_gradient(loss + 0.001)^-p (Geng et al. 2025), on
+        losses whose aim does not contain the noise of the pair.
 
     Returns:
       Losses `[batch]`, averaged over the data axes.
@@ -242,7 +243,10 @@ def flow_map_loss(
     if weight is not None:  # eps changes by alpha / radius where u changes by 1
         cos = jnp.cos(ode.angle(schedule, t))
         loss *= weight(schedule.log_snr(t), rate_at(schedule, t, steps)) * cos**2
-    return loss * jax.lax.stop_gradient(loss + 1e-3) ** -normalise if normalise else loss
+    if normalise:  # the denoising loss is noisy, as in `check`
+        factor = jax.lax.stop_gradient(loss + 1e-3) ** -normalise
+        loss *= jnp.where((s == t) & (not callable(velocity)), 1, factor)
+    return loss
 
 
 def check(

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 
 import tyro
 
+from .. import flow_maps
 from ..data import DATASETS, check_workers
 from ..data.images import UNREADABLE
 from ..densities import DENSITIES
+from ..flow_maps import IDENTITIES
 from ..guidance import GUIDANCES
 from ..models import MODELS, ModelConfig, UNetConfig, name_of
 from ..samplers import SAMPLERS, TIMES
@@ -320,6 +322,55 @@ class Eval:
         )
 
 
+OBJECTIVES = ("denoising", "flow_map")
+"""What training minimises: the denoising loss, or that of a flow map."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowMap:
+    """How a flow map is learned, with objective=flow_map."""
+
+    identity: Annotated[str, one_of(IDENTITIES)] = "lagrangian"
+    """The identity of exact flow maps whose residual is minimised."""
+    velocity: str = "own"
+    """The velocity that it needs: own (the map's, where both times are equal), pair (that of the
+    drawn data and noise), or a teacher, as sample.py's --workdir has it: a run's directory, an
+    exported file, or the name of a network that comes with diffjax."""
+    guidance: Guidance = ()
+    """The teacher's guidance, which the map learns; a number is a weight."""
+    first: float | None = None
+    """The semigroup's first step, as a share of the two: 0.5 for shortcut models, a small one for
+    consistency models. None: it is drawn at random."""
+    diagonal: float = 0.25
+    """Fraction of examples with two equal times, from which the map learns to denoise."""
+    to_data: float = 0.0
+    """Fraction of examples whose step ends at time 0; the other ends are uniform."""
+    normalise: float = 0.0
+    """Power p of a factor 1 / (loss + 0.001)^p on each loss whose aim has no noise."""
+    start: str | None = None
+    """A trained network whose parameters the map starts from, named as a teacher is; its model is
+    the map's, with or without the second time. None: new parameters."""
+
+    def check(self) -> None:
+        """Raise a ValueError if the section is impossible whatever the other sections are."""
+        teacher = None if self.velocity in ("own", "pair") else print
+        flow_maps.check(
+            self.identity,
+            teacher or self.velocity,
+            self.first,
+            self.diagonal,
+            self.to_data,
+            self.normalise,
+        )
+        require(
+            (
+                teacher is not None or not self.guidance,
+                f"flow_map.guidance={' '.join(self.guidance)}: needs a teacher, "
+                f"not flow_map.velocity={self.velocity}",
+            )
+        )
+
+
 BEST = ("eval_loss", "eval_frechet")
 """The metrics by which the best checkpoints can be chosen; the lowest is the best."""
 
@@ -329,6 +380,9 @@ class Config:
     """An experiment. When a run is resumed, the fields in `CHANGEABLE` may change."""
 
     data: Data = Data()
+    objective: Annotated[str, one_of(OBJECTIVES)] = "denoising"
+    """What to learn: a denoiser, or a flow map, which draws samples in one step or a few."""
+    flow_map: FlowMap = FlowMap()
     target: Annotated[str, one_of(TARGETS)] = "eps"
     """What the network predicts."""
     unit_output: bool = False

@@ -23,6 +23,7 @@ from ..denoisers import (
     with_schedule,
 )
 from ..densities import DENSITIES, relative
+from ..flow_maps import flow_map, flow_map_loss
 from ..guidance import GUIDANCES
 from ..learned_variance import hybrid_loss
 from ..samplers import SAMPLERS, TIMES, Sampler
@@ -72,8 +73,8 @@ class Experiment(NamedTuple):
       config: the config, checked.
       schedule: the noise schedule.
       weighting: the weighting of the loss; None for unit variance.
-      objective: (levels of the data, or None) -> `diffusion_loss`, or `hybrid_loss` if a variance
-        is learned.
+      objective: (levels of the data, or None) -> `diffusion_loss`, `hybrid_loss` if a variance is
+        learned, or `flow_map_loss`, whose teacher, if it has one, `trained.inherit` sets.
       times: how training draws its times.
       init: (key, shape of an example) -> fresh parameters of the network.
       apply: (params, x_t, log_snr, cond) -> an estimate of the target; with the keyword `dropout`,
@@ -82,7 +83,7 @@ class Experiment(NamedTuple):
         exp(-u) loss + u if the uncertainty u is learned.
       condition: (keys `[batch]`, batch, drop=False, cond_noise=None) -> what the network is
         conditioned on, or None.
-      denoiser: network -> denoiser, neither guided nor clipped.
+      denoiser: network -> denoiser, neither guided nor clipped; or flow map, which is one too.
       guide: denoiser -> denoiser, by the chain of guidances in `sampling.guidance`.
       clip: denoiser -> denoiser, whose x_0 stays in [-1, 1] if the data are images.
       sampler: denoiser -> `Sampler`.
@@ -137,6 +138,8 @@ def resolve(config: Config) -> Experiment:
     def init(key, shape):
         batch = {"x": jnp.zeros((1, *shape)), "label": jnp.zeros(1, jnp.int32)}
         cond = condition(keys.per_example(key, 1), batch)
+        if config.model.two_times:
+            cond = {**(cond or {}), "log_snr_s": jnp.zeros(1)}
         params = module.init(key, batch["x"], jnp.zeros(1), cond)["params"]
         if config.learned_uncertainty:
             own = models.Uncertainty().init(keys.fold_in(key, 1), jnp.zeros(1))["params"]
@@ -151,6 +154,8 @@ def resolve(config: Config) -> Experiment:
 
     def objective(levels):
         weight = config.bound_weight
+        if config.objective == "flow_map":
+            return functools.partial(flow_map_loss, **_loss_of_map(config.flow_map))
         if weight is None:
             return losses.diffusion_loss
         return functools.partial(hybrid_loss, bound_weight=weight, levels=levels)
@@ -158,7 +163,7 @@ def resolve(config: Config) -> Experiment:
     def clip(denoise):
         clipped = clip_x_0(denoise, schedule)
         of_rank = lambda x_t: clipped if x_t.ndim == 4 else denoise
-        images_clipped = lambda x_t, t, cond=None: predict(of_rank(x_t), x_t, t, cond)
+        images_clipped = lambda x_t, t, cond=None, s=None: predict(of_rank(x_t), x_t, t, cond, s)
         return with_schedule(schedule, images_clipped)
 
     def grid():
@@ -180,8 +185,10 @@ def resolve(config: Config) -> Experiment:
         apply=_apply(config, module, schedule),
         balance=balance,
         condition=condition,
-        denoiser=lambda network: denoiser(
-            network, schedule, config.target, learned_variance=learned
+        denoiser=lambda network: (
+            flow_map(network, schedule, config.target)
+            if config.objective == "flow_map"
+            else denoiser(network, schedule, config.target, learned_variance=learned)
         ),
         guide=_guide(config, schedule),
         clip=clip,
@@ -274,10 +281,16 @@ def _schedule(config):
     return schedules.shift(schedule, shift) if shift else schedule
 
 
+def _loss_of_map(options):
+    """The options of `flow_map_loss`."""
+    ours = {"guidance", "start"}  # which concern the teacher and the first parameters
+    return {name: value for name, value in vars(options).items() if name not in ours}
+
+
 def _sampler(config, schedule):
     table = {name: row.make for name, row in SAMPLERS.items()}
     name, options = config.sampling.sampler, config.sampling.options
-    make = bind("sampler", table, name, options, ("denoise", "schedule"))
+    make = bind("sampler", table, name, options, ("denoise", "flow_map", "schedule"))
     make(lambda *_: None, schedule)  # which refuses options out of range
     return lambda denoise: make(denoise, schedule)
 

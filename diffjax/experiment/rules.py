@@ -13,17 +13,28 @@ from ..averages import check_width
 from ..data import Examples
 from ..densities import DENSITIES
 from ..guidance import GUIDANCES
-from ..schedules import LONGEST, SCHEDULES, Schedule
+from ..samplers import SAMPLERS
+from ..schedules import LONGEST, SCHEDULES, Schedule, ve
 from ..targets import decode, row, unit_variance
 from ..training import writers
 from ..training.averaging import DTYPES
 from ..training.runners import RUNNERS
 from ..weightings import WEIGHTINGS
-from .config import BEST, Config, at_least, known_name, require
+from .config import BEST, OBJECTIVES, Config, FlowMap, at_least, known_name, require
 
 LARGEST_GAIN = 1e5
 """The largest factor from a network's relative error to x_0 without a warning. It is 1,800 for the
 cosine schedule, 20,000 for its betas, and 160,000 for a table with zero terminal SNR."""
+LARGEST_GAIN_OF_VELOCITY = 10.0
+"""The largest factor from a flow map's network to its velocity. It is at most 1.5 for v, flow and
+F, and grows without bound at one end for x_0, eps and the score, by which maps were learned 10 to
+2,000 times worse."""
+UNBOUNDED = {
+    name
+    for name, make in SCHEDULES.items()
+    if any(p.default is ve for p in inspect.signature(make).parameters.values())
+}
+"""Schedules whose noise is unbounded: those of variance exploding scales."""
 
 
 def check(config: Config) -> None:
@@ -42,9 +53,10 @@ def check(config: Config) -> None:
     known_name("runner", RUNNERS, c.parallel)
     known_name("snapshot_dtype", DTYPES, c.snapshot_dtype)
     known_name("keep_best_by", BEST, c.keep_best_by)
+    known_name("objective", OBJECTIVES, c.objective)
     for name in c.writers:
         writers.check(name)
-    for section in (c.data, c.optimizer, c.sampling, c.eval):
+    for section in (c.data, c.optimizer, c.sampling, c.eval, c.flow_map):
         section.check()
     at_least(c, steps=1, steps_per_call=1, log_every=1, eval_every=1, sample_every=1, save_every=1)
     at_least(c, snapshot_every=1)
@@ -62,6 +74,7 @@ def check(config: Config) -> None:
         *_of_averages(c),
         *_of_time(c),
         *_of_conditioning(c),
+        *_of_flow_maps(c),
     )
 
 
@@ -191,6 +204,61 @@ def _of_conditioning(c):
             "image that the network is given is that of super-resolution; give both, or neither",
         ),
     )
+
+
+def _of_flow_maps(c):
+    """Flow maps, and samplers that need one."""
+    learned, s = c.objective == "flow_map", c.sampling
+    jumps = SAMPLERS[s.sampler].two_times
+    gain = learned and _gain_of_velocity(c.target)
+    return (
+        (
+            learned or c.flow_map == FlowMap(),
+            f"objective={c.objective}: the options of flow_map need objective=flow_map",
+        ),
+        (
+            c.model.two_times == learned,
+            f"model.two_times={c.model.two_times} and objective={c.objective}: a flow map needs a "
+            "network with model.embedding=angle and model.two_times=True (unet, dit or mlp), and "
+            "nothing else does",
+        ),
+        (
+            gain <= LARGEST_GAIN_OF_VELOCITY,
+            f"target={c.target}: at an end of the schedule the velocity has {gain:.0e} times the "
+            "network's relative error, and flow maps do not learn; v, flow and F have no such "
+            "factor",
+        ),
+        (
+            not (learned and c.flow_map.identity == "lagrangian" and c.schedule in UNBOUNDED),
+            f"flow_map.identity=lagrangian with schedule={c.schedule}: training diverges where "
+            "noise is unbounded; use eulerian or semigroup, or a schedule of other scales",
+        ),
+        (
+            not learned or (c.bound_weight is None and not c.time_input),
+            f"objective=flow_map: bound_weight={c.bound_weight} and time_input={c.time_input} are "
+            "of denoisers; leave them out",
+        ),
+        (
+            learned or not jumps,
+            f"sampling.sampler={s.sampler}: needs a flow map, a run with objective=flow_map",
+        ),
+        (
+            not jumps or not s.guidance,
+            f"sampling.guidance={' '.join(s.guidance)} with sampling.sampler={s.sampler}: a map "
+            "cannot be guided after training; guide its teacher, flow_map.guidance",
+        ),
+    )
+
+
+def _gain_of_velocity(target):
+    """The largest factor from a network's relative error to the error of dy/dphi (see `ode`)."""
+
+    def gain(alpha, sigma):
+        a, b = row(target)(alpha, sigma)
+        per_out = (alpha**2 + sigma**2) ** 0.5 / abs(alpha * b - sigma * a)
+        return per_out * (a**2 + b**2) ** 0.5
+
+    return max(gain(1.0, 1e-3), gain(1e-3, 1.0))
 
 
 def _needs_null(name):

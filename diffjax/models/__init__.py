@@ -95,6 +95,7 @@ MODELS = {
 
 __all__ = [
     "MODELS",
+    "SECOND_TIME",
     "DiTConfig",
     "EDM2UNetConfig",
     "MLPConfig",
