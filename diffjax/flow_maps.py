@@ -162,7 +162,7 @@ def flow_map_loss(
     velocity: str | Denoiser = "own",
     s: Time | None = None,
     first: float | None = None,
-    diagonal: float = 0.25,
+    diagonal: float = 0.75,
     to_data: float = 0.0,
     normalise: float = 0.0,
 ) -> Float[Array, " batch"]:

@@ -49,9 +49,7 @@ class Oracle:
     flow_map: Callable[[Data, Time, Time], Data]
     schedule: Schedule
 
-    def __call__(
-        self, x_t: Data, t: Time, cond: Cond = None, s: Time | None = None
-    ) -> Prediction:
+    def __call__(self, x_t: Data, t: Time, cond: Cond = None, s: Time | None = None) -> Prediction:
         """The exact prediction at x_t; this method makes an oracle a `Denoiser` and a `FlowMap`.
 
         With s, it is the (x_0, eps) whose step to s, alpha_s x_0 + sigma_s eps, is `flow_map`.

@@ -496,9 +496,7 @@ def test_a_denoisers_parameters_are_a_map_that_does_not_see_the_second_time(name
         shapes_of(wider, x),
     )
     started = models.start_from(fresh, params)
-    two = jax.jit(
-        lambda params, end: models.apply(wider, params, x, log_snr, {"log_snr_s": end})
-    )
+    two = jax.jit(lambda params, end: models.apply(wider, params, x, log_snr, {"log_snr_s": end}))
     out = jax.jit(lambda params: models.apply(module, params, x, log_snr))(params)
     for end in (log_snr, log_snr + 5):
         np.testing.assert_allclose(out, two(started, end), rtol=1e-5, atol=1e-6)

@@ -341,7 +341,7 @@ class FlowMap:
     first: float | None = None
     """The semigroup's first step, as a share of the two: 0.5 for shortcut models, a small one for
     consistency models. None: it is drawn at random."""
-    diagonal: float = 0.25
+    diagonal: float = 0.75
     """Fraction of examples with two equal times, from which the map learns to denoise."""
     to_data: float = 0.0
     """Fraction of examples whose step ends at time 0; the other ends are uniform."""

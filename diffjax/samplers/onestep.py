@@ -82,9 +82,7 @@ def ddim(denoise: Denoiser, schedule: Schedule | None = None, *, eta: Scalar = 0
     return Sampler(init, step, stochastic=in_use(eta))
 
 
-def jump(
-    flow_map: FlowMap, schedule: Schedule | None = None, *, renoise: Scalar = 0.0
-) -> Sampler:
+def jump(flow_map: FlowMap, schedule: Schedule | None = None, *, renoise: Scalar = 0.0) -> Sampler:
     """A step of a flow map, which is exact if the map is, for any times t and s.
 
     x_s = alpha_s x_0 + sigma_s eps, the step of `ddim`, with a prediction of both times. With
