@@ -72,7 +72,8 @@ def flow_map(network: Network, schedule: Schedule, target: str | Row) -> FlowMap
         log_snr_s = jnp.broadcast_to(schedule.log_snr(s), x_t.shape[:1])
         return denoise(x_t, t, {**(cond or {}), "log_snr_s": log_snr_s})
 
-    return with_schedule(schedule, mean)
+    with_schedule(schedule, mean)
+    return mean
 
 
 def velocity_of(mean: FlowMap, schedule: Schedule, cond: Cond = None) -> Step:

@@ -12,7 +12,9 @@ import pytest
 import diffjax
 from catalogue import SCHEDULES, TARGETS
 from diffjax import flow_maps, models, ode, oracles, weightings
+from diffjax.experiment import FlowMap, resolve
 from diffjax.flow_maps import IDENTITIES, flow_map, flow_map_loss
+from diffjax.published import trained
 from diffjax.schedules import Schedule, time_at
 
 MEAN, COV = [1.0, -0.5], [[1.0, 0.3], [0.3, 0.2]]
@@ -545,6 +547,54 @@ def test_a_network_is_differentiated_in_both_times_with_dropout(x64, name):
     assert abs(slope).max() > 0.01
 
 
+# Runs of flow maps.
+
+
+def map_of(run, **options):
+    """The experiment of a flow map with the model of a finished run."""
+    config = trained.read_config(run)
+    model = dataclasses.replace(config.model, embedding="angle", two_times=True)
+    sampling = dataclasses.replace(config.sampling, sampler="jump", guidance=(), times=None)
+    options = {"objective": "flow_map", "target": "v", "flow_map": FlowMap(**options)}
+    return resolve(dataclasses.replace(config, model=model, sampling=sampling, **options))
+
+
+def test_a_teacher_is_the_guided_denoiser_of_its_run(finished):
+    e = map_of(finished, velocity=str(finished), guidance=("classifier_free:weight=2",))
+    with pytest.raises(ValueError, match="unknown velocity"):
+        e.objective(None)(jax.random.key(0), NETWORK, e.schedule, "v", X)
+    teacher = trained.inherit(e, (8, 8, 1)).objective(None).keywords["velocity"]
+
+    apply, params, config = trained.load(finished)
+    network = functools.partial(apply, params)
+    denoise = diffjax.denoiser(network, e.schedule, config.target)
+    guided = diffjax.classifier_free(denoise, 2.0, {"label": np.int32(10)})
+    x_t, cond = jax.random.normal(jax.random.key(0), (2, 8, 8, 1)), {"label": jnp.arange(2)}
+    both = (jax.jit(f)(x_t, 0.5, cond).eps for f in (teacher, guided))
+    np.testing.assert_allclose(*both, rtol=1e-5, atol=1e-5)
+
+
+def test_a_map_starts_with_the_parameters_of_a_run(finished):
+    e = trained.inherit(map_of(finished, start=str(finished)), (8, 8, 1))
+    params = dict(jax.jit(lambda: e.init(jax.random.key(0), (8, 8, 1)))())
+    assert not any(kernel.any() for kernel in jax.tree.leaves(params.pop(models.SECOND_TIME)))
+    jax.tree.map(np.testing.assert_array_equal, params, dict(trained.load(finished)[1]))
+
+
+def test_images_of_a_jump_stay_in_range_through_the_clip():
+    """The best prediction of two times is a mean of those along the path, so it has their range."""
+    e = map_of("digits")
+    far = e.clip(e.denoiser(lambda x_t, log_snr, cond: 9 * x_t))
+    jump = e.sampler(far)
+    x = jump.step(jax.random.key(0), jump.init(jnp.ones((1, 8, 8, 1))), 1.0, 0.0).x
+    assert abs(x).max() < 1.01
+    # And a clip that is not needed changes nothing.
+    oracle = oracles.dataset(e.schedule, jnp.array([[0.5], [-0.5]]))
+    x_t = jnp.array([[0.3], [-1.0]])
+    free, clipped = (f(x_t, 0.9, s=0.2) for f in (oracle, diffjax.clip_x_0(oracle)))
+    np.testing.assert_allclose(free.eps, clipped.eps, atol=1e-4)
+
+
 # What is refused.
 
 X = np.zeros((2, 3), np.float32)
@@ -579,6 +629,15 @@ def test_bad_input_is_named(options, error, message):
     options = {"target": "v"} | options
     with pytest.raises(error, match=message):
         flow_map_loss(jax.random.key(0), NETWORK, diffjax.cosine(), x_0=X, **options)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_networks_that_cannot_be_of_two_times_are_refused(name):
+    config = TINY[name][0]
+    with pytest.raises(ValueError, match="two_times=True needs embedding=angle"):
+        dataclasses.replace(config, two_times=True, embedding="log_snr")
+    with pytest.raises(ValueError, match="embedding='time': one of log_snr, angle"):
+        dataclasses.replace(config, embedding="time")
 
 
 def test_a_jump_needs_a_map():

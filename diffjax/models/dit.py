@@ -190,10 +190,10 @@ class DiT(nn.Module):
         dtype = jnp.dtype(jnp.bfloat16 if c.bfloat16 else x_t.dtype)
         dense = functools.partial(nn.Dense, kernel_init=Xavier, dtype=dtype)
 
-        level = noise_level(c.embedding, c.log_snr_scale)
+        scaled = noise_level(c.embedding, c.log_snr_scale)
         if c.flow_time:
-            level = lambda log_snr: nn.sigmoid(log_snr / 2)
-        embed = lambda log_snr: noise_embedding(level(log_snr), EMBEDDED).astype(dtype)
+            scaled = lambda log_snr: nn.sigmoid(log_snr / 2)
+        embed = lambda log_snr: noise_embedding(scaled(log_snr), EMBEDDED).astype(dtype)
         emb = dense(c.width, kernel_init=Small, name="embed_0")(embed(log_snr))
         if c.two_times:
             emb += second_time(c.width, dtype)(embed(cond["log_snr_s"]))

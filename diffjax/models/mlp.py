@@ -68,8 +68,8 @@ class MLP(nn.Module):
     def __call__(self, x_t: Array, log_snr: Array, cond: Cond) -> Array:
         c = self.config
         c.check_input(x_t.shape[1:])
-        level = noise_level(c.embedding, 1.0)
-        embed = lambda x: noise_embedding(level(x), c.width)
+        scaled = noise_level(c.embedding, 1.0)
+        embed = lambda x: noise_embedding(scaled(x), c.width)
         h = nn.Dense(c.width)(x_t) + nn.Dense(c.width)(embed(log_snr))
         if c.two_times:
             h += second_time(c.width, h.dtype)(embed(cond["log_snr_s"]))

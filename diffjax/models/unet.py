@@ -153,8 +153,8 @@ class UNet(nn.Module):
         conv = functools.partial(nn.Conv, kernel_size=(3, 3), kernel_init=Init, dtype=dtype)
         block = functools.partial(nn.remat(Block) if c.remat else Block, c, dtype)
 
-        level = noise_level(c.embedding, c.log_snr_scale)
-        embed = lambda x: noise_embedding(level(x), c.width, c.embedding_period)
+        scaled = noise_level(c.embedding, c.log_snr_scale)
+        embed = lambda x: noise_embedding(scaled(x), c.width, c.embedding_period)
         emb = embed(log_snr)
         if c.image_cond and c.embed_image_log_snr:
             emb = jnp.concatenate([emb, embed(cond["image_log_snr"])], axis=-1)
