@@ -77,7 +77,7 @@ class FlowMap(Protocol):
 
     def __call__(
         self, x_t: Data, t: Time, cond: Cond = None, s: Time | None = None
-    ) -> Prediction: ...
+    ) -> Prediction | LearnedPrediction: ...
 
 
 def known(*values: Any) -> bool:

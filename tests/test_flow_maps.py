@@ -471,7 +471,7 @@ TINY = {
 
 def shapes_of(module, x):
     """The shapes of a network's parameters."""
-    cond = {"log_snr_s": jnp.zeros(2)}
+    cond = {"log_snr_s": jnp.zeros(2), "guidance": jnp.ones(2)}
     return jax.eval_shape(module.init, jax.random.key(0), x, jnp.zeros(2), cond)["params"]
 
 
@@ -491,35 +491,39 @@ def test_every_network_that_can_have_two_times_is_tested():
 def test_a_denoisers_parameters_are_a_map_that_does_not_see_the_second_time(name):
     config, shape = TINY[name]
     module = models.make_module(config)
-    wider = models.make_module(dataclasses.replace(config, two_times=True))
+    wider = models.make_module(dataclasses.replace(config, two_times=True, guidance_weight=True))
     x = jax.random.normal(jax.random.key(1), (2, *shape))
     log_snr = jnp.array([-3.0, 2.0])
     params = random_params(module, x)
-    # What a new network has there: only its layer of the second time is used.
+    # What a new network has there: only its own layers are used.
     fresh = jax.tree_util.tree_map_with_path(
-        lambda path, p: jnp.full(p.shape, 0.0 if "embed_s" in str(path) else 9.0),
+        lambda path, p: jnp.full(p.shape, 0.0 if path[0].key in models.OF_MAPS else 9.0),
         shapes_of(wider, x),
     )
     started = models.start_from(fresh, params)
-    two = jax.jit(lambda params, end: models.apply(wider, params, x, log_snr, {"log_snr_s": end}))
+
+    @jax.jit
+    def two(params, end, weight=1.0):
+        cond = {"log_snr_s": end, "guidance": jnp.full(2, weight)}
+        return models.apply(wider, params, x, log_snr, cond)
+
     out = jax.jit(lambda params: models.apply(module, params, x, log_snr))(params)
-    for end in (log_snr, log_snr + 5):
-        np.testing.assert_allclose(out, two(started, end), rtol=1e-5, atol=1e-6)
+    for end, weight in ((log_snr, 1.0), (log_snr + 5, 3.0)):
+        np.testing.assert_allclose(out, two(started, end, weight), rtol=1e-5, atol=1e-6)
     # But it can learn to.
     both = jax.tree.map(lambda p: p + 0.1, started)
-    assert abs(two(both, log_snr) - two(both, log_snr + 5)).max() > 1e-3
+    for other in (two(both, log_snr + 5), two(both, log_snr, 3.0)):
+        assert abs(two(both, log_snr) - other).max() > 1e-3
 
 
-def test_the_layer_of_the_second_time_starts_at_zero_in_every_network():
+def test_the_layers_of_a_map_start_at_zero_in_every_network():
     for config, shape in TINY.values():
-        module = models.make_module(dataclasses.replace(config, two_times=True))
-        x, log_snr = jnp.ones((2, *shape)), jnp.array([-3.0, 2.0])
-        kernels = jax.jit(
-            lambda module=module, x=x, log_snr=log_snr: module.init(
-                jax.random.key(0), x, log_snr, {"log_snr_s": log_snr}
-            )["params"][models.SECOND_TIME]
-        )()
-        assert not any(kernel.any() for kernel in jax.tree.leaves(kernels))
+        config = dataclasses.replace(config, two_times=True, guidance_weight=True)
+        x, cond = jnp.ones((2, *shape)), {"log_snr_s": jnp.ones(2), "guidance": jnp.ones(2)}
+        init = functools.partial(models.make_module(config).init, jax.random.key(0))
+        params = jax.jit(init)(x, jnp.ones(2), cond)["params"]
+        own = [params[name]["kernel"] for name in models.OF_MAPS]
+        assert not any(kernel.any() for kernel in own)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -550,10 +554,11 @@ def test_a_network_is_differentiated_in_both_times_with_dropout(x64, name):
 # Runs of flow maps.
 
 
-def map_of(run, **options):
+def map_of(run, of_model=None, **options):
     """The experiment of a flow map with the model of a finished run."""
     config = trained.read_config(run)
-    model = dataclasses.replace(config.model, embedding="angle", two_times=True)
+    of_model = {"embedding": "angle", "two_times": True} | (of_model or {})
+    model = dataclasses.replace(config.model, **of_model)
     sampling = dataclasses.replace(config.sampling, sampler="jump", guidance=(), times=None)
     options = {"objective": "flow_map", "target": "v", "flow_map": FlowMap(**options)}
     return resolve(dataclasses.replace(config, model=model, sampling=sampling, **options))
@@ -574,10 +579,32 @@ def test_a_teacher_is_the_guided_denoiser_of_its_run(finished):
     np.testing.assert_allclose(*both, rtol=1e-5, atol=1e-5)
 
 
+def test_a_map_that_is_given_the_weight_learns_from_the_teacher_at_that_weight(finished):
+    e = map_of(finished, {"guidance_weight": True}, velocity=str(finished), guidance_to=4.0)
+    batch = {"x": jnp.zeros((500, 8, 8, 1)), "label": jnp.zeros(500, jnp.int32)}
+    own_keys = jax.random.split(jax.random.key(0), 500)
+    drawn = e.condition(own_keys, batch, drop=True)["guidance"]
+    assert 1 <= drawn.min() < 1.1 and 3.9 < drawn.max() <= 4
+    assert (e.condition(own_keys, batch)["guidance"] == 1).all()
+    chosen = dataclasses.replace(e.config.sampling, guidance=("classifier_free:weight=3",))
+    at_three = resolve(dataclasses.replace(e.config, sampling=chosen))
+    assert (at_three.condition(own_keys, batch)["guidance"] == 3).all()
+    assert at_three.guide(NETWORK) is NETWORK  # it is the network that is guided
+
+    teacher = trained.inherit(e, (8, 8, 1)).objective(None).keywords["velocity"]
+    apply, params, config = trained.load(finished)
+    denoise = diffjax.denoiser(functools.partial(apply, params), e.schedule, config.target)
+    weight = jnp.array([1.0, 3.0])
+    guided = diffjax.classifier_free(denoise, weight, {"label": np.int32(10)})
+    x_t, label = jax.random.normal(jax.random.key(0), (2, 8, 8, 1)), {"label": jnp.arange(2)}
+    ours = jax.jit(teacher)(x_t, 0.5, {**label, "guidance": weight})
+    np.testing.assert_allclose(ours.eps, jax.jit(guided)(x_t, 0.5, label).eps, atol=1e-5)
+
+
 def test_a_map_starts_with_the_parameters_of_a_run(finished):
     e = trained.inherit(map_of(finished, start=str(finished)), (8, 8, 1))
     params = dict(jax.jit(lambda: e.init(jax.random.key(0), (8, 8, 1)))())
-    assert not any(kernel.any() for kernel in jax.tree.leaves(params.pop(models.SECOND_TIME)))
+    assert not any(kernel.any() for kernel in jax.tree.leaves(params.pop("embed_s")))
     jax.tree.map(np.testing.assert_array_equal, params, dict(trained.load(finished)[1]))
 
 

@@ -481,6 +481,21 @@ BAD = {
         [*MAP, "--config.sampling.sampler=jump", "--config.sampling.guidance", "2"],
         "a map cannot be guided after training; guide its teacher",
     ),
+    "weight without a network": (
+        [*MAP, "--config.flow_map.guidance_to=4", "--config.flow_map.velocity=digits"],
+        "model.guidance_weight=False and flow_map.guidance_to=4.0: give both, or neither",
+    ),
+    "weight without a teacher": (
+        [*MAP, "--config.flow_map.guidance_to=4", "--config.model.guidance_weight=True"],
+        "flow_map.guidance_to=4.0: must be above 1, with a teacher",
+    ),
+    "weight not learned": (
+        [
+            *(*MAP, "--config.flow_map.guidance_to=4", "--config.flow_map.velocity=digits"),
+            *("--config.model.guidance_weight=True", "--config.sampling.guidance", "5"),
+        ],
+        "need one weight of classifier_free from 1 to flow_map.guidance_to=4.0",
+    ),
     "variance of a map": (
         [
             *(*MAP, "--config.model.out_channels=2"),

@@ -103,6 +103,24 @@ def parse_guidance(word: str) -> tuple[str, dict[str, Any]]:
     return name, as_options(options.split(",") if options else ())
 
 
+def learned_weight(guidance: tuple[str, ...]) -> float:
+    """The weight that a chain of guidances gives to a flow map that has learned guidance.
+
+    Raises:
+      ValueError: if the chain is more than one weight of classifier_free.
+
+    >>> learned_weight(("classifier_free:weight=3",)), learned_weight(())
+    (3.0, 1.0)
+    """
+    names = [parse_guidance(word) for word in guidance]
+    match names:
+        case []:
+            return 1.0
+        case [("classifier_free", {"weight": int() | float() as weight, **others})] if not others:
+            return float(weight)
+    raise ValueError(f"guidance {' '.join(guidance)}: need one weight of classifier_free")
+
+
 Options = Annotated[
     dict[str, Any],
     tyro.constructors.PrimitiveConstructorSpec(
@@ -343,6 +361,9 @@ class FlowMap:
     exported file, or the name of a network that comes with diffjax."""
     guidance: Guidance = ()
     """The teacher's guidance, which the map learns; a number is a weight."""
+    guidance_to: float | None = None
+    """Learn the teacher's classifier-free guidance of every weight from 1 to this one instead, and
+    give the network the weight; it needs model.guidance_weight. --guidance W then chooses one."""
     first: float | None = None
     """The semigroup's first step, as a share of the two: 0.5 for shortcut models, a small one for
     consistency models. None: it is drawn at random."""
@@ -361,12 +382,18 @@ class FlowMap:
         velocity = self.velocity if self.velocity in ("own", "pair") else _teacher
         sizes = self.first, self.diagonal, self.to_data, self.normalise
         flow_maps.check(self.identity, velocity, *sizes)
+        to = self.guidance_to
         require(
+            (
+                to is None or (1 < to < math.inf and velocity is _teacher and not self.guidance),
+                f"flow_map.guidance_to={to}: must be above 1, with a teacher "
+                f"(flow_map.velocity={self.velocity}) and without flow_map.guidance",
+            ),
             (
                 velocity is _teacher or not self.guidance,
                 f"flow_map.guidance={' '.join(self.guidance)}: needs a teacher, "
                 f"not flow_map.velocity={self.velocity}",
-            )
+            ),
         )
 
 

@@ -33,7 +33,7 @@ from ..training import TrainState, ema_warmup, init_state, projected
 from ..training.averaging import averaging
 from ..types import Array, Data, Denoiser, Key, Network, Real
 from ..weightings import WEIGHTINGS, Weighting
-from .config import Config, known_name, parse_guidance
+from .config import Config, known_name, learned_weight, parse_guidance
 from .rules import check
 
 
@@ -283,7 +283,11 @@ def _schedule(config):
 
 def _loss_of_map(options):
     """The options of `flow_map_loss`."""
-    ours = {"guidance", "start"}  # which concern the teacher and the first parameters
+    ours = {
+        "guidance",
+        "guidance_to",
+        "start",
+    }  # which concern the teacher and the first parameters
     return {name: value for name, value in vars(options).items() if name not in ours}
 
 
@@ -299,7 +303,8 @@ def _guide(config, schedule):
     """denoiser -> denoiser, by the config's chain."""
     supplied = {"schedule": schedule, "null": {"label": np.int32(config.model.labels)}}
     chain = []
-    for word in config.sampling.guidance:
+    learned = config.flow_map.guidance_to is not None  # then the network is given the weight
+    for word in () if learned else config.sampling.guidance:
         name, options = parse_guidance(word)
         known_name("guidance", GUIDANCES, name)
         first, *others = inspect.signature(GUIDANCES[name]).parameters
@@ -334,12 +339,13 @@ def _condition(config, schedule):
 
     The `label` of the batch, if the model has labels, and with `drop` sometimes the null label. For
     super-resolution the batch's `small` images, or the means of its `x`, diffused to the time
-    `cond_noise`, or, if None, to a random one.
+    `cond_noise`, or, if None, to a random one. The weight of guidance, if a flow map learns it:
+    with `drop` a random one, else that of sampling.
     """
     labels, low = config.model.labels, config.low_resolution
 
     def condition(key, batch, drop=False, cond_noise=None):
-        key_label, key_time, key_noise = (keys.fold_in(key, use) for use in range(3))
+        key_label, key_time, key_noise, key_weight = (keys.fold_in(key, use) for use in range(4))
         cond = {}
         if labels:
             cond["label"] = batch["label"]
@@ -352,6 +358,11 @@ def _condition(config, schedule):
             if t is None:
                 t = config.max_cond_noise * jax.vmap(jax.random.uniform)(key_time)
             cond |= small_image(key_noise, schedule, small, t)
+        most = config.flow_map.guidance_to
+        if most is not None:
+            uniform = jax.vmap(jax.random.uniform)(key_weight)
+            chosen = learned_weight(config.sampling.guidance)
+            cond["guidance"] = 1 + (most - 1) * uniform if drop else 0 * uniform + chosen
         return cond or None
 
     return condition

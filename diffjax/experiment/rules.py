@@ -20,7 +20,7 @@ from ..training import writers
 from ..training.averaging import DTYPES
 from ..training.runners import RUNNERS
 from ..weightings import WEIGHTINGS
-from .config import BEST, OBJECTIVES, Config, FlowMap, at_least, known_name, require
+from .config import BEST, OBJECTIVES, Config, FlowMap, at_least, known_name, learned_weight, require
 
 LARGEST_GAIN = 1e5
 """The largest factor from a network's relative error to x_0 without a warning. It is 1,800 for the
@@ -243,11 +243,29 @@ def _of_flow_maps(c):
             f"sampling.sampler={s.sampler}: needs a flow map, a run with objective=flow_map",
         ),
         (
-            not jumps or not s.guidance,
+            c.model.guidance_weight == (c.flow_map.guidance_to is not None),
+            f"model.guidance_weight={c.model.guidance_weight} and flow_map.guidance_to="
+            f"{c.flow_map.guidance_to}: give both, or neither",
+        ),
+        (
+            not (jumps and s.guidance) or c.flow_map.guidance_to is not None,
             f"sampling.guidance={' '.join(s.guidance)} with sampling.sampler={s.sampler}: a map "
-            "cannot be guided after training; guide its teacher, flow_map.guidance",
+            "cannot be guided after training; guide its teacher, flow_map.guidance or guidance_to",
+        ),
+        (
+            c.flow_map.guidance_to is None or 1 <= _weight_of(s.guidance) <= c.flow_map.guidance_to,
+            f"sampling.guidance={' '.join(s.guidance)}: need one weight of classifier_free from 1 "
+            f"to flow_map.guidance_to={c.flow_map.guidance_to}, which the map has learned",
         ),
     )
+
+
+def _weight_of(guidance):
+    """The weight of `learned_weight`, or -1 if the chain is another."""
+    try:
+        return learned_weight(guidance)
+    except ValueError:
+        return -1
 
 
 def _gain_of_velocity(target):

@@ -18,7 +18,7 @@ from .dit import DiT, DiTConfig
 from .edm2_unet import EDM2UNet, EDM2UNetConfig, Uncertainty, normalised
 from .mlp import MLP, MLPConfig
 from .song_unet import SongUNet, SongUNetConfig
-from .unet import SECOND_TIME, UNet, UNetConfig
+from .unet import OF_MAPS, UNet, UNetConfig
 
 
 class ModelConfig(Protocol):
@@ -64,6 +64,11 @@ class ModelConfig(Protocol):
         """Whether the network takes `cond["log_snr_s"]`, as a flow map's does."""
         ...
 
+    @property
+    def guidance_weight(self) -> bool:
+        """Whether the network takes `cond["guidance"]`, the weight that a flow map has learned."""
+        ...
+
     def check_input(self, shape: tuple[int, ...]) -> None:
         """Raise a ValueError unless the network takes examples of this shape."""
         ...
@@ -95,7 +100,7 @@ MODELS = {
 
 __all__ = [
     "MODELS",
-    "SECOND_TIME",
+    "OF_MAPS",
     "DiTConfig",
     "EDM2UNetConfig",
     "MLPConfig",
@@ -178,7 +183,7 @@ def apply(
 
 
 def start_from(fresh: Any, trained: Any) -> Any:
-    """The parameters of a trained network, with the second time's of a fresh one if it has none.
+    """The parameters of a trained network, and those of `OF_MAPS` of a fresh one if it has none.
 
     Those start at zero, so that a flow map that starts from a denoiser is that denoiser for every
     end of its step.
@@ -192,13 +197,13 @@ def start_from(fresh: Any, trained: Any) -> Any:
     """
     flat = lambda tree: dict(jax.tree_util.tree_leaves_with_path(tree))
     new, old = flat(fresh), flat(trained)
-    second = {path for path in new if any(getattr(k, "key", None) == SECOND_TIME for k in path)}
-    for path in (new.keys() | old.keys()) - (second - old.keys()):
+    added = {path for path in new if any(getattr(k, "key", None) in OF_MAPS for k in path)}
+    for path in (new.keys() | old.keys()) - (added - old.keys()):
         shapes = [jnp.shape(tree[path]) if path in tree else None for tree in (new, old)]
         if shapes[0] != shapes[1]:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(
                 f"parameters {name} of shape {shapes[1]}, but the network has {shapes[0]}: it must "
-                "have the model of the run that it starts from, but for two_times"
+                "have the model of the run that it starts from, beside two_times, guidance_weight"
             )
     return jax.tree_util.tree_map_with_path(lambda path, p: old.get(path, p), fresh)

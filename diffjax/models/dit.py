@@ -18,12 +18,12 @@ import numpy as np
 
 from ..types import Array, Cond
 from .unet import (
+    also_embedded,
     attention,
     check_embedding,
     fold,
     noise_embedding,
     noise_level,
-    second_time,
     unfold,
 )
 
@@ -79,6 +79,8 @@ class DiTConfig:
     two_times: bool = False
     """Embed `cond["log_snr_s"]` `[batch]` too, the log-SNR at which the step of a flow map ends; it
     needs embedding=angle."""
+    guidance_weight: bool = False
+    """Embed `cond["guidance"]` `[batch]` too, the weight of the guidance that a flow map learns."""
     out_channels: int | None = None
     """Channels of the output; None for as many as x_t has."""
     labels: int = 0
@@ -195,8 +197,8 @@ class DiT(nn.Module):
             scaled = lambda log_snr: nn.sigmoid(log_snr / 2)
         embed = lambda log_snr: noise_embedding(scaled(log_snr), EMBEDDED).astype(dtype)
         emb = dense(c.width, kernel_init=Small, name="embed_0")(embed(log_snr))
-        if c.two_times:
-            emb += second_time(c.width, dtype)(embed(cond["log_snr_s"]))
+        for name, value in also_embedded(c, embed, cond):
+            emb += dense(c.width, use_bias=False, kernel_init=Zero, name=name)(value)
         emb = dense(c.width, kernel_init=Small, name="embed_1")(nn.silu(emb))
         of_label = jnp.zeros_like(emb)
         if c.labels:

@@ -5,7 +5,7 @@ import dataclasses
 import flax.linen as nn
 
 from ..types import Array, Cond
-from .unet import check_embedding, class_index, noise_embedding, noise_level, second_time
+from .unet import Zero, also_embedded, check_embedding, class_index, noise_embedding, noise_level
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +21,8 @@ class MLPConfig:
     two_times: bool = False
     """Embed `cond["log_snr_s"]` `[batch]` too, the log-SNR at which the step of a flow map ends; it
     needs embedding=angle."""
+    guidance_weight: bool = False
+    """Embed `cond["guidance"]` `[batch]` too, the weight of the guidance that a flow map learns."""
     dropout: float = 0.0
     """Probability of dropping an activation inside a block."""
     out_channels: int | None = None
@@ -71,8 +73,8 @@ class MLP(nn.Module):
         scaled = noise_level(c.embedding, 1.0)
         embed = lambda x: noise_embedding(scaled(x), c.width)
         h = nn.Dense(c.width)(x_t) + nn.Dense(c.width)(embed(log_snr))
-        if c.two_times:
-            h += second_time(c.width, h.dtype)(embed(cond["log_snr_s"]))
+        for name, value in also_embedded(c, embed, cond):
+            h += nn.Dense(c.width, use_bias=False, kernel_init=Zero, name=name)(value)
         if c.labels:
             label = class_index(cond["label"], c.labels, c.null_label)
             h += nn.Embed(c.labels + c.null_label, c.width)(label)

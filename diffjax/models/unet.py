@@ -8,7 +8,8 @@ Dhariwal 2021 (improved DDPM) and Dhariwal & Nichol 2021 (ADM).
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -22,8 +23,8 @@ Zero = nn.initializers.zeros_init()  # the last layer of every residual branch s
 
 EMBEDDINGS = ("log_snr", "angle")
 """What embeds noise levels: scaled log-SNR, or the angle atan2(sigma, alpha), which is bounded."""
-SECOND_TIME = "embed_s"
-"""The name of the layer that only a network of two times has."""
+OF_MAPS = ("embed_s", "embed_w")
+"""The layers that only the network of a flow map has, for its second time and its guidance."""
 ANGLE_SCALE = 5.0
 """Factor on the angle before it is embedded. Flow maps differentiate the embedding, and learn worse
 if it is 1 or 25."""
@@ -68,6 +69,8 @@ class UNetConfig:
     two_times: bool = False
     """Embed `cond["log_snr_s"]` `[batch]` too, the log-SNR at which the step of a flow map ends; it
     needs embedding=angle."""
+    guidance_weight: bool = False
+    """Embed `cond["guidance"]` `[batch]` too, the weight of the guidance that a flow map learns."""
     out_channels: int | None = None
     """Channels of the output; None for as many as x_t has."""
     labels: int = 0
@@ -160,8 +163,10 @@ class UNet(nn.Module):
             emb = jnp.concatenate([emb, embed(cond["image_log_snr"])], axis=-1)
         emb = emb.astype(dtype)
         emb = nn.Dense(4 * c.width, kernel_init=Init, dtype=dtype, name="embed_0")(emb)
-        if c.two_times:
-            emb += second_time(4 * c.width, dtype)(embed(cond["log_snr_s"]).astype(dtype))
+        for name, value in also_embedded(c, embed, cond):
+            emb += nn.Dense(4 * c.width, use_bias=False, kernel_init=Zero, dtype=dtype, name=name)(
+                value.astype(dtype)
+            )
         emb = nn.Dense(4 * c.width, kernel_init=Init, dtype=dtype, name="embed_1")(nn.silu(emb))
         if c.labels:
             rows = c.labels + c.null_label
@@ -360,9 +365,22 @@ def noise_level(embedding: str, scale: float) -> Callable[[Array], Array]:
     return lambda log_snr: scale * log_snr
 
 
-def second_time(width: int, dtype: jnp.dtype) -> nn.Dense:
-    """The layer of a flow map's second time; it starts at zero, so that a denoiser can go on."""
-    return nn.Dense(width, use_bias=False, kernel_init=Zero, dtype=dtype, name=SECOND_TIME)
+def also_embedded(
+    config: Any, embed: Callable[[Array], Array], cond: Cond
+) -> Iterator[tuple[str, Array]]:
+    """What a flow map's network embeds beside log-SNR: names of layers, and their inputs.
+
+    The layers start at zero, so that the parameters of a denoiser are those of a map.
+
+    Args:
+      config: of the network, with `two_times` and `guidance_weight`.
+      embed: log-SNR `[batch]` -> its embedding.
+      cond: the network's conditioning.
+    """
+    if config.two_times:
+        yield "embed_s", embed(cond["log_snr_s"])
+    if config.guidance_weight:
+        yield "embed_w", embed(-2 * jnp.log(cond["guidance"]))  # the angle of tan(angle) = w
 
 
 def check_embedding(embedding: str, two_times: bool) -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from .. import models
 from ..denoisers import schedule_of
 from ..experiment import Config, Experiment, resolve, run_directory
+from ..guidance import classifier_free
 from ..training.files import local
 from ..types import Data
 from . import weights
@@ -128,11 +130,22 @@ def _teacher(e, source, shape):
         )
     sampling = dataclasses.replace(config.sampling, guidance=e.config.flow_map.guidance)
     teacher = resolve(dataclasses.replace(config, sampling=sampling))
+    denoise = teacher.denoiser(functools.partial(apply, params))
     try:
-        schedule_of(teacher.denoiser(functools.partial(apply, params)), e.schedule)
+        schedule_of(denoise, e.schedule)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    return teacher.guide(teacher.denoiser(functools.partial(apply, params)))
+    if e.config.flow_map.guidance_to is None:
+        return teacher.guide(denoise)
+    if not config.model.null_label:
+        raise ValueError(f"{name}: for guidance_to it needs model.null_label=True")
+    null = {"label": np.int32(config.model.labels)}
+
+    def guided(x_t, t, cond):
+        others = {name: x for name, x in cond.items() if name != "guidance"}
+        return classifier_free(denoise, cond["guidance"], null)(x_t, t, others)
+
+    return guided
 
 
 def home(source: Path | str) -> Path:
