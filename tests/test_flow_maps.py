@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -601,8 +602,13 @@ def test_a_map_that_is_given_the_weight_learns_from_the_teacher_at_that_weight(f
     np.testing.assert_allclose(ours.eps, jax.jit(guided)(x_t, 0.5, label).eps, atol=1e-5)
 
 
-def test_a_map_starts_with_the_parameters_of_a_run(finished):
-    e = trained.inherit(map_of(finished, start=str(finished)), (8, 8, 1))
+def test_a_map_starts_with_the_parameters_of_a_run(finished, tmp_path):
+    with pytest.raises(ValueError, match="trained with target=eps, the map's has target=v"):
+        trained.inherit(map_of(finished, start=str(finished)), (8, 8, 1))
+    run = shutil.copytree(finished, tmp_path / "run")
+    config = run / "config.json"
+    config.write_text(config.read_text().replace('"target": "eps"', '"target": "v"'))
+    e = trained.inherit(map_of(run, start=str(run)), (8, 8, 1))
     params = dict(jax.jit(lambda: e.init(jax.random.key(0), (8, 8, 1)))())
     assert not any(kernel.any() for kernel in jax.tree.leaves(params.pop("embed_s")))
     jax.tree.map(np.testing.assert_array_equal, params, dict(trained.load(finished)[1]))

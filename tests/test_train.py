@@ -121,8 +121,9 @@ def test_a_flow_map_starts_from_a_denoiser_learns_from_it_and_draws_in_one_step(
     finished, tmp_path, capsys
 ):
     """The whole way: distilled with guidance, drawn and measured by the scripts."""
-    workdir = tmp_path / "map"
-    options = [f"--config.flow_map.{name}={finished}" for name in ("velocity", "start")]
+    workdir, denoiser = tmp_path / "map", tmp_path / "denoiser"
+    run(denoiser, *TINY, "--config.steps=20", "--config.target=v", "--config.model.embedding=angle")
+    options = [f"--config.flow_map.velocity={finished}", f"--config.flow_map.start={denoiser}"]
     options += ["--config.flow_map.guidance", "2"]
     walk = ["--config.sampling.sampler=jump", "--config.sampling.guidance"]
     run(workdir, *TINY, "--config.steps=20", *MAP, *options, *walk, "--config.sampling.steps=1")
@@ -469,8 +470,8 @@ BAD = {
         "flow_map.velocity=fashion_mnist: its data are of shape (28, 28, 1), these of (8, 8, 1)",
     ),
     "start": (
-        [*MAP, "--config.flow_map.start=digits"],
-        "flow_map.start=digits: parameters",
+        [*MAP, "--config.flow_map.start=digits", "--config.target=flow"],
+        "flow_map.start=digits: its network was trained with target=",
     ),
     "guidance without a teacher": (
         [*MAP, "--config.flow_map.guidance", "2"],

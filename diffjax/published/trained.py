@@ -95,7 +95,7 @@ def inherit(e: Experiment, shape: tuple[int, ...]) -> Experiment:
 
     Raises:
       ValueError: if the teacher has another schedule, shape or labels, or guidance that it cannot
-        have; or the network to start from has another model.
+        have; or the network to start from has another model, or its output another meaning.
       FileNotFoundError: if there is no such network, as in `load`.
     """
     options = e.config.flow_map
@@ -108,7 +108,15 @@ def inherit(e: Experiment, shape: tuple[int, ...]) -> Experiment:
             objective=lambda levels: functools.partial(objective(levels), velocity=velocity)
         )
     if options.start is not None:
-        params, init = load(options.start)[1], e.init
+        _, params, config = load(options.start)
+        init = e.init
+        for name in ("target", "unit_output", "unit_input"):
+            theirs, ours = getattr(config, name), getattr(e.config, name)
+            if theirs != ours:
+                raise ValueError(
+                    f"flow_map.start={options.start}: its network was trained with {name}={theirs},"
+                    f" the map's has {name}={ours}"
+                )
         started = lambda key, shape: models.start_from(init(key, shape), params)
         try:
             jax.eval_shape(lambda: started(jax.random.key(0), shape))
