@@ -177,8 +177,10 @@ MAPS = {
     for identity in ("semigroup", "eulerian", "lagrangian")
     for how, more in {
         "from data": [],
-        "distilled": ["--config.flow_map.velocity=TEACHER", "--config.flow_map.start=TEACHER"]
-        + ["--config.flow_map.guidance", "1.5"],
+        "distilled": [
+            *("--config.flow_map.velocity=TEACHER", "--config.flow_map.start=TEACHER"),
+            *("--config.flow_map.guidance", "1.5"),
+        ],
     }.items()
 }
 """Flags of train.py for the maps of Fashion-MNIST; TEACHER is the denoiser of the same seed."""
