@@ -5,6 +5,8 @@ The tests are parametrised over these, so that a new row is tested because it is
 
 import functools
 
+import pytest
+
 import diffjax
 from diffjax import weightings
 
@@ -32,3 +34,9 @@ EXACT = diffjax.oracles.gaussian(SCHEDULES["cosine"], [0.0], 1.0)
 DETERMINISTIC = {
     name: make for name, make in SAMPLERS.items() if not make(EXACT, SCHEDULES["cosine"]).stochastic
 }
+
+
+def slow(*cases):
+    """Cases of `pytest.mark.parametrize` that only `make test-faults` runs."""
+    values = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*each, marks=pytest.mark.faults) for each in values]

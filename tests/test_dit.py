@@ -142,6 +142,7 @@ def test_a_fresh_network_says_zero_and_its_blocks_pass_tokens_on():
         assert not jnp.any(variables["params"][name]["modulation"]["kernel"])
 
 
+@pytest.mark.faults
 def test_remat_changes_memory_and_nothing_else():
     params = init(MODERN)
 

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from catalogue import slow
 from diffjax.experiment import Config, resolve
 from diffjax.experiment.config import Optimizer
 from diffjax.models import MLPConfig, apply
@@ -60,7 +61,7 @@ COUNTS = {
     "XL": 1_119_283_621,
     "XXL": 1_523_164_645,
 }
-SLOW = [pytest.param(size, marks=pytest.mark.faults) for size in SIZES if size != "XS"]
+SLOW = slow(*(size for size in SIZES if size != "XS"))
 
 
 @pytest.mark.parametrize("size", ["XS", *SLOW])
@@ -286,6 +287,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_parameters_in_float32():
     assert 1e-4 < jnp.abs(wide - narrow).max() / jnp.abs(wide).max() < 0.1
 
 
+@pytest.mark.faults
 def test_dropout_of_an_example_depends_on_its_key_alone():
     config = dataclasses.replace(TINY, dropout=0.5)
     params, (x, log_snr, cond) = init(config), inputs(3)

@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 
 import diffjax
-from catalogue import SCHEDULES
+from catalogue import SCHEDULES, slow
 from diffjax import keys, likelihood, oracles
 from diffjax.process import decoder
 from diffjax.types import LearnedPrediction
@@ -424,8 +424,10 @@ def test_looks_at_once_say_the_same():
         bound(at_once=0)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
-@pytest.mark.parametrize("steps", [None, 10])
+@pytest.mark.parametrize(
+    ("steps", "dtype"),
+    [(None, np.float16), (10, jnp.bfloat16), *slow((None, jnp.bfloat16), (10, np.float16))],
+)
 def test_the_bound_of_half_precision_data_is_that_of_the_same_numbers_in_float32(dtype, steps):
     schedule = diffjax.log_uniform()
     x_0 = jnp.asarray(np.round(np.random.default_rng(0).uniform(-1, 1, (3, 500)) * 8) / 8)
@@ -466,8 +468,13 @@ def test_sums_do_not_overflow_and_numpy_arrays_are_data(monkeypatch):
     np.testing.assert_array_equal(elbo(x), elbo(jnp.asarray(x)))
 
 
-@pytest.mark.parametrize("looks", [4, 8, 32])
-@pytest.mark.parametrize("steps", [10, 1000, None])
+@pytest.mark.parametrize(
+    ("steps", "looks"),
+    [
+        *((10, 4), (1000, 8), (None, 32)),
+        *slow((10, 8), (10, 32), (1000, 4), (1000, 32), (None, 4), (None, 8)),
+    ],
+)
 def test_the_standard_error_is_calibrated_for_few_looks(steps, looks):
     """The root mean square of what 8,000 estimates say is the spread of the estimates."""
     betas = {10: np.linspace(0.05, 0.5, 10), 1000: diffjax.linear_betas(1000)}
@@ -480,7 +487,7 @@ def test_the_standard_error_is_calibrated_for_few_looks(steps, looks):
     np.testing.assert_allclose(said, found.nats.std(), rtol=0.05)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", [True, *slow(False)])
 def test_likelihoods_under_shard_map_are_those_of_one_device(check_vma):
     schedule = diffjax.cosine()
     denoise = gaussian(schedule)

@@ -11,6 +11,7 @@ import layouts
 import numpy as np
 import pytest
 
+from catalogue import slow
 from diffjax.training import distributed, runners
 from diffjax.training.distributed import Distributed
 
@@ -67,7 +68,7 @@ def test_draws_differ_between_examples(alone):
 
 @pytest.mark.parametrize(
     ("name", "devices", "accumulate"),
-    [("pmap", 8, 1), ("two axes", 4, 2)],
+    [("pmap", 8, 1), *slow(("two axes", 4, 2))],
 )
 def test_layouts_agree(monkeypatch, alone, name, devices, accumulate):
     """The parameters after 20 steps; test_faults.py has all layouts, in two processes."""

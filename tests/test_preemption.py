@@ -35,6 +35,7 @@ def stopped_at(step, number, workdir, monkeypatch):
     assert newest(workdir)[0] == step
 
 
+@pytest.mark.faults
 def test_a_stopped_run_saves_that_step_and_goes_on_bit_for_bit(
     finished, tmp_path, monkeypatch, capsys
 ):

@@ -17,6 +17,7 @@ from PIL import Image
 
 import evaluate
 import sample
+from catalogue import slow
 from diffjax import GUIDANCES, checkpoint, data, plots, samplers
 from diffjax.averages import Snapshot
 from diffjax.evaluation import comparison, distances, features, sampling, widths
@@ -469,7 +470,7 @@ def test_nothing_but_evaluate_reads_the_data_again(finished, tmp_path, monkeypat
     assert settings["shape"] == [8, 8, 1]
 
 
-@pytest.mark.parametrize("source", ["digits", "FILE"])
+@pytest.mark.parametrize("source", ["digits", *slow("FILE")])
 def test_samples_of_what_is_no_run(source, finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if source == "FILE":
@@ -659,6 +660,7 @@ def weights(tmp_path, monkeypatch):
     return tmp_path / "weights.safetensors", lambda x: np.asarray(outputs(matrix, x)["features"])
 
 
+@pytest.mark.faults
 def test_fid_by_a_reference_of_ones_own(finished, drawn, weights, tmp_path, capsys):
     """Statistics are written, read back, and compared with several draws in parts."""
     run, stats = shutil.copytree(finished, tmp_path / "run"), tmp_path / "stats.npz"

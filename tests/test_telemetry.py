@@ -139,6 +139,7 @@ def test_rows_hold_the_cost_of_the_run(finished):
         np.testing.assert_allclose(per_image, rows[0]["tflop_per_s"] / rows[0]["img_per_s"])
 
 
+@pytest.mark.faults
 def test_compiled_programs_are_kept_unless_the_user_has_chosen_a_folder(tmp_path):
     code = """
 import jax, jax.monitoring, jax.numpy as jnp

@@ -82,13 +82,13 @@ def interrupted(finished, workdir):
     return workdir
 
 
-LARGE = ("cifar10", "fashion_sr")
+SLOW = ("cifar10", "fashion_mnist", "fashion_sr")
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.faults] * (name in LARGE)) for name in CONFIGS],
+    [pytest.param(name, marks=[pytest.mark.faults] * (name in SLOW)) for name in CONFIGS],
 )
 def test_every_config_runs_its_smoke_variant(name, tmp_path, capsys):
     argv = [f"--config=configs/{name}.py:smoke"]
@@ -227,6 +227,7 @@ def test_learned_variance_and_loss_aware_times_are_trained_resumed_and_evaluated
     assert "bits/dim" in capsys.readouterr().out
 
 
+@pytest.mark.faults
 def test_a_resumed_run_may_change_how_steps_are_run(finished, tmp_path):
     parts = interrupted(finished, tmp_path / "parts")
     changes = "--config.parallel=sharded", "--config.steps_per_call=5"
@@ -309,6 +310,7 @@ def test_another_experiment_in_the_same_directory_is_refused(copied):
             run(copied, *TINY, "--config.steps=40", change)
 
 
+@pytest.mark.faults
 def test_a_nan_stops_the_run_with_the_step_and_keeps_the_last_checkpoint(
     tmp_path, monkeypatch, capsys
 ):
