@@ -138,7 +138,7 @@ def resolve(config: Config) -> Experiment:
     def init(key, shape):
         batch = {"x": jnp.zeros((1, *shape)), "label": jnp.zeros(1, jnp.int32)}
         cond = condition(keys.per_example(key, 1), batch)
-        if config.model.two_times:
+        if models.takes(config.model, "two_times"):
             cond = {**(cond or {}), "log_snr_s": jnp.zeros(1)}
         params = module.init(key, batch["x"], jnp.zeros(1), cond)["params"]
         if config.learned_uncertainty:

@@ -13,6 +13,7 @@ from ..averages import check_width
 from ..data import Examples
 from ..densities import DENSITIES
 from ..guidance import GUIDANCES
+from ..models import takes
 from ..samplers import SAMPLERS
 from ..schedules import LONGEST, SCHEDULES, Schedule, ve
 from ..targets import decode, row, unit_variance
@@ -210,6 +211,7 @@ def _of_flow_maps(c):
     """Flow maps, and samplers that need one."""
     learned, s = c.objective == "flow_map", c.sampling
     jumps = SAMPLERS[s.sampler].two_times
+    two_times, weighs = (takes(c.model, name) for name in ("two_times", "guidance_weight"))
     gain = learned and _gain_of_velocity(c.target)
     return (
         (
@@ -217,8 +219,8 @@ def _of_flow_maps(c):
             f"objective={c.objective}: the options of flow_map need objective=flow_map",
         ),
         (
-            c.model.two_times == learned,
-            f"model.two_times={c.model.two_times} and objective={c.objective}: a flow map needs a "
+            two_times == learned,
+            f"model.two_times={two_times} and objective={c.objective}: a flow map needs a "
             "network with model.embedding=angle and model.two_times=True (unet, dit or mlp), and "
             "nothing else does",
         ),
@@ -243,8 +245,8 @@ def _of_flow_maps(c):
             f"sampling.sampler={s.sampler}: needs a flow map, a run with objective=flow_map",
         ),
         (
-            c.model.guidance_weight == (c.flow_map.guidance_to is not None),
-            f"model.guidance_weight={c.model.guidance_weight} and flow_map.guidance_to="
+            weighs == (c.flow_map.guidance_to is not None),
+            f"model.guidance_weight={weighs} and flow_map.guidance_to="
             f"{c.flow_map.guidance_to}: give both, or neither",
         ),
         (

@@ -59,16 +59,6 @@ class ModelConfig(Protocol):
         """Whether the network takes `cond["image"]` and `cond["image_log_snr"]`."""
         ...
 
-    @property
-    def two_times(self) -> bool:
-        """Whether the network takes `cond["log_snr_s"]`, as a flow map's does."""
-        ...
-
-    @property
-    def guidance_weight(self) -> bool:
-        """Whether the network takes `cond["guidance"]`, the weight that a flow map has learned."""
-        ...
-
     def check_input(self, shape: tuple[int, ...]) -> None:
         """Raise a ValueError unless the network takes examples of this shape."""
         ...
@@ -114,6 +104,7 @@ __all__ = [
     "name_of",
     "start_from",
     "switched",
+    "takes",
 ]
 
 
@@ -129,6 +120,15 @@ def make_module(config: ModelConfig) -> nn.Module:
     'MLP'
     """
     return MODELS[name_of(config)].module(config)
+
+
+def takes(config: ModelConfig, option: str) -> bool:
+    """Whether an option that not every network has is on, such as `two_times`.
+
+    >>> takes(MLPConfig(embedding="angle", two_times=True), "two_times")
+    True
+    """
+    return getattr(config, option, False)
 
 
 def switched(config: ModelConfig, name: str) -> ModelConfig:

@@ -74,16 +74,6 @@ class SongUNetConfig:
         """False: this network takes no image as conditioning."""
         return False
 
-    @property
-    def two_times(self) -> bool:
-        """False: this network does not take the second time of a flow map."""
-        return False
-
-    @property
-    def guidance_weight(self) -> bool:
-        """False: this network does not take a weight of guidance."""
-        return False
-
     def check_input(self, shape: tuple[int, ...]) -> None:
         """Raise a ValueError unless the network takes examples of this shape: images that halve."""
         check_levels(shape, len(self.mults), self.attention)
