@@ -26,6 +26,7 @@ from diffjax.experiment import Config, Experiment, dataset, resolve, with_parame
 from diffjax.experiment.command_line import error_exit, parse
 from diffjax.experiment.functions import initial_state
 from diffjax.experiment.run_directory import SNAPSHOTS, open_run
+from diffjax.published import trained
 from diffjax.training import (
     Batch,
     Losses,
@@ -149,6 +150,7 @@ def train(
         real = None
         if config.eval.features is not None:
             real = reference.load(config.eval, both, config.data.name, runner)
+        e = trained.inherit(e, dataset.example_shape(config))
         checkpoints = open_run(workdir, config, dataset.fingerprint(train_set, test_set))
 
     # Pure functions: the loss, the step, and a sample.

@@ -2,7 +2,10 @@
 
     python train.py --config=configs/two_moons.py
 
-Any of diffjax's toy sets will do: --config.data.name=checkerboard, for example.
+Any of diffjax's toy sets will do: --config.data.name=checkerboard, for example. The variant `map`
+learns a flow map, which draws them in one step:
+
+    python train.py --config=configs/two_moons.py:map
 """
 
 import dataclasses
@@ -26,5 +29,14 @@ def get_config(variant: str = "") -> Config:
         sample_every=2000,
         sampling=Sampling(steps=100, columns=64),
     )
+    in_one_step = dataclasses.replace(
+        config,
+        objective="flow_map",
+        target="v",
+        model=dataclasses.replace(config.model, embedding="angle", two_times=True),
+        sampling=Sampling(sampler="jump", steps=1, columns=64),
+    )
     tiny = dataclasses.replace(config.model, width=16, blocks=1)
-    return variant_of(config, variant, smoke=lambda: smoke(config, model=tiny))
+    return variant_of(
+        config, variant, smoke=lambda: smoke(config, model=tiny), map=lambda: in_one_step
+    )

@@ -12,6 +12,7 @@ Importing this imports jax and numpy only; networks are in `diffjax.models`, the
 
 from . import couplings, densities, guidance, inverse, oracles, samplers, schedules, weightings
 from .denoisers import clip_x_0, denoiser, fourier_features, time_input, unit_input, unit_output
+from .flow_maps import IDENTITIES, flow_map, flow_map_loss
 from .guidance import *
 from .learned_schedule import continuous_bound_loss
 from .learned_variance import bound_loss, hybrid_loss
@@ -31,12 +32,14 @@ from .process import prior_sample, q_posterior, q_sample, q_transition, scales_a
 from .samplers import *
 from .schedules import *
 from .targets import TARGETS, convert, decode, encode
-from .types import Denoiser, LearnedPrediction, Network, Prediction
+from .types import Denoiser, FlowMap, LearnedPrediction, Network, Prediction
 
 __all__ = [
+    "IDENTITIES",
     "TARGETS",
     "Denoiser",
     "Elbo",
+    "FlowMap",
     "LearnedPrediction",
     "LossHistory",
     "Network",
@@ -57,6 +60,8 @@ __all__ = [
     "elbo",
     "encode",
     "flow_log_likelihood",
+    "flow_map",
+    "flow_map_loss",
     "fourier_features",
     "guidance",
     "hybrid_loss",

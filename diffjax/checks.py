@@ -74,6 +74,13 @@ def takes(denoise: Any, *args: Any, **given: Any) -> None:
     try:
         inspect.signature(denoise).bind(*args, **given)
     except TypeError as error:
+        if "s" in given:
+            raise TypeError(
+                "need a flow map, a function (x_t, t, cond=None, s=None) -> Prediction, got one "
+                f"without the time s at which a step ends ({error}): make a network of two times a "
+                "flow map by diffjax.flow_map(network, schedule, target), and guide its teacher, "
+                "not the map"
+            ) from None
         raise TypeError(
             f"need a denoiser, a function (x_t, t, cond=None) -> Prediction, got one of other "
             f"arguments ({error}): make a network a denoiser by diffjax.denoiser(network, "

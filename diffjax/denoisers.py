@@ -132,14 +132,16 @@ def _same(a, b):
 
 
 def predict(
-    denoise: Denoiser, x_t: Data, t: Time, cond: Cond = None
+    denoise: Denoiser, x_t: Data, t: Time, cond: Cond = None, s: Time | None = None
 ) -> Prediction | LearnedPrediction:
-    """Call a denoiser. A `cond` of None leaves it with the one that `functools.partial` bound.
+    """Call a denoiser, or, with the time s at which a step ends, a flow map.
+
+    A `cond` of None leaves it with the one that `functools.partial` bound.
 
     Raises:
       TypeError: if it cannot be called, or returns something else, as a network does.
     """
-    given = {} if cond is None else {"cond": cond}
+    given = {name: x for name, x in (("cond", cond), ("s", s)) if x is not None}
     checks.takes(denoise, x_t, t, **given)
     try:
         out = denoise(x_t, t, **given)
@@ -318,8 +320,8 @@ def with_x_0(denoise: Denoiser, schedule: Schedule | None, change: Callable[...,
     """
     schedule = schedule_of(denoise, schedule)
 
-    def changed(x_t, t, cond=None):
-        prediction = predict(denoise, x_t, t, cond)
+    def changed(x_t, t, cond=None, s=None):
+        prediction = predict(denoise, x_t, t, cond, s)
         x_0 = change(prediction.x_0, x_t, t, cond)
         eps = decode("x_0", x_0, x_t, *scales_at(schedule, t, x_t)).eps
         return prediction._replace(x_0=x_0, eps=eps)

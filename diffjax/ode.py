@@ -77,7 +77,7 @@ def solve(
     start, end = schedule.log_snr(t), schedule.log_snr(s)
     h = (end - start) / steps
     halves = jnp.arange(2 * steps + 1).reshape(-1, *[1] * jnp.ndim(h)) / 2
-    times = time_at(schedule, start + halves * h)
+    times = time_at(schedule, start[None] + halves * h[None])
 
     field = functools.partial(along_log_snr, slope, schedule)
 

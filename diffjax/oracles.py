@@ -23,12 +23,13 @@ from jaxtyping import Float
 from . import keys, ode
 from .process import scales_at
 from .schedules import Schedule
-from .types import Array, Cond, Data, Key, Prediction, Real, Time, known
+from .targets import decode
+from .types import Array, Cond, Data, Key, Prediction, Real, Time, known, select
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Oracle:
-    """A known distribution of data under a schedule; an oracle is itself a `Denoiser`.
+    """A known distribution of data under a schedule; an oracle is itself a `FlowMap`.
 
     Attributes:
       denoise: (x_t, t, cond) -> the `Prediction` E[x_0 | x_t], E[eps | x_t]; cond is ignored.
@@ -48,9 +49,20 @@ class Oracle:
     flow_map: Callable[[Data, Time, Time], Data]
     schedule: Schedule
 
-    def __call__(self, x_t: Data, t: Time, cond: Cond = None) -> Prediction:
-        """The exact prediction at x_t; this method makes an oracle a `Denoiser`."""
-        return self.denoise(x_t, t, cond)
+    def __call__(self, x_t: Data, t: Time, cond: Cond = None, s: Time | None = None) -> Prediction:
+        """The exact prediction at x_t; this method makes an oracle a `Denoiser` and a `FlowMap`.
+
+        With s, it is the (x_0, eps) whose step to s, alpha_s x_0 + sigma_s eps, is `flow_map`.
+        """
+        if s is None:
+            return self.denoise(x_t, t, cond)
+        # x_t and x_s are two equations for x_0 and eps, which are the same where s = t.
+        apart = jnp.asarray(s != t)
+        s = jnp.where(apart, s, jnp.where(jnp.asarray(t) > 0.5, 0.0, 1.0))
+        at_s = scales_at(self.schedule, s, x_t)
+        x_s = self.flow_map(x_t, t, s)
+        step = decode(lambda *_: at_s, x_s, x_t, *scales_at(self.schedule, t, x_t))
+        return select(apart, step, self.denoise(x_t, t, cond))
 
 
 def gaussian(

@@ -67,6 +67,19 @@ class Denoiser(Protocol):
     def __call__(self, x_t: Data, t: Time, cond: Cond = None) -> Prediction | LearnedPrediction: ...
 
 
+@runtime_checkable
+class FlowMap(Protocol):
+    """A denoiser of two times: with s it predicts the step of the probability-flow ODE to time s.
+
+    The step is x_s = alpha_s x_0 + sigma_s eps. Without s, or with s = t, the `Prediction` is that
+    of a denoiser.
+    """
+
+    def __call__(
+        self, x_t: Data, t: Time, cond: Cond = None, s: Time | None = None
+    ) -> Prediction | LearnedPrediction: ...
+
+
 def known(*values: Any) -> bool:
     """Whether all values are concrete and can be checked: none is traced by `jit` or `vmap`."""
     return not any(isinstance(value, Tracer) for value in values)

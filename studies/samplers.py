@@ -90,8 +90,9 @@ class Subject(NamedTuple):
 
 
 def subjects(stochastic):
-    """All of `diffjax.SAMPLERS`, with the `OPTIONS`, that are stochastic, or that are not."""
-    for name, row in diffjax.SAMPLERS.items():
+    """All samplers of denoisers, with the `OPTIONS`, that are stochastic, or that are not."""
+    by_denoisers = {name: row for name, row in diffjax.SAMPLERS.items() if not row.two_times}
+    for name, row in by_denoisers.items():
         for label, options in ({name: {}} | OPTIONS.get(name, {})).items():
             make = functools.partial(row.make, **options)
             if make(lambda *_: None, SCHEDULES["cosine"]).stochastic == stochastic:

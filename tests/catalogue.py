@@ -22,7 +22,7 @@ TARGETS = list(diffjax.TARGETS)
 WEIGHTINGS = {name: make() for name, make in weightings.WEIGHTINGS.items()} | {
     "sigmoid": weightings.sigmoid(-1.0),
 }
-SAMPLERS = {name: row.make for name, row in diffjax.SAMPLERS.items()} | {
+SAMPLERS = {name: row.make for name, row in diffjax.SAMPLERS.items() if not row.two_times} | {
     "ancestral_beta": functools.partial(diffjax.ancestral, variance="beta"),
     "ddim_half": functools.partial(diffjax.ddim, eta=0.5),
     "ddim_one": functools.partial(diffjax.ddim, eta=1.0),

@@ -32,6 +32,7 @@ CORE = [
     "couplings",
     "denoisers",
     "densities",
+    "flow_maps",
     "guidance",
     "inverse",
     "keys",

@@ -28,6 +28,7 @@ from diffjax.experiment import (
     Config,
     Data,
     Eval,
+    FlowMap,
     Optimizer,
     Sampling,
     Walk,
@@ -181,9 +182,11 @@ def test_every_row_is_there_and_every_row_is_tested():
     measured = {row.measure.__name__ for row in distances.METRICS.values()}
     for kind in (float, distances.Estimate):
         assert set(returning(distances, kind)) <= measured
+    by_denoisers = {name for name, row in diffjax.SAMPLERS.items() if not row.two_times}
+    assert set(diffjax.SAMPLERS) - by_denoisers == {"jump"}  # of test_flow_maps
     for table, rows in (
         (diffjax.SCHEDULES, SCHEDULES),
-        (diffjax.SAMPLERS, SAMPLERS),
+        (by_denoisers, SAMPLERS),
         (weightings.WEIGHTINGS, WEIGHTINGS),
         (diffjax.TARGETS, TARGETS),
     ):
@@ -243,12 +246,13 @@ def test_every_field_of_a_config_is_explained():
         Walk,
         Sampling,
         Eval,
+        FlowMap,
         *(row.config for row in MODELS.values()),
     ):
         tree = ast.parse(inspect.getsource(section)).body[0]
         for field, after in itertools.pairwise(tree.body):
             if isinstance(field, ast.AnnAssign):
-                sections = ("data", "optimizer", "sampling", "eval")
+                sections = ("data", "optimizer", "sampling", "eval", "flow_map")
                 explained = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
                 assert explained or field.target.id in sections, (section, field.target.id)
 

@@ -812,7 +812,8 @@ def test_memory_does_not_grow_with_the_number_of_steps(name):
 def test_a_sampler_knows_its_denoisers_schedule_and_refuses_another(name):
     make = diffjax.SAMPLERS[name].make
     schedule = diffjax.cosine()
-    denoise = diffjax.denoiser(lambda x_t, log_snr, cond: 0.5 * x_t, schedule, "v")
+    # A flow map, which every sampler takes, because it is a denoiser too.
+    denoise = diffjax.flow_map(lambda x_t, log_snr, cond: 0.5 * x_t, schedule, "v")
     bound = functools.partial(denoise, cond=None)
     for other in (diffjax.rectified_flow(), diffjax.cosine(-10.0), diffjax.shift(schedule, 1.0)):
         with pytest.raises(ValueError, match="another schedule"):

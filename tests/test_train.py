@@ -167,6 +167,28 @@ def test_the_average_of_edm_has_its_half_life():
     assert config.ema ** (500_000 / config.batch_size) == pytest.approx(0.5)
 
 
+@pytest.mark.faults
+def test_a_flow_map_starts_from_a_denoiser_learns_from_it_and_draws_in_one_step(
+    finished, tmp_path, capsys
+):
+    """The whole way: distilled with guidance, drawn and measured by the scripts."""
+    workdir, denoiser = tmp_path / "map", tmp_path / "denoiser"
+    run(denoiser, *TINY, "--config.steps=20", "--config.target=v", "--config.model.embedding=angle")
+    options = [f"--config.flow_map.velocity={finished}", f"--config.flow_map.start={denoiser}"]
+    options += ["--config.flow_map.guidance", "2"]
+    walk = ["--config.sampling.sampler=jump", "--config.sampling.guidance"]
+    run(workdir, *TINY, "--config.steps=20", *MAP, *options, *walk, "--config.sampling.steps=1")
+    assert all(np.isfinite(row["loss"]) for row in metrics.read(workdir))
+    for steps in (1, 2):
+        out = tmp_path / f"{steps}.npz"
+        sample.main([f"--workdir={workdir}", "--n=10", f"--steps={steps}", f"--out={out}"])
+        settings = sampling.read(out)[1]
+        assert settings["function_evaluations"] == steps
+    capsys.readouterr()
+    evaluate.main([f"--workdir={workdir}", "--n=20", "--held_out=4", "--bound_samples=2"])
+    assert "frechet" in capsys.readouterr().out.lower()
+
+
 def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(finished, tmp_path, capsys):
     """It resumes from the checkpoint of step 20, which was written during training."""
     parts = interrupted(finished, tmp_path / "parts")
@@ -465,7 +487,109 @@ def test_the_cores_of_a_cpu_become_devices_unless_the_user_chose_a_number(monkey
     assert devices(4, XLA_FLAGS="--xla_force_host_platform_device_count=4") == 4
 
 
+MAP = [
+    *("--config.objective=flow_map", "--config.target=v"),
+    *("--config.model.embedding=angle", "--config.model.two_times=True"),
+]
+"""The flags of a flow map."""
+
 BAD = {
+    "objective": (
+        ["--config.objective=gan"],
+        "unknown objective 'gan': one of denoising, flow_map",
+    ),
+    "map's options": (["--config.flow_map.diagonal=0.5"], "flow_map need objective=flow_map"),
+    "map by a denoiser": (
+        ["--config.objective=flow_map", "--config.target=v"],
+        "model.two_times=False and objective=flow_map: a flow map needs a network with",
+    ),
+    "map by another network": (
+        [*MAP[:2], "--config.model=song_unet"],
+        "embedding=angle and model.two_times=True (unet, dit or mlp)",
+    ),
+    "denoiser of two times": (MAP[2:], "model.two_times=True and objective=denoising"),
+    "map's target": ([*MAP, "--config.target=eps"], "target=eps: at an end of the schedule the"),
+    "map's schedule": (
+        [*MAP, "--config.schedule=log_uniform", "--config.schedule_options"],
+        "identity=lagrangian with schedule=log_uniform: training diverges",
+    ),
+    "identity": (
+        [*MAP, "--config.flow_map.identity=euler"],
+        "unknown identity='euler': one of semigroup, eulerian, lagrangian",
+    ),
+    "map with a coupling": (
+        [*MAP, "--config.coupling=immiscible"],
+        "objective=flow_map: coupling=immiscible and schedule=cosine are of denoisers",
+    ),
+    "map guided by a step": (
+        [*MAP, "--config.flow_map.velocity=digits", "--config.flow_map.guidance", "cfg_plus_plus"],
+        "cfg_plus_plus needs a step, or a weaker network; guide a teacher by others",
+    ),
+    "pair": ([*MAP, "--config.flow_map.velocity=pair"], "use own, a teacher, or identity=eulerian"),
+    "normalised pair": (
+        [
+            *(*MAP, "--config.flow_map.velocity=pair", "--config.flow_map.identity=eulerian"),
+            "--config.flow_map.normalise=1",
+        ],
+        "normalise=1.0 with velocity='pair': a factor that depends on the noise",
+    ),
+    "teacher": (
+        [*MAP, "--config.flow_map.velocity=runs/none"],
+        "runs/none holds no config.json: it is not the directory of a run",
+    ),
+    "teacher's schedule": (
+        [
+            *(*MAP, "--config.flow_map.velocity=digits"),
+            *("--config.schedule=linear", "--config.schedule_options"),
+        ],
+        "flow_map.velocity=digits: the denoiser has another schedule than the one given",
+    ),
+    "teacher's labels": (
+        [
+            *(*MAP, "--config.flow_map.velocity=digits", "--config.sampling.guidance"),
+            *("--config.model.labels=0", "--config.model.null_label=False"),
+        ],
+        "flow_map.velocity=digits: it has 10 labels, the map 0",
+    ),
+    "teacher's shape": (
+        [*MAP, "--config.flow_map.velocity=fashion_mnist"],
+        "flow_map.velocity=fashion_mnist: its data are of shape (28, 28, 1), these of (8, 8, 1)",
+    ),
+    "start": (
+        [*MAP, "--config.flow_map.start=digits", "--config.target=flow"],
+        "flow_map.start=digits: its network was trained with target=",
+    ),
+    "guidance without a teacher": (
+        [*MAP, "--config.flow_map.guidance", "2"],
+        "flow_map.guidance=classifier_free:weight=2: needs a teacher",
+    ),
+    "jump": (["--config.sampling.sampler=jump"], "sampling.sampler=jump: needs a flow map"),
+    "guided jump": (
+        [*MAP, "--config.sampling.sampler=jump", "--config.sampling.guidance", "2"],
+        "a map cannot be guided after training; guide its teacher",
+    ),
+    "weight without a network": (
+        [*MAP, "--config.flow_map.guidance_to=4", "--config.flow_map.velocity=digits"],
+        "model.guidance_weight=False and flow_map.guidance_to=4.0: give both, or neither",
+    ),
+    "weight without a teacher": (
+        [*MAP, "--config.flow_map.guidance_to=4", "--config.model.guidance_weight=True"],
+        "flow_map.guidance_to=4.0: must be above 1, with a teacher",
+    ),
+    "weight not learned": (
+        [
+            *(*MAP, "--config.flow_map.guidance_to=4", "--config.flow_map.velocity=digits"),
+            *("--config.model.guidance_weight=True", "--config.sampling.guidance", "5"),
+        ],
+        "need one weight of classifier_free from 1 to flow_map.guidance_to=4.0",
+    ),
+    "variance of a map": (
+        [
+            *(*MAP, "--config.model.out_channels=2"),
+            *("--config.bound_weight=0.1", "--config.time_steps=10"),
+        ],
+        "objective=flow_map: bound_weight=0.1 and time_input=False are of denoisers",
+    ),
     "target": (["--config.target=epsilon"], "unknown target 'epsilon': one of x_0, eps"),
     "schedule": (["--config.schedule=cosin"], "unknown schedule 'cosin': one of cosine, linear"),
     "schedule option": (

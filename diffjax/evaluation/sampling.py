@@ -324,7 +324,7 @@ def function_evaluations(e: Experiment) -> int:
     """
     calls = []
 
-    def denoise(x_t, t, cond=None):
+    def denoise(x_t, t, cond=None, s=None):
         calls.append(None)  # not t, which would leak out of the trace
         return LearnedPrediction(x_t, x_t, x_t)
 

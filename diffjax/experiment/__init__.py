@@ -6,7 +6,7 @@ pure functions that it means, which everything that trains, samples or evaluates
 loads its data, `run_directory` has the files of a run, and `inspect` prints what is in them.
 """
 
-from .config import Config, Data, Eval, Optimizer, Sampling, Walk, smoke, variant_of
+from .config import Config, Data, Eval, FlowMap, Optimizer, Sampling, Walk, smoke, variant_of
 from .functions import Experiment, resolve, with_parameters
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Data",
     "Eval",
     "Experiment",
+    "FlowMap",
     "Optimizer",
     "Sampling",
     "Walk",

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Union
 
 import tyro
 
+from .. import flow_maps
 from ..augmentations import AUGMENTATIONS
 from ..couplings import COUPLINGS
 from ..data import DATASETS, ORDERS, check_workers
 from ..data.images import CROPS, UNREADABLE
 from ..densities import DENSITIES
+from ..flow_maps import IDENTITIES
 from ..guidance import GUIDANCES, STEP_GUIDANCES
 from ..latents import LATENTS
 from ..models import MODELS, ModelConfig, UNetConfig, name_of
@@ -137,6 +139,24 @@ def take_weaker(name: str, options: dict[str, Any]) -> tuple[dict[str, Any], Wea
         raise ValueError(f"guidance autoguidance: average={average}: must be a number")
     rest = {k: v for k, v in options.items() if k not in ("weaker", "average")}
     return rest, Weaker(str(source), average)
+
+
+def learned_weight(guidance: tuple[str, ...]) -> float:
+    """The weight that a chain of guidances gives to a flow map that has learned guidance.
+
+    Raises:
+      ValueError: if the chain is more than one weight of classifier_free.
+
+    >>> learned_weight(("classifier_free:weight=3",)), learned_weight(())
+    (3.0, 1.0)
+    """
+    names = [parse_guidance(word) for word in guidance]
+    match names:
+        case []:
+            return 1.0
+        case [("classifier_free", {"weight": int() | float() as weight, **others})] if not others:
+            return float(weight)
+    raise ValueError(f"guidance {' '.join(guidance)}: need one weight of classifier_free")
 
 
 Options = Annotated[
@@ -398,6 +418,70 @@ class Eval:
         )
 
 
+OBJECTIVES = ("denoising", "flow_map")
+"""What training minimises: the denoising loss, or that of a flow map."""
+
+
+def _teacher(x_t, t, cond=None):
+    """In place of a teacher that is not loaded yet."""
+    raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowMap:
+    """How a flow map is learned, with objective=flow_map."""
+
+    identity: Annotated[str, one_of(IDENTITIES)] = "lagrangian"
+    """The identity of exact flow maps whose residual is minimised."""
+    velocity: str = "own"
+    """The velocity that it needs: own (the map's, where both times are equal), pair (that of the
+    drawn data and noise), or a teacher, as sample.py's --workdir has it: a run's directory, an
+    exported file, or the name of a network that comes with diffjax."""
+    guidance: Guidance = ()
+    """The teacher's guidance, which the map learns; a number is a weight."""
+    guidance_to: float | None = None
+    """Learn the teacher's classifier-free guidance of every weight from 1 to this one instead, and
+    give the network the weight; it needs model.guidance_weight. --guidance W then chooses one."""
+    first: float | None = None
+    """The semigroup's first step, as a share of the two: 0.5 for shortcut models, a small one for
+    consistency models. None: it is drawn at random."""
+    diagonal: float = 0.75
+    """Fraction of examples with two equal times, from which the map learns to denoise."""
+    to_data: float = 0.0
+    """Fraction of examples whose step ends at time 0; the other ends are uniform."""
+    normalise: float = 0.0
+    """Power p of a factor 1 / (loss + 0.001)^p on each loss whose aim has no noise."""
+    start: str | None = None
+    """A trained network whose parameters the map starts from, named as a teacher is; its model is
+    the map's, with or without the second time. None: new parameters."""
+
+    def check(self) -> None:
+        """Raise a ValueError if the section is impossible whatever the other sections are."""
+        velocity = self.velocity if self.velocity in ("own", "pair") else _teacher
+        sizes = self.first, self.diagonal, self.to_data, self.normalise
+        flow_maps.check(self.identity, velocity, *sizes)
+        to = self.guidance_to
+        names = {word.partition(":")[0] for word in self.guidance}
+        unfit = sorted(names & {*STEP_GUIDANCES, "autoguidance"})
+        require(
+            (
+                not unfit,
+                f"flow_map.guidance={' '.join(self.guidance)}: {', '.join(unfit)} needs a step, or "
+                "a weaker network; guide a teacher by others",
+            ),
+            (
+                to is None or (1 < to < math.inf and velocity is _teacher and not self.guidance),
+                f"flow_map.guidance_to={to}: must be above 1, with a teacher "
+                f"(flow_map.velocity={self.velocity}) and without flow_map.guidance",
+            ),
+            (
+                velocity is _teacher or not self.guidance,
+                f"flow_map.guidance={' '.join(self.guidance)}: needs a teacher, "
+                f"not flow_map.velocity={self.velocity}",
+            ),
+        )
+
+
 BEST = ("eval_loss", "eval_frechet")
 """The metrics by which the best checkpoints can be chosen; the lowest is the best."""
 
@@ -407,6 +491,9 @@ class Config:
     """An experiment. When a run is resumed, the fields in `CHANGEABLE` may change."""
 
     data: Data = Data()
+    objective: Annotated[str, one_of(OBJECTIVES)] = "denoising"
+    """What to learn: a denoiser, or a flow map, which draws samples in one step or a few."""
+    flow_map: FlowMap = FlowMap()
     target: Annotated[str, one_of(TARGETS)] = "eps"
     """What the network predicts."""
     unit_output: bool | None = None

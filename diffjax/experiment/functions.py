@@ -26,6 +26,7 @@ from ..denoisers import (
     with_schedule,
 )
 from ..densities import DENSITIES, relative
+from ..flow_maps import flow_map, flow_map_loss
 from ..guidance import GUIDANCES, STEP_GUIDANCES
 from ..learned_schedule import continuous_bound_loss
 from ..learned_variance import hybrid_loss
@@ -36,7 +37,7 @@ from ..training import TrainState, ema_warmup, init_state, projected
 from ..training.averaging import averaging
 from ..types import Array, Data, Denoiser, Key, Network, Real, known
 from ..weightings import WEIGHTINGS, Weighting
-from .config import Config, Weaker, known_name, parse_guidance, take_weaker
+from .config import Config, Weaker, known_name, learned_weight, parse_guidance, take_weaker
 from .rules import check
 
 SCHEDULE = "schedule"
@@ -81,8 +82,9 @@ class Experiment(NamedTuple):
         `with_parameters` gives the experiment on the one that was learned.
       weighting: the weighting of the loss; None for unit variance.
       objective: (levels of the data, or None; the mapped axis over which a batch is split, or None)
-        -> `diffusion_loss` with the config's coupling, `hybrid_loss` if a variance is learned, or
-        `continuous_bound_loss` if the schedule is.
+        -> `diffusion_loss` with the config's coupling, `hybrid_loss` if a variance is learned,
+        `continuous_bound_loss` if the schedule is, or `flow_map_loss`, whose teacher, if it has
+        one, `trained.inherit` sets.
       times: how training draws its times.
       init: (key, shape of an example) -> fresh parameters of the network, and of the schedule if
         it is learned.
@@ -92,7 +94,7 @@ class Experiment(NamedTuple):
         exp(-u) loss + u if the uncertainty u is learned.
       condition: (keys `[batch]`, batch, drop=False, cond_noise=None) -> what the network is
         conditioned on, or None.
-      denoiser: network -> denoiser, neither guided nor clipped.
+      denoiser: network -> denoiser, neither guided nor clipped; or flow map, which is one too.
       guide: (denoiser, start=denoiser, weaker=None) -> denoiser, by the chain of guidances in
         `sampling.guidance`. The chain begins with `start`; `weaker` is the denoiser of the network
         below.
@@ -157,6 +159,8 @@ def resolve(config: Config) -> Experiment:
         x = jnp.zeros((1, *shape))
         batch = {"x": x, "label": jnp.zeros(1, jnp.int32)}
         cond = _condition(config, schedule)(keys.per_example(key, 1), batch)
+        if models.takes(config.model, "two_times"):
+            cond = {**(cond or {}), "log_snr_s": jnp.zeros(1)}
         make = lambda x_t, log_snr, cond: module.init(key, x_t, log_snr, cond)
         params: Any = _featured(config, make)(x, jnp.zeros(1), cond)["params"]
         if config.learned_uncertainty:
@@ -179,6 +183,8 @@ def resolve(config: Config) -> Experiment:
             return lambda *args, weight, steps, **options: continuous_bound_loss(
                 *args, levels=levels, **options
             )
+        if config.objective == "flow_map":
+            return functools.partial(flow_map_loss, **_loss_of_map(config.flow_map))
         if weight is None:
             return functools.partial(losses.diffusion_loss, coupling=coupling(axis_name))
         return functools.partial(hybrid_loss, bound_weight=weight, levels=levels)
@@ -327,7 +333,7 @@ def _on_schedule(config: Config, schedule: Schedule) -> dict[str, Any]:
             return denoise
         clipped = clip_x_0(denoise, schedule)
         of_rank = lambda x_t: clipped if x_t.ndim == 4 else denoise
-        images_clipped = lambda x_t, t, cond=None: predict(of_rank(x_t), x_t, t, cond)
+        images_clipped = lambda x_t, t, cond=None, s=None: predict(of_rank(x_t), x_t, t, cond, s)
         return with_schedule(schedule, images_clipped)
 
     def grid():
@@ -342,8 +348,10 @@ def _on_schedule(config: Config, schedule: Schedule) -> dict[str, Any]:
         times=_times(config, schedule),
         apply=_apply(config, models.make_module(config.model), schedule),
         condition=_condition(config, schedule),
-        denoiser=lambda network: denoiser(
-            network, schedule, config.target, learned_variance=learned_variance
+        denoiser=lambda network: (
+            flow_map(network, schedule, config.target)
+            if config.objective == "flow_map"
+            else denoiser(network, schedule, config.target, learned_variance=learned_variance)
         ),
         guide=guide,
         weaker=weaker,
@@ -384,7 +392,7 @@ def _coupling(config):
 def _sampler(config, schedule, of_step):
     table = {name: row.make for name, row in SAMPLERS.items()}
     name, options = config.sampling.sampler, config.sampling.options
-    make = bind("sampler", table, name, options, ("denoise", "schedule"))
+    make = bind("sampler", table, name, options, ("denoise", "flow_map", "schedule"))
     # This refuses options out of range.
     if make(lambda *_: None, schedule).stochastic and config.coupling != "independent":
         raise ValueError(
@@ -398,12 +406,23 @@ def _sampler(config, schedule, of_step):
     return sampler
 
 
+def _loss_of_map(options):
+    """The options of `flow_map_loss`."""
+    ours = {
+        "guidance",
+        "guidance_to",
+        "start",
+    }  # which concern the teacher and the first parameters
+    return {name: value for name, value in vars(options).items() if name not in ours}
+
+
 def _guidance(config, schedule):
     """The chain, as (make, denoiser) -> sampler, (denoiser, ...) -> denoiser, and a `Weaker`."""
     supplied = {"schedule": schedule, "null": {"label": np.int32(config.model.labels)}}
     weaker, chain = None, []
     of_step = lambda make, denoise: make(denoise, schedule)
-    for word in config.sampling.guidance:
+    learned = config.flow_map.guidance_to is not None  # then the network is given the weight
+    for word in () if learned else config.sampling.guidance:
         name, options = parse_guidance(word)
         known_name("guidance", GUIDANCES | STEP_GUIDANCES, name)
         table = STEP_GUIDANCES if name in STEP_GUIDANCES else GUIDANCES
@@ -469,12 +488,13 @@ def _condition(config, schedule):
 
     The `label` of the batch, if the model has labels, and with `drop` sometimes the null label. For
     super-resolution the batch's `small` images, or the means of its `x`, diffused to the time
-    `cond_noise`, or, if None, to a random one.
+    `cond_noise`, or, if None, to a random one. The weight of guidance, if a flow map learns it:
+    with `drop` a random one, else that of sampling.
     """
     labels, low = config.model.labels, config.low_resolution
 
     def condition(key, batch, drop=False, cond_noise=None):
-        key_label, key_time, key_noise = (keys.fold_in(key, use) for use in range(3))
+        key_label, key_time, key_noise, key_weight = (keys.fold_in(key, use) for use in range(4))
         cond = {}
         if labels:
             cond["label"] = batch["label"]
@@ -489,6 +509,11 @@ def _condition(config, schedule):
             if t is None:
                 t = config.max_cond_noise * jax.vmap(jax.random.uniform)(key_time)
             cond |= small_image(key_noise, schedule, small, t)
+        most = config.flow_map.guidance_to
+        if most is not None:
+            uniform = jax.vmap(jax.random.uniform)(key_weight)
+            chosen = learned_weight(config.sampling.guidance)
+            cond["guidance"] = 1 + (most - 1) * uniform if drop else 0 * uniform + chosen
         return cond or None
 
     return condition

@@ -15,17 +15,29 @@ from ..data import Examples, shape_of
 from ..densities import DENSITIES
 from ..guidance import GUIDANCES, STEP_GUIDANCES
 from ..latents import LATENTS
-from ..schedules import LONGEST, SCHEDULES, Schedule
+from ..models import takes
+from ..samplers import SAMPLERS
+from ..schedules import LONGEST, SCHEDULES, Schedule, ve
 from ..targets import decode, row, unit_variance
 from ..training import writers
 from ..training.averaging import DTYPES
 from ..training.runners import RUNNERS
 from ..weightings import WEIGHTINGS
-from .config import BEST, Config, at_least, known_name, require
+from .config import BEST, OBJECTIVES, Config, FlowMap, at_least, known_name, learned_weight, require
 
 LARGEST_GAIN = 1e5
 """The largest factor from a network's relative error to x_0 without a warning. It is 1,800 for the
 cosine schedule, 20,000 for its betas, and 160,000 for a table with zero terminal SNR."""
+LARGEST_GAIN_OF_VELOCITY = 10.0
+"""The largest factor from a flow map's network to its velocity. It is at most 1.5 for v, flow and
+F, and grows without bound at one end for x_0, eps and the score, by which maps were learned 10 to
+2,000 times worse."""
+UNBOUNDED = {
+    name
+    for name, make in SCHEDULES.items()
+    if any(p.default is ve for p in inspect.signature(make).parameters.values())
+}
+"""Schedules whose noise is unbounded: those of variance exploding scales."""
 
 
 HIGHEST = 12
@@ -49,9 +61,10 @@ def check(config: Config) -> None:
     known_name("runner", RUNNERS, c.parallel)
     known_name("snapshot_dtype", DTYPES, c.snapshot_dtype)
     known_name("keep_best_by", BEST, c.keep_best_by)
+    known_name("objective", OBJECTIVES, c.objective)
     for name in c.writers:
         writers.check(name)
-    for section in (c.data, c.optimizer, c.sampling, c.eval):
+    for section in (c.data, c.optimizer, c.sampling, c.eval, c.flow_map):
         section.check()
     at_least(c, steps=1, steps_per_call=1, log_every=1, eval_every=1, sample_every=1, save_every=1)
     at_least(c, snapshot_every=1)
@@ -71,6 +84,7 @@ def check(config: Config) -> None:
         *_of_schedule(c),
         *_of_conditioning(c),
         *_of_coupling(c),
+        *_of_flow_maps(c),
         *_of_guidance(c.sampling.guidance),
     )
 
@@ -316,6 +330,85 @@ def _of_guidance(chain):
             f"{said}: the momentum needs every step, which within leaves out; use apg",
         ),
     )
+
+
+def _of_flow_maps(c):
+    """Flow maps, and samplers that need one."""
+    learned, s = c.objective == "flow_map", c.sampling
+    jumps = SAMPLERS[s.sampler].two_times
+    two_times, weighs = (takes(c.model, name) for name in ("two_times", "guidance_weight"))
+    gain = learned and _gain_of_velocity(c.target)
+    return (
+        (
+            learned or c.flow_map == FlowMap(),
+            f"objective={c.objective}: the options of flow_map need objective=flow_map",
+        ),
+        (
+            two_times == learned,
+            f"model.two_times={two_times} and objective={c.objective}: a flow map needs a "
+            "network with model.embedding=angle and model.two_times=True (unet, dit or mlp), and "
+            "nothing else does",
+        ),
+        (
+            gain <= LARGEST_GAIN_OF_VELOCITY,
+            f"target={c.target}: at an end of the schedule the velocity has {gain:.0e} times the "
+            "network's relative error, and flow maps do not learn; v, flow and F have no such "
+            "factor",
+        ),
+        (
+            not (learned and c.flow_map.identity == "lagrangian" and c.schedule in UNBOUNDED),
+            f"flow_map.identity=lagrangian with schedule={c.schedule}: training diverges where "
+            "noise is unbounded; use eulerian or semigroup, or a schedule of other scales",
+        ),
+        (
+            not learned or (c.bound_weight is None and not c.time_input),
+            f"objective=flow_map: bound_weight={c.bound_weight} and time_input={c.time_input} are "
+            "of denoisers; leave them out",
+        ),
+        (
+            not learned or (c.coupling == "independent" and not c.learns_schedule),
+            f"objective=flow_map: coupling={c.coupling} and schedule={c.schedule} are of denoisers; "
+            "take coupling=independent and a fixed schedule",
+        ),
+        (
+            learned or not jumps,
+            f"sampling.sampler={s.sampler}: needs a flow map, a run with objective=flow_map",
+        ),
+        (
+            weighs == (c.flow_map.guidance_to is not None),
+            f"model.guidance_weight={weighs} and flow_map.guidance_to="
+            f"{c.flow_map.guidance_to}: give both, or neither",
+        ),
+        (
+            not (jumps and s.guidance) or c.flow_map.guidance_to is not None,
+            f"sampling.guidance={' '.join(s.guidance)} with sampling.sampler={s.sampler}: a map "
+            "cannot be guided after training; guide its teacher, flow_map.guidance or guidance_to",
+        ),
+        (
+            c.flow_map.guidance_to is None or 1 <= _weight_of(s.guidance) <= c.flow_map.guidance_to,
+            f"sampling.guidance={' '.join(s.guidance)}: need one weight of classifier_free from 1 "
+            f"to flow_map.guidance_to={c.flow_map.guidance_to}, which the map has learned",
+        ),
+    )
+
+
+def _weight_of(guidance):
+    """The weight of `learned_weight`, or -1 if the chain is another."""
+    try:
+        return learned_weight(guidance)
+    except ValueError:
+        return -1
+
+
+def _gain_of_velocity(target):
+    """The largest factor from a network's relative error to the error of dy/dphi (see `ode`)."""
+
+    def gain(alpha, sigma):
+        a, b = row(target)(alpha, sigma)
+        per_out = (alpha**2 + sigma**2) ** 0.5 / abs(alpha * b - sigma * a)
+        return per_out * (a**2 + b**2) ** 0.5
+
+    return max(gain(1.0, 1e-3), gain(1e-3, 1.0))
 
 
 def _needs_null(name):

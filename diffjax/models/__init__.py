@@ -18,7 +18,7 @@ from .dit import DiT, DiTConfig
 from .edm2_unet import EDM2UNet, EDM2UNetConfig, Uncertainty, normalised
 from .mlp import MLP, MLPConfig
 from .song_unet import SongUNet, SongUNetConfig
-from .unet import UNet, UNetConfig
+from .unet import OF_MAPS, UNet, UNetConfig
 
 
 class ModelConfig(Protocol):
@@ -95,6 +95,7 @@ MODELS = {
 
 __all__ = [
     "MODELS",
+    "OF_MAPS",
     "DiTConfig",
     "EDM2UNetConfig",
     "MLPConfig",
@@ -106,7 +107,9 @@ __all__ = [
     "apply",
     "make_module",
     "name_of",
+    "start_from",
     "switched",
+    "takes",
 ]
 
 
@@ -122,6 +125,15 @@ def make_module(config: ModelConfig) -> nn.Module:
     'MLP'
     """
     return MODELS[name_of(config)].module(config)
+
+
+def takes(config: ModelConfig, option: str) -> bool:
+    """Whether an option that not every network has is on, such as `two_times`.
+
+    >>> takes(MLPConfig(embedding="angle", two_times=True), "two_times")
+    True
+    """
+    return getattr(config, option, False)
 
 
 def switched(config: ModelConfig, name: str) -> ModelConfig:
@@ -173,3 +185,30 @@ def apply(
         return module.apply({"params": params}, x_t, log_snr, cond, rngs={"dropout": key})[0]
 
     return jax.vmap(one)(x_t, log_snr, cond, dropout)
+
+
+def start_from(fresh: Any, trained: Any) -> Any:
+    """The parameters of a trained network, and those of `OF_MAPS` of a fresh one if it has none.
+
+    Those start at zero, so that a flow map that starts from a denoiser is that denoiser for every
+    end of its step.
+
+    Args:
+      fresh: parameters of the network that starts.
+      trained: parameters of the network that it starts from.
+
+    Raises:
+      ValueError: if other parameters are missing or too many, or of another shape; names one.
+    """
+    flat = lambda tree: dict(jax.tree_util.tree_leaves_with_path(tree))
+    new, old = flat(fresh), flat(trained)
+    added = {path for path in new if any(getattr(k, "key", None) in OF_MAPS for k in path)}
+    for path in (new.keys() | old.keys()) - (added - old.keys()):
+        shapes = [jnp.shape(tree[path]) if path in tree else None for tree in (new, old)]
+        if shapes[0] != shapes[1]:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"parameters {name} of shape {shapes[1]}, but the network has {shapes[0]}: it must "
+                "have the model of the run that it starts from, beside two_times, guidance_weight"
+            )
+    return jax.tree_util.tree_map_with_path(lambda path, p: old.get(path, p), fresh)

@@ -17,7 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..types import Array, Cond
-from .unet import attention, fold, noise_embedding, unfold
+from .unet import (
+    also_embedded,
+    attention,
+    check_embedding,
+    fold,
+    noise_embedding,
+    noise_level,
+    unfold,
+)
 
 Xavier = nn.initializers.xavier_uniform()
 Small = nn.initializers.normal(0.02)
@@ -66,6 +74,13 @@ class DiTConfig:
     """Embed the time of a rectified flow, sigmoid(log_snr / 2) (SiT, JiT), not scaled log-SNR."""
     log_snr_scale: float = 25.0
     """Factor on log-SNR before it is embedded, unless `flow_time` is set."""
+    embedding: str = "log_snr"
+    """What embeds the noise level: log_snr, or angle, atan2(sigma, alpha), for flow maps."""
+    two_times: bool = False
+    """Embed `cond["log_snr_s"]` `[batch]` too, the log-SNR at which the step of a flow map ends; it
+    needs embedding=angle."""
+    guidance_weight: bool = False
+    """Embed `cond["guidance"]` `[batch]` too, the weight of the guidance that a flow map learns."""
     out_channels: int | None = None
     """Channels of the output; None for as many as x_t has."""
     labels: int = 0
@@ -94,6 +109,11 @@ class DiTConfig:
             raise ValueError(
                 f"class_tokens={self.class_tokens} need labels, and class_tokens_from="
                 f"{self.class_tokens_from} in 0..{self.blocks - 1}"
+            )
+        check_embedding(self.embedding, self.two_times)
+        if self.flow_time and self.embedding != "log_snr":
+            raise ValueError(
+                f"flow_time=True embeds the time of a rectified flow, not {self.embedding}"
             )
         if self.remat not in REMAT:
             raise ValueError(f"remat={self.remat!r}: one of {', '.join(REMAT)}")
@@ -154,7 +174,8 @@ class DiT(nn.Module):
     """The transformer. Dropout is on if and only if `apply` is given a "dropout" key.
 
     Call with x_t `[batch, height, width, channels]`, log_snr `[batch]`, and a dict `cond` with
-    `label` `[batch]` integers if the config has labels (None otherwise). Returns
+    `label` `[batch]` integers if the config has labels, and `log_snr_s` `[batch]` if it has two
+    times (None if it has neither). Returns
     `[batch, height, width, out_channels]`, in float32 or wider.
 
     The blocks are one scanned block with stacked parameters, so that the time to compile does not
@@ -176,9 +197,13 @@ class DiT(nn.Module):
         dtype = jnp.dtype(jnp.bfloat16 if c.bfloat16 else x_t.dtype)
         dense = functools.partial(nn.Dense, kernel_init=Xavier, dtype=dtype)
 
-        noise = nn.sigmoid(log_snr / 2) if c.flow_time else c.log_snr_scale * log_snr
-        emb = noise_embedding(noise, EMBEDDED).astype(dtype)
-        emb = dense(c.width, kernel_init=Small, name="embed_0")(emb)
+        scaled = noise_level(c.embedding, c.log_snr_scale)
+        if c.flow_time:
+            scaled = lambda log_snr: nn.sigmoid(log_snr / 2)
+        embed = lambda log_snr: noise_embedding(scaled(log_snr), EMBEDDED).astype(dtype)
+        emb = dense(c.width, kernel_init=Small, name="embed_0")(embed(log_snr))
+        for name, value in also_embedded(c, embed, cond):
+            emb += dense(c.width, use_bias=False, kernel_init=Zero, name=name)(value)
         emb = dense(c.width, kernel_init=Small, name="embed_1")(nn.silu(emb))
         of_label = jnp.zeros_like(emb)
         if c.labels:
@@ -236,7 +261,7 @@ class Block(nn.Module):
             key = nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name="norm_k")(key)
         if c.rope:
             query, key = rotate(query, turns), rotate(key, turns)
-        h = attention(query, key, value).reshape(x.shape)
+        h = attention(query, key, value, not c.two_times).reshape(x.shape)
         x += gate_0 * drop(dense(c.width, name="attention_out")(h))
 
         h = norm(c, self.dtype, "norm_1")(x) * (1 + scale_1) + shift_1

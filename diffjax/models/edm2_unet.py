@@ -209,7 +209,7 @@ class Block(nn.Module):
             heads = (batch, height * width, channels // c.head_width, c.head_width)
             qkv = Linear(3 * channels, name="qkv")(h).reshape(*heads, 3)
             qkv = normalise(qkv, -2)
-            mixed = attention(*(qkv[..., i] for i in range(3))).reshape(h.shape)
+            mixed = attention(qkv[..., 0], qkv[..., 1], qkv[..., 2]).reshape(h.shape)
             h = mix(h, Linear(channels, name="out")(mixed), RESIDUAL)
         return jnp.clip(h, -LARGEST, LARGEST)
 

@@ -5,7 +5,7 @@ import dataclasses
 import flax.linen as nn
 
 from ..types import Array, Cond
-from .unet import class_index, noise_embedding
+from .unet import Zero, also_embedded, check_embedding, class_index, noise_embedding, noise_level
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +16,13 @@ class MLPConfig:
     """Channels of each layer."""
     blocks: int = 3
     """Residual blocks."""
+    embedding: str = "log_snr"
+    """What embeds the noise level: log_snr, or angle, atan2(sigma, alpha), for flow maps."""
+    two_times: bool = False
+    """Embed `cond["log_snr_s"]` `[batch]` too, the log-SNR at which the step of a flow map ends; it
+    needs embedding=angle."""
+    guidance_weight: bool = False
+    """Embed `cond["guidance"]` `[batch]` too, the weight of the guidance that a flow map learns."""
     dropout: float = 0.0
     """Probability of dropping an activation inside a block."""
     out_channels: int | None = None
@@ -28,6 +35,7 @@ class MLPConfig:
     def __post_init__(self) -> None:
         if min(self.width // 2, self.blocks, self.out_channels or 1) < 1 or self.labels < 0:
             raise ValueError(f"width must be at least 2, other counts at least 1: {self}")
+        check_embedding(self.embedding, self.two_times)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: must be in [0, 1)")
         if self.null_label and not self.labels:
@@ -67,7 +75,11 @@ class MLP(nn.Module):
     def __call__(self, x_t: Array, log_snr: Array, cond: Cond) -> Array:
         c = self.config
         c.check_input(x_t.shape[1:])
-        h = nn.Dense(c.width)(x_t) + nn.Dense(c.width)(noise_embedding(log_snr, c.width))
+        scaled = noise_level(c.embedding, 1.0)
+        embed = lambda x: noise_embedding(scaled(x), c.width)
+        h = nn.Dense(c.width)(x_t) + nn.Dense(c.width)(embed(log_snr))
+        for name, value in also_embedded(c, embed, cond):
+            h += nn.Dense(c.width, use_bias=False, kernel_init=Zero, name=name)(value)
         if c.labels:
             label = class_index(cond["label"], c.labels, c.null_label)
             h += nn.Embed(c.labels + c.null_label, c.width)(label)

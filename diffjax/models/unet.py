@@ -9,7 +9,8 @@ one level and never changes the resolution).
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -20,6 +21,14 @@ from ..types import Array, Cond, known
 
 Init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 Zero = nn.initializers.zeros_init()  # the last layer of every residual branch starts at zero
+
+EMBEDDINGS = ("log_snr", "angle")
+"""What embeds noise levels: scaled log-SNR, or the angle atan2(sigma, alpha), which is bounded."""
+OF_MAPS = ("embed_s", "embed_w")
+"""The layers that only the network of a flow map has, for its second time and its guidance."""
+ANGLE_SCALE = 5.0
+"""Factor on the angle before it is embedded. Flow maps differentiate the embedding, and learn worse
+if it is 1 or 25."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +71,13 @@ class UNetConfig:
     """The network embeds log_snr_scale * log_snr + log_snr_shift."""
     embedding_period: float = 10000.0
     """The sinusoids that embed log-SNR have frequencies from 1 down to just above 1 / this."""
+    embedding: str = "log_snr"
+    """What embeds the noise level: log_snr, or angle, atan2(sigma, alpha), for flow maps."""
+    two_times: bool = False
+    """Embed `cond["log_snr_s"]` `[batch]` too, the log-SNR at which the step of a flow map ends; it
+    needs embedding=angle."""
+    guidance_weight: bool = False
+    """Embed `cond["guidance"]` `[batch]` too, the weight of the guidance that a flow map learns."""
     out_channels: int | None = None
     """Channels of the output; None for as many as x_t has."""
     labels: int = 0
@@ -86,6 +102,7 @@ class UNetConfig:
             raise ValueError(f"sizes and counts must be at least 1, mults not empty: {self}")
         if self.null_label and not self.labels:
             raise ValueError("null_label=True needs labels, the number of classes")
+        check_embedding(self.embedding, self.two_times)
         for mult in self.mults:
             channels = self.width * mult
             if channels % self.groups:
@@ -132,9 +149,10 @@ class UNet(nn.Module):
     """The U-Net. Dropout is on if and only if `apply` is given a "dropout" key.
 
     Call with x_t `[batch, height, width, channels]`, log_snr `[batch]`, and a dict `cond` with
-    `label` `[batch]` integers, `augment` `[batch, augment_dim]`, and `image`
-    `[batch, any, any, any]` with `image_log_snr` `[batch]`, as the config requires (None if it
-    requires none of them). Returns `[batch, height, width, out_channels]`, in float32 or wider.
+    `label` `[batch]` integers, `augment` `[batch, augment_dim]`, `image`
+    `[batch, any, any, any]` with `image_log_snr` `[batch]`, and `log_snr_s` `[batch]`, as the
+    config requires (None if it requires none of them). Returns
+    `[batch, height, width, out_channels]`, in float32 or wider.
 
     >>> model = UNet(UNetConfig(width=8, mults=(1, 2), groups=4, attention=(4,)))
     >>> inputs = jnp.zeros((1, 8, 8, 3)), jnp.zeros(1), None
@@ -153,14 +171,17 @@ class UNet(nn.Module):
         conv = functools.partial(nn.Conv, kernel_size=(3, 3), kernel_init=Init, dtype=dtype)
         block = functools.partial(nn.remat(Block) if c.remat else Block, c, dtype)
 
-        embed = lambda x: noise_embedding(
-            c.log_snr_scale * x + c.log_snr_shift, c.width, c.embedding_period
-        )
+        scaled = noise_level(c.embedding, c.log_snr_scale)
+        embed = lambda x: noise_embedding(scaled(x) + c.log_snr_shift, c.width, c.embedding_period)
         emb = embed(log_snr)
         if c.image_cond and c.embed_image_log_snr:
             emb = jnp.concatenate([emb, embed(cond["image_log_snr"])], axis=-1)
         emb = emb.astype(dtype)
         emb = nn.Dense(4 * c.width, kernel_init=Init, dtype=dtype, name="embed_0")(emb)
+        for name, value in also_embedded(c, embed, cond):
+            emb += nn.Dense(4 * c.width, use_bias=False, kernel_init=Zero, dtype=dtype, name=name)(
+                value.astype(dtype)
+            )
         emb = nn.Dense(4 * c.width, kernel_init=Init, dtype=dtype, name="embed_1")(nn.silu(emb))
         if c.labels:
             rows = c.labels + c.null_label
@@ -259,7 +280,10 @@ class Block(nn.Module):
         if not attend:
             return h
         heads = c.heads_of(self.channels)
-        return Attention(heads, c.groups, c.epsilon, self.dtype, name="attention")(h)
+        attention = Attention(
+            heads, c.groups, c.epsilon, self.dtype, fused=not c.two_times, name="attention"
+        )
+        return attention(h)
 
 
 class Attention(nn.Module):
@@ -269,6 +293,7 @@ class Attention(nn.Module):
     groups: int
     epsilon: float
     dtype: jnp.dtype | None = None
+    fused: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -276,7 +301,7 @@ class Attention(nn.Module):
         h = nn.GroupNorm(self.groups, epsilon=self.epsilon, dtype=self.dtype, name="norm")(x)
         qkv = nn.Dense(3 * channels, kernel_init=Init, dtype=self.dtype, name="qkv")(h)
         qkv = qkv.reshape(batch, height * width, 3, self.heads, channels // self.heads)
-        h = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        h = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], self.fused)
         h = nn.Dense(channels, kernel_init=Zero, dtype=self.dtype, name="out")(h.reshape(x.shape))
         return x + h
 
@@ -318,16 +343,17 @@ class DoubleConv(nn.Module):
         return h + bias.astype(self.dtype)[None, None, None]
 
 
-def attention(query: Array, key: Array, value: Array) -> Array:
+def attention(query: Array, key: Array, value: Array, fused: bool = True) -> Array:
     """softmax(query key^T / sqrt(width)) value, each `[batch, tokens, heads, width]`.
 
     The softmax is in float32. In bfloat16 on a GPU it uses cuDNN's fused kernel, if there is one
     for this size; otherwise it uses two batched matrix products, which XLA computes faster than
-    products with a separate axis of heads.
+    products with a separate axis of heads. The fused kernel has no forward derivative: the networks
+    of flow maps do not use it (`fused=False`).
     """
     batch, tokens, heads, width = query.shape
     half_on_gpu = jax.default_backend() == "gpu" and query.dtype == jnp.bfloat16
-    if half_on_gpu and width in (32, 64, 128) and tokens % 64 == 0:
+    if fused and half_on_gpu and width in (32, 64, 128) and tokens % 64 == 0:
         return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
     together = lambda x: x.swapaxes(1, 2).reshape(batch * heads, tokens, width)
     query, key, value = together(query), together(key), together(value)
@@ -346,6 +372,47 @@ def noise_embedding(noise: Array, width: int, period: float = 10000.0) -> Array:
     frequencies = jnp.exp(-jnp.log(period) * jnp.arange(width // 2, dtype=float) / (width // 2))
     angles = noise[:, None] * frequencies[None].astype(noise.dtype)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def noise_level(embedding: str, scale: float) -> Callable[[Array], Array]:
+    """log-SNR `[batch]` -> the numbers `[batch]` that are embedded (see `EMBEDDINGS`).
+
+    Args:
+      embedding: a name in `EMBEDDINGS`.
+      scale: factor on log-SNR.
+    """
+    if embedding == "angle":
+        return lambda log_snr: ANGLE_SCALE * jnp.atan(jnp.exp(-log_snr / 2))
+    return lambda log_snr: scale * log_snr
+
+
+def also_embedded(
+    config: Any, embed: Callable[[Array], Array], cond: Cond
+) -> Iterator[tuple[str, Array]]:
+    """What a flow map's network embeds beside log-SNR: names of layers, and their inputs.
+
+    The layers start at zero, so that the parameters of a denoiser are those of a map.
+
+    Args:
+      config: of the network, with `two_times` and `guidance_weight`.
+      embed: log-SNR `[batch]` -> its embedding.
+      cond: the network's conditioning.
+    """
+    if config.two_times:
+        yield "embed_s", embed(cond["log_snr_s"])
+    if config.guidance_weight:
+        yield "embed_w", embed(-2 * jnp.log(cond["guidance"]))  # the angle of tan(angle) = w
+
+
+def check_embedding(embedding: str, two_times: bool) -> None:
+    """Raise a ValueError unless a network can embed noise levels like this."""
+    if embedding not in EMBEDDINGS:
+        raise ValueError(f"embedding={embedding!r}: one of {', '.join(EMBEDDINGS)}")
+    if two_times and embedding != "angle":
+        raise ValueError(
+            "two_times=True needs embedding=angle: flow maps differentiate the embedding of times, "
+            "and training diverges on that of log-SNR"
+        )
 
 
 def class_index(label: Array, classes: int, null_label: bool) -> Array:

@@ -1,10 +1,18 @@
 """Loading a trained network from a run's directory, an exported file, or by its name."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..experiment import Config, resolve, run_directory
+import jax
+import numpy as np
+
+from .. import models
+from ..denoisers import schedule_of
+from ..experiment import Config, Experiment, resolve, run_directory
+from ..guidance import classifier_free
 from ..training.files import local
 from ..types import Data
 from . import weights
@@ -73,6 +81,81 @@ def read_config(source: Path | str) -> Config:
             f"{error}; nor is it a file, or one of the networks that come with diffjax, "
             f"{', '.join(PRETRAINED)}"
         ) from error
+
+
+def inherit(e: Experiment, shape: tuple[int, ...]) -> Experiment:
+    """The same experiment with what a flow map takes from trained networks, if anything.
+
+    That is the teacher, whose guided denoiser becomes the velocity of its loss, and the parameters
+    that it starts from.
+
+    Args:
+      e: the experiment.
+      shape: the shape of its examples.
+
+    Raises:
+      ValueError: if the teacher has another schedule, shape or labels, or guidance that it cannot
+        have; or the network to start from has another model, or its output another meaning.
+      FileNotFoundError: if there is no such network, as in `load`.
+    """
+    options = e.config.flow_map
+    if e.config.objective != "flow_map":
+        return e
+    if options.velocity not in ("own", "pair"):
+        velocity = _teacher(e, options.velocity, shape)
+        objective = e.objective
+        e = e._replace(
+            objective=lambda levels, axis_name=None: functools.partial(
+                objective(levels, axis_name), velocity=velocity
+            )
+        )
+    if options.start is not None:
+        _, params, config = load(options.start)
+        init = e.init
+        for name in ("target", "unit_output", "unit_input"):
+            theirs, ours = getattr(config, name), getattr(e.config, name)
+            if theirs != ours:
+                raise ValueError(
+                    f"flow_map.start={options.start}: its network was trained with {name}={theirs},"
+                    f" the map's has {name}={ours}"
+                )
+        started = lambda key, shape: models.start_from(init(key, shape), params)
+        try:
+            jax.eval_shape(lambda: started(jax.random.key(0), shape))
+        except ValueError as error:
+            raise ValueError(f"flow_map.start={options.start}: {error}") from None
+        e = e._replace(init=started)
+    return e
+
+
+def _teacher(e, source, shape):
+    """The guided denoiser of a trained network, which must suit the experiment."""
+    name = f"flow_map.velocity={source}"
+    apply, params, config = load(source)
+    if config.data.shape not in (None, shape):
+        raise ValueError(f"{name}: its data are of shape {config.data.shape}, these of {shape}")
+    if config.model.labels != e.config.model.labels:
+        raise ValueError(
+            f"{name}: it has {config.model.labels} labels, the map {e.config.model.labels}"
+        )
+    sampling = dataclasses.replace(config.sampling, guidance=e.config.flow_map.guidance)
+    teacher = resolve(dataclasses.replace(config, sampling=sampling))
+    denoise = teacher.denoiser(functools.partial(apply, params))
+    try:
+        schedule_of(denoise, e.schedule)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if e.config.flow_map.guidance_to is None:
+        return teacher.guide(denoise)
+    if not config.model.null_label:
+        raise ValueError(f"{name}: for guidance_to it needs model.null_label=True")
+    null = {"label": np.int32(config.model.labels)}
+
+    def guided(x_t, t, cond):
+        others = {name: x for name, x in cond.items() if name != "guidance"}
+        return classifier_free(denoise, cond["guidance"], null)(x_t, t, others)
+
+    return guided
 
 
 def home(source: Path | str) -> Path:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from .grids import TIMES, discrete_times, karras_times, log_snr_times, uniform_times
 from .multistep import dpm_solver_pp_2m, dpm_solver_pp_2m_sde, dpm_solver_pp_3m, lms, unipc
-from .onestep import ancestral, ddim, edm, euler_maruyama, heun, predictor_corrector
+from .onestep import ancestral, ddim, edm, euler_maruyama, heun, jump, predictor_corrector
 from .walk import Sampler, State as State, check_times as check_times, init as init, sample
 
 
@@ -26,10 +26,12 @@ class Method(NamedTuple):
     Attributes:
       make: (denoise, schedule, *, options) -> `Sampler`.
       times: the best grid for this sampler, a name in `TIMES`.
+      two_times: whether it steps by a `FlowMap`, in place of a `Denoiser`.
     """
 
     make: Callable[..., Sampler]
     times: str
+    two_times: bool = False
 
 
 SAMPLERS = {
@@ -41,6 +43,7 @@ SAMPLERS = {
     "edm": Method(edm, "karras"),
     "euler_maruyama": Method(euler_maruyama, "log_snr"),
     "heun": Method(heun, "uniform"),
+    "jump": Method(jump, "uniform", two_times=True),
     "lms": Method(lms, "karras"),
     "predictor_corrector": Method(predictor_corrector, "uniform"),
     "unipc": Method(unipc, "log_snr"),

@@ -8,7 +8,7 @@ from .. import keys, ode
 from ..denoisers import predict, schedule_of
 from ..process import check_variance, decoder, scales_at
 from ..schedules import Schedule, time_at
-from ..types import Denoiser, Scalar, expand, known
+from ..types import Denoiser, FlowMap, Scalar, expand, known
 from .walk import Sampler, State, in_use, init
 
 
@@ -80,6 +80,46 @@ def ddim(denoise: Denoiser, schedule: Schedule | None = None, *, eta: Scalar = 0
         return State(alpha_s * x_0 + sigma_s * eps, x_0)
 
     return Sampler(init, step, stochastic=in_use(eta))
+
+
+def jump(flow_map: FlowMap, schedule: Schedule | None = None, *, renoise: Scalar = 0.0) -> Sampler:
+    """A step of a flow map, which is exact if the map is, for any times t and s.
+
+    x_s = alpha_s x_0 + sigma_s eps, the step of `ddim`, with a prediction of both times. With
+    `renoise` it overshoots s, to where sigma/alpha is sqrt(1 - renoise^2) of that at s, and adds
+    the noise that is missing: with 1 this is the multistep sampling of consistency models (Song et
+    al. 2023, Algorithm 1), between 0 and 1 the sampling of Kim et al. 2024 ("Consistency trajectory
+    models"), whose gamma it is. Use `uniform_times` with few steps, such as 1, 2 or 4.
+
+    Args:
+      flow_map: a `FlowMap`.
+      schedule: its `Schedule`; None if the map carries it.
+      renoise: from 0 (deterministic) to 1 (each step predicts clean data).
+
+    Raises:
+      ValueError: unless `0 <= renoise <= 1`.
+      TypeError: when called, if `flow_map` does not take the time s, as a denoiser does not.
+    """
+    if known(renoise) and not 0 <= renoise <= 1:
+        raise ValueError(f"{renoise=}: must be in [0, 1]")
+    schedule = schedule_of(flow_map, schedule)
+
+    def step(key, state, t, s):
+        x, end = state.x, s
+        if in_use(renoise):
+            beyond = schedule.log_snr(s) - jnp.log1p(-(renoise**2))
+            end = time_at(schedule, jnp.minimum(beyond, schedule.log_snr(0.0)))
+        x_0, eps = predict(flow_map, x, t, s=end)[:2]
+        alpha, sigma = scales_at(schedule, end, x)
+        x = alpha * x_0 + sigma * eps
+        if in_use(renoise):
+            added = jnp.exp(-schedule.log_snr(s)) - jnp.exp(-schedule.log_snr(end))
+            std = expand(jnp.sqrt(jnp.maximum(added, 0)), x)
+            z = keys.normal(key, x.shape, x.dtype)
+            x = scales_at(schedule, s, x)[0] * (x / alpha + std * z)
+        return State(x, x_0)
+
+    return Sampler(init, step, stochastic=in_use(renoise))
 
 
 def euler_maruyama(denoise: Denoiser, schedule: Schedule | None = None) -> Sampler:

@@ -1,0 +1,248 @@
+r"""Flow maps: one evaluation takes x_t to any other time s, learned by one of three identities.
+
+A flow map predicts a whole step of the probability-flow ODE, from t to s. Its network is given both
+times, and its output is decoded at t, by the table of targets as ever:
+
+    x_s = alpha_s x_0 + sigma_s eps,    Prediction(x_0, eps) = flow_map(x_t, t, s=s)
+
+which is DDIM's step. At s = t the step is the identity for any network, and the prediction is that
+of a denoiser. On the circle of `ode`, with delta = phi_t - phi_s and the velocity u = (alpha eps -
+sigma x_0) / sqrt(alpha^2 + sigma^2) of the prediction, the step Y is exact if and only if one of
+three residuals R vanishes, where v is the velocity of the ODE:
+
+    Y(y, t, s) = cos(delta) y - sin(delta) u(y, t, s)
+    Eulerian     cos(delta) (u - v) + sin(delta) (y + du/dphi_t)    = -dY/dphi_t along the path
+    Lagrangian   dY/dphi_s - v(Y, s)
+    semigroup    u - (the u of two shorter steps, t to r and r to s)
+
+(Boffi, Albergo & Vanden-Eijnden 2024, "Flow map matching"; 2025, "How to build a consistency model:
+learning flow maps via self-distillation".) No residual depends on the target or on the scales.
+`docs/theory.md` derives them, and says which are consistency models, shortcut models and MeanFlow.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from . import checks, keys, ode, types
+from .denoisers import denoiser, known_schedule, schedule_of, with_schedule
+from .losses import draw
+from .process import scales_at
+from .schedules import Schedule, rate_at
+from .targets import Row
+from .types import Array, Cond, Data, Denoiser, FlowMap, Key, Network, Time
+from .weightings import Weighting
+
+Step = Callable[[Data, Array, Array], Data]
+"""(y, t, s) -> a velocity on the circle, of the shape of y."""
+
+
+def flow_map(network: Network, schedule: Schedule, target: str | Row) -> FlowMap:
+    """Make a flow map from a network of two times: decode its output into x_0 and eps.
+
+    Args:
+      network: (x_t `[batch, ...]`, log_snr `[batch]`, cond) -> an estimate of the target, where
+        `cond["log_snr_s"]` `[batch]` is the log-SNR at which the step ends.
+      schedule: the `Schedule` it was trained with.
+      target: the target, a name in `TARGETS` or a row function. For s other than t, the best output
+        is a mean of the target along the path from t to s.
+
+    Returns:
+      A function (x_t, t, cond=None, s=None) -> `Prediction`; with s=None it is a `Denoiser`.
+
+    Raises:
+      TypeError, ValueError: as `denoiser`; when called, a TypeError if `cond` is no dict.
+
+    >>> import diffjax
+    >>> network = lambda x_t, log_snr, cond: jnp.tanh(cond["log_snr_s"])[:, None] * x_t
+    >>> jump = diffjax.jump(flow_map(network, diffjax.cosine(), "v"))
+    >>> diffjax.sample(jax.random.key(1), jump, jnp.ones((4, 2)), jnp.array([1.0, 0.0]))[0].shape
+    (4, 2)
+    """
+    denoise = denoiser(network, schedule, target)
+
+    def mean(x_t, t, cond=None, s=None):
+        if not (cond is None or isinstance(cond, dict)):
+            raise TypeError(f"cond is a {type(cond).__name__}: a flow map needs a dict, or None")
+        s = t if s is None else s
+        types.check_times(s, len(x_t))
+        log_snr_s = jnp.broadcast_to(schedule.log_snr(s), x_t.shape[:1])
+        return denoise(x_t, t, {**(cond or {}), "log_snr_s": log_snr_s})
+
+    with_schedule(schedule, mean)
+    return mean
+
+
+def velocity_of(mean: FlowMap, schedule: Schedule, cond: Cond = None) -> Step:
+    """u of a flow map: the velocity on the circle that turns y at time t to its step at time s."""
+    bound = mean if cond is None else functools.partial(mean, cond=cond)
+    return lambda y, t, s: ode.velocity(functools.partial(bound, s=s), schedule, y, t)[0]
+
+
+def eulerian(schedule: Schedule, u: Step, v: Step, y: Data, t: Array, s: Array, r: Array):
+    """The end of the step does not move while its start moves along the path."""
+    turn, along = _turn(schedule, y, t, s), v(y, t, t)
+    tangents = along, _per_angle(schedule, t)
+    step, slope = jax.jvp(lambda y, t: u(y, t, s), (y, t), tangents)
+    return step, jnp.cos(turn) * (step - along) + jnp.sin(turn) * (y + slope)
+
+
+def lagrangian(schedule: Schedule, u: Step, v: Step, y: Data, t: Array, s: Array, r: Array):
+    """The end of the step moves with the velocity of the ODE there."""
+
+    def at_end(s):
+        step, turn = u(y, t, s), _turn(schedule, y, t, s)
+        return jnp.cos(turn) * y - jnp.sin(turn) * step, step
+
+    end, slope, step = jax.jvp(at_end, (s,), (_per_angle(schedule, s),), has_aux=True)
+    return step, slope - v(end, s, s)
+
+
+def semigroup(schedule: Schedule, u: Step, v: Step, y: Data, t: Array, s: Array, r: Array):
+    """Two shorter steps, by v from t to r, and by the map from r to s, end where one does."""
+    first, second, by_v = _turn(schedule, y, t, r), _turn(schedule, y, r, s), v(y, t, r)
+    by_u = u(jnp.cos(first) * y - jnp.sin(first) * by_v, r, s)
+    # (cos(first + second) y - the end) / sin(first + second), without the difference.
+    a, b = jnp.sin(first) * jnp.cos(second), jnp.sin(second)
+    whole = jnp.where(first + second == 0, 1, jnp.sin(first + second))
+    both = (a * by_v + b * by_u - b * jnp.sin(first) * y) / whole
+    step = u(y, t, s)
+    return step, step - both
+
+
+IDENTITIES = {"semigroup": semigroup, "eulerian": eulerian, "lagrangian": lagrangian}
+"""Identities by name: (schedule, u, v, y, t, s, r) -> u at (y, t, s), and the residual."""
+
+
+def flow_map_loss(
+    key: Key,
+    network: Network,
+    schedule: Schedule,
+    target: str | Row,
+    x_0: Data,
+    cond: Cond = None,
+    weight: Weighting | None = None,
+    t: Time | None = None,
+    steps: int | None = None,
+    *,
+    identity: str = "lagrangian",
+    velocity: str | Denoiser = "own",
+    s: Time | None = None,
+    first: float | None = None,
+    diagonal: float = 0.75,
+    to_data: float = 0.0,
+    normalise: float = 0.0,
+) -> Float[Array, " batch"]:
+    """The loss of a flow map of each example, |u - stop_gradient(u - R)|^2, at one pair of times.
+
+    Where s = t it is the denoising loss of the same network, |u - v|^2 with the velocity v of the
+    drawn (x_0, eps), or of the teacher. The gradient passes through u alone, so that its mean is
+    zero at the exact map, also with the noisy velocity of the pair.
+
+    Args:
+      key: one key, or one per example `[batch]`.
+      network: a network of two times (see `flow_map`).
+      schedule: a `Schedule`.
+      target: the target of the network. The loss of one map is the same for all.
+      x_0: clean data `[batch, ...]`.
+      cond: conditioning of the network and of a teacher, a dict or None.
+      weight: a weighting of the eps error; None weighs the error of u equally at all times.
+      t: times at which steps start, `[]` or `[batch]`; drawn by default, as in `diffusion_loss`.
+      steps: T for times on the grid i/T, None for continuous times.
+      identity: a name in `IDENTITIES`.
+      velocity: what stands for v: "own", the map itself at s = t; "pair", that of the drawn (x_0,
+        eps), whose mean is v; or a teacher, a `Denoiser`. The semigroup takes its first step with
+        it; "own" takes it with the map.
+      s: times at which steps end, `[]` or `[batch]`; drawn by default, uniform in [0, t].
+      first: the share of t - s that the semigroup's first step takes, in (0, 1); None draws it.
+      diagonal: the fraction of examples with s = t, if s is drawn.
+      to_data: the fraction of examples with s = 0, if s is drawn.
+      normalise: the power p of a factor stop_gradient(loss + 0.001)^-p (Geng et al. 2025), on
+        losses whose aim does not contain the noise of the pair.
+
+    Returns:
+      Losses `[batch]`, averaged over the data axes.
+
+    Raises:
+      TypeError, ValueError: as `check`, `flow_map` and `schedule_of` (of the teacher).
+    """
+    check(identity, velocity, first, diagonal, to_data, normalise)
+    checks.network(network)
+    teacher = velocity if callable(velocity) else None
+    if teacher is not None and known_schedule(teacher) is not None:
+        schedule_of(teacher, schedule)
+    t, eps = draw(key, x_0, t, steps)
+    own = keys.per_example(key, len(x_0))
+    uniform = lambda i: jax.vmap(jax.random.uniform)(keys.fold_in(own, i))
+    if s is None:
+        kind, s = uniform(2), t * uniform(3)
+        s = s if steps is None else jnp.floor(s * steps) / steps
+        s = jnp.where(kind < diagonal, t, jnp.where(kind < diagonal + to_data, 0, s))
+    types.check_times(s, len(x_0))
+    s = jnp.broadcast_to(jnp.asarray(s, t.dtype), t.shape)
+    r = t + (uniform(4) if first is None else first) * (s - t)
+
+    alpha, sigma = scales_at(schedule, t, x_0)
+    radius = ode.radius(schedule, t, x_0)
+    y, of_pair = (alpha * x_0 + sigma * eps) / radius, (alpha * eps - sigma * x_0) / radius
+    u = velocity_of(flow_map(network, schedule, target), schedule, cond)
+    v = u if velocity == "own" else lambda *_: of_pair
+    if teacher is not None:
+        teacher = teacher if cond is None else functools.partial(teacher, cond=cond)
+        v = lambda y, t, s: ode.velocity(teacher, schedule, y, t)[0]
+    step, residual = IDENTITIES[identity](schedule, u, v, y, t, s, r)
+    on_diagonal = of_pair if teacher is None else v(y, t, t)
+    aim = jax.lax.stop_gradient(types.select(s == t, on_diagonal, step - residual))
+    loss = jnp.mean((step - aim).astype(t.dtype) ** 2, axis=range(1, x_0.ndim))
+    if weight is not None:  # eps changes by cos(phi) where u changes by 1
+        cos = jnp.cos(ode.angle(schedule, t))
+        loss *= weight(schedule.log_snr(t), rate_at(schedule, t, steps)) * cos**2
+    power = jnp.where((s == t) & (teacher is None), 0, -normalise)  # the pair's aim is noisy
+    return loss * jax.lax.stop_gradient(loss + 1e-3) ** power if normalise else loss
+
+
+def check(
+    identity: str,
+    velocity: str | Denoiser,
+    first: float | None = None,
+    diagonal: float = 0.0,
+    to_data: float = 0.0,
+    normalise: float = 0.0,
+) -> None:
+    """Raise a ValueError unless `flow_map_loss` accepts these options."""
+    known = callable(velocity) or velocity in ("own", "pair")
+    for holds, message in (
+        (identity in IDENTITIES, f"unknown {identity=}: one of {', '.join(IDENTITIES)}"),
+        (known, f"unknown {velocity=}: own, pair, or a teacher, a denoiser"),
+        (
+            velocity != "pair" or identity != "lagrangian",
+            f"{identity=} needs the velocity where the step ends, which {velocity=} does not have: "
+            "use own, a teacher, or identity=eulerian",
+        ),
+        (
+            velocity != "pair" or not normalise,
+            f"{normalise=} with {velocity=}: a factor that depends on the noise of the pair makes "
+            "the mean gradient wrong; use velocity=own, or normalise=0",
+        ),
+        (first is None or 0 < first < 1, f"{first=}: must be between 0 and 1, or None to draw it"),
+        (
+            min(diagonal, to_data, normalise) >= 0 and diagonal + to_data <= 1,
+            f"{diagonal=}, {to_data=}, {normalise=}: must be at least 0, the first two at most 1",
+        ),
+    ):
+        if not holds:
+            raise ValueError(message)
+
+
+def _turn(schedule, y, t, s):
+    """delta = phi_t - phi_s, shaped to multiply the data y."""
+    return types.expand(ode.angle(schedule, t) - ode.angle(schedule, s), y)
+
+
+def _per_angle(schedule, t):
+    """dt / dphi, the tangent of t for which a derivative is one by the angle."""
+    angle = functools.partial(ode.angle, schedule)
+    return 1 / jax.jvp(angle, (t,), (jnp.ones_like(t),))[1]
