@@ -367,8 +367,8 @@ def _of_flow_maps(c):
         ),
         (
             not learned or (c.coupling == "independent" and not c.learns_schedule),
-            f"objective=flow_map: coupling={c.coupling} and schedule={c.schedule} are of denoisers; "
-            "take coupling=independent and a fixed schedule",
+            f"objective=flow_map: coupling={c.coupling} and schedule={c.schedule} are of "
+            "denoisers; take coupling=independent and a fixed schedule",
         ),
         (
             learned or not jumps,
