@@ -39,3 +39,9 @@ def slow(*cases):
     """Cases of `pytest.mark.parametrize` that only `make test-faults` runs."""
     values = [case if isinstance(case, tuple) else (case,) for case in cases]
     return [pytest.param(*each, marks=pytest.mark.faults) for each in values]
+
+
+def each(table, *quick):
+    """The rows of a table as cases of one argument; `make test` runs the quick ones only."""
+    mark = lambda name: () if name in quick else pytest.mark.faults
+    return [pytest.param(row, id=name, marks=mark(name)) for name, row in table.items()]

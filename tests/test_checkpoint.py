@@ -183,7 +183,7 @@ def test_another_state_is_refused_with_what_differs(two, change, message):
 def test_the_extra_state_of_a_method_is_restored(tmp_path):
     """A learned schedule, the history of losses, and the optimiser's count of steps."""
     tx = optax.adam(optax.linear_schedule(0.0, 1.0, 10))
-    params = {"schedule": diffjax.monotone_params(4), "net": jnp.ones(3)}
+    params = {"schedule": jax.tree.map(jnp.asarray, diffjax.monotone_params(4)), "net": jnp.ones(3)}
     history = diffjax.remember_losses(diffjax.loss_history(5), jnp.full(2, 0.4), jnp.ones(2))
     state = init_state(jax.random.key(0), params, tx, history)
     _, opt_state = tx.update(params, state.opt_state)

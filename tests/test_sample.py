@@ -287,6 +287,7 @@ def test_a_bad_chain_of_guidances_is_one_clear_line(finished, tmp_path, chain, m
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.faults
 def test_autoguidance_of_weight_zero_draws_from_the_weaker_network(finished, tmp_path):
     argv = ["--n=4", "--steps=2", "--sampler=ddim", "--guidance"]
     weaker, _ = draw_by("digits", tmp_path / "a.npz", *argv)
@@ -828,7 +829,7 @@ def test_refusals_of_evaluate(finished, drawn, tmp_path, monkeypatch):
     np.savez(tmp_path / "nine.npz", x=x, index=np.arange(9), settings=settings)
     train, test = data.load("digits")
     few = lambda k: monkeypatch.setattr(
-        evaluate, "load_data", lambda _: data.Dataset(train, data.checked(test.x[:k]))
+        evaluate, "load_data", lambda *_: data.Dataset(train, data.checked(test.x[:k]))
     )
     for k, options, message in (
         (300, {"samples": tmp_path / "nine.npz"}, "nine.npz holds 9 samples: need 20 or more"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import diffjax
-from catalogue import DETERMINISTIC, SAMPLERS, SCHEDULES
+from catalogue import DETERMINISTIC, SAMPLERS, SCHEDULES, each, slow
 from diffjax import ode, oracles, samplers
 
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
@@ -17,6 +17,8 @@ GRIDS = {
     "karras": diffjax.karras_times,
     "discrete": lambda schedule, n: diffjax.discrete_times(1000, n),
 }
+SOME = ("ancestral", "ddim", "dpm_solver_pp_2m", "edm", "unipc")
+some_samplers = pytest.mark.parametrize("make", each(SAMPLERS, *SOME))
 
 
 @functools.cache
@@ -164,7 +166,7 @@ def test_the_measurement_of_orders_sees_a_bug(x64, bug, order):
     assert order - 0.3 < measured_order(bug) < order + 0.5
 
 
-@every_sampler
+@some_samplers
 def test_a_walk_depends_on_log_snr_alone_not_on_how_it_splits_into_scales(x64, make):
     """The same log-SNR with other scales is the same walk in other units, noise included."""
     if make in (diffjax.euler_maruyama, SAMPLERS["ancestral_beta"]):
@@ -208,7 +210,9 @@ STOCHASTIC = [name for name in SAMPLERS if name not in DETERMINISTIC]
 
 
 @pytest.mark.parametrize("schedule", FEW.values(), ids=FEW)
-@pytest.mark.parametrize("name", STOCHASTIC)
+@pytest.mark.parametrize(
+    "name", ["ancestral", *slow(*(name for name in STOCHASTIC if name != "ancestral"))]
+)
 def test_samples_have_the_mean_and_variance_of_the_data(schedule, name):
     """Weak convergence: to sampling error, and the bias of 200 steps."""
     x_1 = diffjax.prior_sample(jax.random.key(1), schedule, (4000, 1))
@@ -264,7 +268,7 @@ def test_beta_variance_adds_no_noise_in_the_last_step():
 
 
 @pytest.mark.parametrize("name", FEW)
-@every_sampler
+@some_samplers
 def test_finite_over_the_whole_of_every_grid(name, make):
     x_1 = diffjax.prior_sample(jax.random.key(1), FEW[name], (8, 2))
     run = jax.jit(lambda ts: walk(make, FEW[name], x_1, ts))
@@ -341,7 +345,7 @@ def test_a_walk_keeps_the_precision_it_is_started_in(make):
     assert x_0.dtype == jnp.bfloat16
 
 
-@every_sampler
+@some_samplers
 def test_the_loop_and_the_scan_agree(make):
     schedule = diffjax.linear()
     sampler = make(gaussian(schedule), schedule)
@@ -557,7 +561,7 @@ def test_long_steps_of_a_multistep_sampler_are_of_first_order(x64):
         assert error(make) < error(diffjax.ddim)
 
 
-@every_sampler
+@some_samplers
 def test_a_sample_is_the_same_in_any_batch_and_on_any_number_of_devices(make):
     """Eight at once, one on each of eight devices by pmap, and spread by jit, keyed by index."""
     schedule = diffjax.cosine(-6.0, 6.0)
@@ -578,7 +582,8 @@ def test_a_sample_is_the_same_in_any_batch_and_on_any_number_of_devices(make):
 
 
 @pytest.mark.parametrize(
-    "name", ["ancestral", "ddim_half", "edm_churn", "euler_maruyama", "lms", "unipc_third"]
+    "name",
+    ["ancestral", "unipc_third", *slow("ddim_half", "edm_churn", "euler_maruyama", "lms")],
 )
 def test_gradients_through_a_walk_are_finite_and_those_of_differences(x64, name):
     """Also with respect to the schedule, whose ends the samplers must not make singular."""

@@ -85,7 +85,7 @@ def interrupted(finished, workdir):
 
 
 PAPERS = ("dit_imagenet256", "edm2_imagenet64", "edm_cifar10", "jit_imagenet256", "vdm_cifar10")
-SLOW = ("cifar10", "fashion_mnist", "fashion_sr", "vdm_fashion", *PAPERS)
+SLOW = ("cifar10", "fashion_mnist", "folder", "fashion_sr", "vdm_fashion", *PAPERS)
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
 
 

@@ -195,12 +195,13 @@ def resolve(config: Config) -> Experiment:
         return x if kind is None else latents.draw(key, x, latents.LATENTS[kind])
 
     augmentation = _augmentation(config)
+    augment_dim = models.takes(config.model, "augment_dim")
 
     def augment(key, x, cond):
         if augmentation is None:
             return x, cond
         x, told = jax.vmap(augmentation.draw)(key, x)
-        return x, {**(cond or {}), "augment": told} if config.model.augment_dim else cond
+        return x, {**(cond or {}), "augment": told} if augment_dim else cond
 
     def streams():
         # Threefry, whose draws do not depend on the layout of the devices.
@@ -233,8 +234,8 @@ def with_parameters(e: Experiment, params: Any) -> Experiment:
 
     If its schedule is fixed, this is e itself.
 
-    >>> e = resolve(Config(schedule="monotone", weighting="elbo"))
-    >>> params = e.init(jax.random.key(0), (8, 8, 1))
+    >>> e = resolve(Config(schedule="monotone", weighting="elbo", model=models.MLPConfig()))
+    >>> params = e.init(jax.random.key(0), (2,))
     >>> params["schedule"]["log_snr_max"] += 1
     >>> [float(f.schedule.log_snr(0.0)) for f in (e, with_parameters(e, params))]
     [10.0, 11.0]
@@ -451,7 +452,7 @@ def _guidance(config, schedule):
 
 def _augmentation(config):
     """The config's augmentation, after what the network is told of it is checked; None: none."""
-    name, told = config.augmentation, config.model.augment_dim
+    name, told = config.augmentation, models.takes(config.model, "augment_dim")
     if name is None:
         if told:
             raise ValueError(f"model.augment_dim={told}: needs an augmentation that it tells of")
@@ -492,6 +493,7 @@ def _condition(config, schedule):
     with `drop` a random one, else that of sampling.
     """
     labels, low = config.model.labels, config.low_resolution
+    augment_dim = models.takes(config.model, "augment_dim")
 
     def condition(key, batch, drop=False, cond_noise=None):
         key_label, key_time, key_noise, key_weight = (keys.fold_in(key, use) for use in range(4))
@@ -501,8 +503,8 @@ def _condition(config, schedule):
         if drop and config.model.null_label:
             none = jax.vmap(lambda k: jax.random.bernoulli(k, config.label_drop))(key_label)
             cond["label"] = jnp.where(none, labels, batch["label"])
-        if config.model.augment_dim:
-            cond["augment"] = jnp.zeros((len(key), config.model.augment_dim))  # not augmented
+        if augment_dim:
+            cond["augment"] = jnp.zeros((len(key), augment_dim))  # not augmented
         if low is not None:
             small = batch["small"] if "small" in batch else shrink(batch["x"], low)
             t = cond_noise

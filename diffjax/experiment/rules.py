@@ -440,7 +440,7 @@ def cautions(config: Config, schedule: Schedule, train: Examples) -> list[str]:
         found.append(f"pictures show the {channels} channels side by side, in grey")
     elif not around and channels > 2:
         found.append(f"pictures show the first two of {channels} features")
-    if config.augmentation is not None and not config.model.augment_dim:
+    if config.augmentation is not None and not takes(config.model, "augment_dim"):
         found.append(
             f"augmentation={config.augmentation}: the network is not told of it, so samples will "
             "look augmented too; model.augment_dim tells it"

@@ -59,11 +59,6 @@ class ModelConfig(Protocol):
         """Whether the network takes `cond["image"]` and `cond["image_log_snr"]`."""
         ...
 
-    @property
-    def augment_dim(self) -> int:
-        """Numbers of `cond["augment"]`, which say how an image was augmented; 0 for none."""
-        ...
-
     def check_input(self, shape: tuple[int, ...]) -> None:
         """Raise a ValueError unless the network takes examples of this shape."""
         ...
@@ -127,8 +122,8 @@ def make_module(config: ModelConfig) -> nn.Module:
     return MODELS[name_of(config)].module(config)
 
 
-def takes(config: ModelConfig, option: str) -> bool:
-    """Whether an option that not every network has is on, such as `two_times`.
+def takes(config: ModelConfig, option: str) -> int:
+    """The value of an option that not every network has, such as `two_times`; False without it.
 
     >>> takes(MLPConfig(embedding="angle", two_times=True), "two_times")
     True

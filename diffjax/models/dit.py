@@ -125,11 +125,6 @@ class DiTConfig:
         """False: this network takes no image as conditioning."""
         return False
 
-    @property
-    def augment_dim(self) -> int:
-        """0: this network is not told how an image was augmented."""
-        return 0
-
     def check_input(self, shape: tuple[int, ...]) -> None:
         """Raise a ValueError unless the network takes examples of this shape: images of patches."""
         if len(shape) != 3 or shape[0] % self.patch or shape[1] % self.patch:

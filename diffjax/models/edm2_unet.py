@@ -79,11 +79,6 @@ class EDM2UNetConfig:
         """False: this network takes no image as conditioning."""
         return False
 
-    @property
-    def augment_dim(self) -> int:
-        """0: this network is not told how an image was augmented."""
-        return 0
-
     def check_input(self, shape: tuple[int, ...]) -> None:
         """Raise a ValueError unless the network takes examples of this shape: images that halve."""
         check_levels(shape, len(self.mults), self.attention)

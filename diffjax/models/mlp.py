@@ -46,11 +46,6 @@ class MLPConfig:
         """False: this network takes no image as conditioning."""
         return False
 
-    @property
-    def augment_dim(self) -> int:
-        """0: this network is not told how an image was augmented."""
-        return 0
-
     def check_input(self, shape: tuple[int, ...]) -> None:
         """Raise a ValueError unless the network takes examples of this shape: vectors."""
         if len(shape) != 1:
