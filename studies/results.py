@@ -3,12 +3,14 @@
     python studies/results.py                          # all studies: 2 h 30 min on two cores
     python studies/results.py --only digits guidance   # some of them
     python studies/results.py --only                   # none: write only the page, from the record
+    python studies/results.py --only digits --again    # also make the runs that are on record
     python studies/results.py --check                  # or: make reproduce; five minutes
 
-A run is `train.py`, then `evaluate.py`, in runs/results. A finished run is not made again, so that
-the same command continues a study that was stopped. The numbers of all runs go to
-studies/results/record.json. `--check` trains the digits once for each target, in runs/reproduce,
-and prints for each number whether it lies in the recorded band.
+A run is `train.py`, then `evaluate.py`, in runs/results. Its numbers go to
+studies/results/record.json when it ends. A run that is finished or on record is not made again, so
+that the same command continues a study that was stopped, here or on another machine. `--check`
+trains the digits once for each target, in runs/reproduce, and prints for each number whether it
+lies in the recorded band.
 """
 
 import argparse
@@ -20,7 +22,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -238,15 +240,25 @@ def check(record: dict[str, Any]) -> bool:
     return all(within)
 
 
-def study(name: str, record: dict[str, Any]) -> None:
-    """Make a study's runs, seed by seed, and put their numbers and pictures on record."""
-    runs: dict[str, dict[str, Any]] = {}
-    for seed, variant in itertools.product(SEEDS, STUDIES[name].variants):
-        runs.setdefault(variant, {})[str(seed)] = made(name, variant, seed, RUNS)
-    record[name] = {"date": datetime.date.today().isoformat(), "runs": runs}
-    RECORD.write_text(json.dumps(record, indent=1) + "\n")
-    if name in PICTURES:
-        grids = {variant: RUNS / name / f"{variant}_0" / "samples.png" for variant in runs}
+def study(name: str, record: dict[str, Any], again: bool = False) -> None:
+    """Make the runs of a study that are not on record, and record each when it ends.
+
+    Args:
+      name: of the study.
+      record: the numbers of all runs, which this changes and writes.
+      again: whether to make the runs that are on record, too.
+    """
+    variants = STUDIES[name].variants
+    known = record.get(name, {}).get("runs", {})
+    runs = {variant: {} if again else known.get(variant, {}) for variant in variants}
+    for seed, variant in itertools.product(SEEDS, variants):
+        if str(seed) not in runs[variant]:
+            date = {"date": datetime.date.today().isoformat()}
+            runs[variant][str(seed)] = made(name, variant, seed, RUNS) | date
+            record[name] = {"runs": {of: seeds for of, seeds in runs.items() if seeds}}
+            RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    grids = {variant: RUNS / name / f"{variant}_0" / "samples.png" for variant in runs}
+    if name in PICTURES and all(grid.exists() for grid in grids.values()):
         side_by_side(grids).savefig(DOCS / "images" / f"results_{name}.png")
 
 
@@ -419,6 +431,13 @@ once in a thousand numbers.
 """
 
 
+def every_run(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The numbers of each run on record."""
+    for part in record.values():
+        for seeds in part["runs"].values():
+            yield from seeds.values()
+
+
 def page(record: dict[str, Any]) -> str:
     """The text of docs/results.md."""
     runs = [run for target in record["digits"]["runs"].values() for run in target.values()]
@@ -428,7 +447,7 @@ def page(record: dict[str, Any]) -> str:
     ablations = {"weighting": "min_snr", "schedule": "cosine", "ema": "0.995", "guidance": "1.2"}
     return PAGE.format(
         seeds=", ".join(map(str, SEEDS)),
-        dates=" and ".join(sorted({part["date"] for part in record.values()})),
+        dates=", ".join(sorted({run["date"] for run in every_run(record)})),
         program="; ".join(sorted(programs)),
         digits_command=command("digits"),
         digits=study_table(record, "digits"),
@@ -446,6 +465,7 @@ def main() -> None:
     """Make the studies and write the page, or check."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="*", choices=STUDIES, default=list(STUDIES))
+    parser.add_argument("--again", action="store_true", help="also make the runs on record")
     parser.add_argument("--check", action="store_true", help="train the digits and compare")
     args = parser.parse_args()
     os.chdir(ROOT)
@@ -453,7 +473,7 @@ def main() -> None:
     if args.check:
         sys.exit(not check(record))
     for name in args.only:
-        study(name, record)
+        study(name, record, args.again)
     curves(record).savefig(DOCS / "images" / "results_loss.png")
     (DOCS / "results.md").write_text(page(record))
 

@@ -3,10 +3,11 @@
     PYTHONPATH=. python studies/vdm.py                  # nine runs: an hour and a half on two cores
     PYTHONPATH=. python studies/vdm.py --steps=20 --seeds 0 --held_out=16 --dry    # a try
 
-A run is `train.py` with a variant of configs/vdm_fashion.py, then `evaluate.py`, in runs/vdm. A
-finished run is not made again, so that the same command continues a study that was stopped. The
-numbers go to `vdm.json` beside the record of results.py, and the curves to docs/images/vdm.png.
-Then `studies/results.py --only` writes the page.
+A run is `train.py` with a variant of configs/vdm_fashion.py, then `evaluate.py`, in runs/vdm. Its
+numbers go to `vdm.json` beside the record of results.py when it ends. A run that is finished or on
+record is not made again, so that the same command continues a study that was stopped, here or on
+another machine. The curves go to docs/images/vdm.png, and `studies/results.py --only` writes the
+page.
 """
 
 import argparse
@@ -14,9 +15,11 @@ import datetime
 import itertools
 import json
 import math
+import multiprocessing
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +75,8 @@ def numbers(variant: str, seed: int, args: argparse.Namespace) -> dict[str, Any]
         "standard_error": found["bound_standard_error"],
         "step_ms": 1e3 * found["config"]["batch_size"] / speed,
         "program": found["program"],
+        "steps": found["config"]["steps"],
+        "date": datetime.date.today().isoformat(),
         **measured(workdir, 16 * args.held_out),
     }
 
@@ -198,8 +203,8 @@ def written(record: dict[str, Any]) -> str:
     head = ["", "bits/dim", *stds, "log-SNR at t = 1", "at t = 0", "ms a step"]
     program = some["program"]
     return SECTION.format(
-        steps=f"{record['steps']:,}",
-        date=record["date"],
+        steps=f"{some['steps']:,}",
+        date=" and ".join(sorted({run["date"] for of in runs.values() for run in of.values()})),
         program=f"{program['device']}, {program['devices']} devices, jax {program['jax']}",
         seeds=", ".join(runs["learned"]),
         table=table(head, rows),
@@ -210,7 +215,7 @@ def written(record: dict[str, Any]) -> str:
 def main() -> None:
     """Make the runs, and write the record, the picture and the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, help="of each run; those of the config by default")
+    parser.add_argument("--steps", type=int, help="of each run, for a try")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
         "--held_out", type=int, default=1000, help="examples whose bits are counted"
@@ -218,24 +223,24 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/vdm"))
     parser.add_argument("--dry", action="store_true", help="print the section, write nothing")
     args = parser.parse_args()
-    runs: dict[str, dict[str, Any]] = {}
-    each = list(itertools.product(args.seeds, VARIANTS))
-    for seed, variant in each:  # before this process starts JAX, which holds a GPU's memory
-        make(variant, seed, args)
-    for seed, variant in each:
-        runs.setdefault(variant, {})[str(seed)] = numbers(variant, seed, args)
-    steps = json.loads((args.runs / f"learned_{args.seeds[0]}" / "config.json").read_text())
-    record = {
-        "date": datetime.date.today().isoformat(),
-        "command": "PYTHONPATH=. python studies/vdm.py",
-        "steps": steps["steps"],
-        "runs": runs,
-    }
+    if args.steps and not args.dry:
+        parser.error("--steps needs --dry: the record is of runs with the steps of the config")
+    record: dict[str, Any] = {"command": "PYTHONPATH=. python studies/vdm.py", "runs": {}}
+    if RECORD.exists() and not args.dry:
+        record = json.loads(RECORD.read_text())
+    for seed, variant in itertools.product(args.seeds, VARIANTS):
+        seeds = record["runs"].setdefault(variant, {})
+        if str(seed) not in seeds:
+            make(variant, seed, args)
+            # JAX, which holds a GPU's memory, runs in a process that ends before the next run.
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                seeds[str(seed)] = pool.submit(numbers, variant, seed, args).result()
+            if not args.dry:
+                RECORD.write_text(json.dumps(record, indent=1) + "\n")
     if args.dry:
         print(written(record))
         return
-    RECORD.write_text(json.dumps(record, indent=1) + "\n")
-    figure(runs).savefig(PICTURE)
+    figure(record["runs"]).savefig(PICTURE)
     subprocess.run([sys.executable, "studies/results.py", "--only"], check=True, cwd=ROOT)
 
 
