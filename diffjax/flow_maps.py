@@ -21,6 +21,7 @@ learning flow maps via self-distillation".) No residual depends on the target or
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 
 import jax
@@ -103,17 +104,17 @@ def lagrangian(schedule: Schedule, u: Step, v: Step, y: Data, t: Array, s: Array
 
 def semigroup(schedule: Schedule, u: Step, v: Step, y: Data, t: Array, s: Array, r: Array):
     """Two shorter steps, by v from t to r, and by the map from r to s, end where one does."""
-    first, second, by_v = _turn(schedule, y, t, r), _turn(schedule, y, r, s), v(y, t, r)
-    by_u = u(jnp.cos(first) * y - jnp.sin(first) * by_v, r, s)
-    # (cos(first + second) y - the end) / sin(first + second), without the difference.
-    a, b = jnp.sin(first) * jnp.cos(second), jnp.sin(second)
-    whole = jnp.where(first + second == 0, 1, jnp.sin(first + second))
-    both = (a * by_v + b * by_u - b * jnp.sin(first) * y) / whole
     step = u(y, t, s)
-    return step, step - both
+    return step, step - _two_steps(schedule, v, u, y, t, s, r)
 
 
-IDENTITIES = {"semigroup": semigroup, "eulerian": eulerian, "lagrangian": lagrangian}
+def progressive(schedule: Schedule, u: Step, v: Step, y: Data, t: Array, s: Array, r: Array):
+    """Two shorter steps, both by a teacher's v, end where one of the map does."""
+    step = u(y, t, s)
+    return step, step - _two_steps(schedule, v, v, y, t, s, r)
+
+
+IDENTITIES = {f.__name__: f for f in (semigroup, eulerian, lagrangian, progressive)}
 """Identities by name: (schedule, u, v, y, t, s, r) -> u at (y, t, s), and the residual."""
 
 
@@ -154,10 +155,11 @@ def flow_map_loss(
       steps: T for times on the grid i/T, None for continuous times.
       identity: a name in `IDENTITIES`.
       velocity: what stands for v: "own", the map itself at s = t; "pair", that of the drawn (x_0,
-        eps), whose mean is v; or a teacher, a `Denoiser`. The semigroup takes its first step with
-        it; "own" takes it with the map.
+        eps), whose mean is v; or a teacher, a `Denoiser` or a `flow_map`. The semigroup takes its
+        first step with it: "own" and a teacher that is a map take their own step, a denoiser takes
+        DDIM's. `progressive` takes both steps with it, and needs a teacher.
       s: times at which steps end, `[]` or `[batch]`; drawn by default, uniform in [0, t].
-      first: the share of t - s that the semigroup's first step takes, in (0, 1); None draws it.
+      first: the share of t - s that the first of two steps takes, in (0, 1); None draws it.
       diagonal: the fraction of examples with s = t, if s is drawn.
       to_data: the fraction of examples with s = 0, if s is drawn.
       normalise: the power p of a factor stop_gradient(loss + 0.001)^-p (Geng et al. 2025), on
@@ -190,9 +192,11 @@ def flow_map_loss(
     y, of_pair = (alpha * x_0 + sigma * eps) / radius, (alpha * eps - sigma * x_0) / radius
     u = velocity_of(flow_map(network, schedule, target), schedule, cond)
     v = u if velocity == "own" else lambda *_: of_pair
-    if teacher is not None:
-        teacher = teacher if cond is None else functools.partial(teacher, cond=cond)
-        v = lambda y, t, s: ode.velocity(teacher, schedule, y, t)[0]
+    if teacher is not None and "s" in inspect.signature(teacher).parameters:
+        v = velocity_of(teacher, schedule, cond)
+    elif teacher is not None:
+        bound = teacher if cond is None else functools.partial(teacher, cond=cond)
+        v = lambda y, t, s: ode.velocity(bound, schedule, y, t)[0]
     step, residual = IDENTITIES[identity](schedule, u, v, y, t, s, r)
     on_diagonal = of_pair if teacher is None else v(y, t, t)
     aim = jax.lax.stop_gradient(types.select(s == t, on_diagonal, step - residual))
@@ -213,14 +217,22 @@ def check(
     normalise: float = 0.0,
 ) -> None:
     """Raise a ValueError unless `flow_map_loss` accepts these options."""
-    known = callable(velocity) or velocity in ("own", "pair")
+    taught = callable(velocity)
     for holds, message in (
         (identity in IDENTITIES, f"unknown {identity=}: one of {', '.join(IDENTITIES)}"),
-        (known, f"unknown {velocity=}: own, pair, or a teacher, a denoiser"),
+        (
+            taught or velocity in ("own", "pair"),
+            f"unknown {velocity=}: own, pair, or a teacher, a denoiser",
+        ),
         (
             velocity != "pair" or identity != "lagrangian",
             f"{identity=} needs the velocity where the step ends, which {velocity=} does not have: "
             "use own, a teacher, or identity=eulerian",
+        ),
+        (
+            taught or identity != "progressive",
+            f"{identity=} takes both steps by a teacher, and {velocity=} is none: give one, or use "
+            "identity=semigroup",
         ),
         (
             velocity != "pair" or not normalise,
@@ -235,6 +247,16 @@ def check(
     ):
         if not holds:
             raise ValueError(message)
+
+
+def _two_steps(schedule, first_by, second_by, y, t, s, r):
+    """The u of one step from t to s that ends where two do, over r."""
+    first, second, u_1 = _turn(schedule, y, t, r), _turn(schedule, y, r, s), first_by(y, t, r)
+    u_2 = second_by(jnp.cos(first) * y - jnp.sin(first) * u_1, r, s)
+    # (cos(first + second) y - the end) / sin(first + second), without the difference.
+    a, b = jnp.sin(first) * jnp.cos(second), jnp.sin(second)
+    whole = jnp.where(first + second == 0, 1, jnp.sin(first + second))
+    return (a * u_1 + b * u_2 - b * jnp.sin(first) * y) / whole
 
 
 def _turn(schedule, y, t, s):

@@ -26,6 +26,11 @@ SCALES = {"vp": diffjax.vp, "ve": diffjax.ve, "flow": diffjax.flow}
 identities = pytest.mark.parametrize("identity", IDENTITIES)
 
 
+def suited(identity, teacher):
+    """The velocity with which an identity is tested: the map's own, unless it needs a teacher."""
+    return {"velocity": teacher} if identity == "progressive" else {}
+
+
 def even(scales=diffjax.vp):
     """The log-SNR falls linearly, from 10 to -10; its inverse is (10 - log_snr) / 20."""
     return Schedule(lambda t: 10 - 20 * jnp.asarray(t), scales)
@@ -95,6 +100,7 @@ def test_the_loss_of_the_exact_map_is_zero_as_every_target(x64, identity, target
             identity=identity,
             t=jnp.asarray(T),
             s=jnp.asarray(S),
+            **suited(identity, oracle),
         )
         assert loss.max() < 1e-16
 
@@ -131,6 +137,7 @@ def test_one_map_has_one_loss_and_one_gradient_as_every_target_and_on_all_scales
             identity=identity,
             t=jnp.asarray(T),
             s=jnp.asarray(S),
+            **suited(identity, flow_map(written_as("v", schedule, wrong(schedule)), schedule, "v")),
         )
         return losses.sum()
 
@@ -211,7 +218,11 @@ TEACHER = lambda oracle: oracle
 
 @pytest.mark.parametrize(
     ("identity", "velocity"),
-    [*[(identity, "own") for identity in IDENTITIES], ("lagrangian", TEACHER)],
+    [
+        *((identity, "own") for identity in IDENTITIES if identity != "progressive"),
+        ("lagrangian", TEACHER),
+        ("progressive", TEACHER),
+    ],
 )
 def test_at_the_exact_map_nothing_moves(x64, identity, velocity):
     assert abs(gradients(identity, velocity)).max() < 1e-9
@@ -257,6 +268,7 @@ def test_a_derivative_in_the_wrong_direction_is_seen(x64, monkeypatch, identity)
 def through_u(identity):
     """The gradient of the loss of a wrong map, and 2 R du/dtheta, its part through u alone."""
     schedule = even()
+    exact = oracles.gaussian(schedule, MEAN, COV)
     t, s, r = map(jnp.asarray, (T, S, S + 0.5 * (T - S)))
     x_0, eps = (jax.random.normal(jax.random.key(i), (6, 2)) for i in (0, 1))
 
@@ -266,13 +278,15 @@ def through_u(identity):
     def loss(theta):
         network = written_as("v", schedule, wrong(schedule, theta))
         return flow_map_loss(
-            jax.random.key(3), network, schedule, "v", x_0, identity=identity, t=t, s=s, first=0.5
-        )
+            jax.random.key(3), network, schedule, "v", x_0, identity=identity, t=t, s=s, first=0.5,
+            **suited(identity, exact),
+        )  # fmt: skip
 
     eps = diffjax.losses.draw(jax.random.key(3), x_0, t)[1]
     y = diffjax.q_sample(schedule, x_0, t, eps)
     u = lambda theta: flow_maps.velocity_of(mean(theta), schedule)
-    rest = IDENTITIES[identity](schedule, u(0.3), u(0.3), y, t, s, r)[1]
+    v = flow_maps.velocity_of(exact, schedule) if identity == "progressive" else u(0.3)
+    rest = IDENTITIES[identity](schedule, u(0.3), v, y, t, s, r)[1]
     slope = jax.jacfwd(lambda theta: u(theta)(y, t, s))(0.3)
     return jax.jacfwd(loss)(0.3), (2 * rest * slope).mean(-1)
 
@@ -280,9 +294,10 @@ def through_u(identity):
 @identities
 def test_the_gradient_passes_through_the_step_alone(x64, monkeypatch, identity):
     np.testing.assert_allclose(*through_u(identity), atol=1e-12)
-    monkeypatch.setattr(flow_maps.jax.lax, "stop_gradient", lambda x: x)
-    loss, alone = through_u(identity)
-    assert abs(loss - alone).max() > 0.01
+    if identity != "progressive":  # in which nothing but the step depends on the map
+        monkeypatch.setattr(flow_maps.jax.lax, "stop_gradient", lambda x: x)
+        loss, alone = through_u(identity)
+        assert abs(loss - alone).max() > 0.01
 
 
 # The named methods, each by the formula of its paper.
@@ -338,6 +353,44 @@ def test_scm_is_the_eulerian_row_to_data_with_v(x64):
     t, s = jnp.asarray(T), jnp.zeros(6)
     ours = IDENTITIES["eulerian"](schedule, u, lambda *_: slope, x_t, t, s, s)[1]
     np.testing.assert_allclose(ours, -theirs, atol=1e-11)
+
+
+@pytest.mark.parametrize("as_map", [True, False])
+def test_progressive_distillation_learns_two_steps_of_the_teacher(x64, as_map):
+    """Salimans & Ho 2022, Algorithm 2: the loss is zero where one step ends where two of it do.
+
+    The two steps are DDIM's of a denoiser, and those of `jump` of a map.
+    """
+    schedule = even()
+    predict = wrong(schedule)
+    teacher = flow_map(written_as("v", schedule, predict), schedule, "v")
+    sampler = diffjax.jump(teacher)
+    if not as_map:
+        of_two_times, teacher = teacher, lambda x_t, t, cond=None: of_two_times(x_t, t)
+        sampler = diffjax.ddim(teacher, schedule)
+
+    def learned(x_t, log_snr, log_snr_s):
+        """The prediction with which one step from t to s ends where two of the teacher do."""
+        t, s = (10 - log_snr) / 20, (10 - log_snr_s) / 20
+        x_s = x_t
+        for start, end in ((t, (t + s) / 2), ((t + s) / 2, s)):
+            x_s = sampler.step(jax.random.key(0), sampler.init(x_s), start, end).x
+        (a, b), (c, d) = (diffjax.scales_at(schedule, time, x_t) for time in (t, s))
+        return (b * x_s - d * x_t) / (b * c - a * d), (c * x_t - a * x_s) / (b * c - a * d)
+
+    loss = flow_map_loss(
+        jax.random.key(0),
+        written_as("v", schedule, learned),
+        schedule,
+        "v",
+        jax.random.normal(jax.random.key(1), (6, 2)),
+        identity="progressive",
+        velocity=teacher,
+        first=0.5,
+        t=jnp.asarray(T),
+        s=jnp.asarray(S),
+    )
+    assert loss.max() < 1e-16
 
 
 def test_a_jump_is_ctms_step(x64):
@@ -424,6 +477,7 @@ def test_an_examples_loss_does_not_depend_on_the_others(identity):
     x_0 = jax.random.normal(jax.random.key(0), (8, 2))
     own_keys = jax.random.split(jax.random.key(1), 8)
     options = dict(identity=identity, diagonal=0.3, to_data=0.3)
+    options |= suited(identity, flow_map(network, schedule, "v"))
 
     @functools.partial(jax.jit, static_argnums=2)
     def loss(keys, x_0, n):
@@ -640,6 +694,7 @@ NETWORK = lambda x_t, log_snr, cond: 0 * x_t
     [
         (dict(identity="euler"), ValueError, "unknown identity='euler': one of semigroup, eul"),
         (dict(velocity="mine"), ValueError, "unknown velocity='mine': own, pair, or a teacher"),
+        (dict(identity="progressive"), ValueError, "takes both steps by a teacher.*velocity='own'"),
         (dict(velocity="pair"), ValueError, "velocity where the step ends.*use own, a teacher"),
         (
             dict(velocity="pair", identity="eulerian", normalise=1.0),

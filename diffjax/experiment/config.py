@@ -443,8 +443,8 @@ class FlowMap:
     """Learn the teacher's classifier-free guidance of every weight from 1 to this one instead, and
     give the network the weight; it needs model.guidance_weight. --guidance W then chooses one."""
     first: float | None = None
-    """The semigroup's first step, as a share of the two: 0.5 for shortcut models, a small one for
-    consistency models. None: it is drawn at random."""
+    """The first of two steps, as a share of both: 0.5 for shortcut models and progressive
+    distillation, a small one for consistency models. None: it is drawn at random."""
     diagonal: float = 0.75
     """Fraction of examples with two equal times, from which the map learns to denoise."""
     to_data: float = 0.0
