@@ -46,7 +46,7 @@ class Study(NamedTuple):
     """Runs that differ in one thing; each variant is a row of a table.
 
     Attributes:
-      config: the config file of all runs.
+      config: the config file of the runs; "{}" stands for the name of the variant.
       variants: the options of train.py in which they differ, by name.
       options: options of train.py that all runs have.
       evaluation: options of evaluate.py that all runs have.
@@ -62,7 +62,7 @@ class Study(NamedTuple):
         workdir = f"--workdir={self.result(name, variant, seed, home).parent}"
         changes = [*self.options, *self.variants[variant], f"--config.seed={seed}"]
         return [
-            ["train.py", f"--config={self.config}", workdir, *changes],
+            ["train.py", f"--config={self.config.format(variant)}", workdir, *changes],
             ["evaluate.py", workdir, *self.evaluation],
         ]
 
@@ -146,6 +146,11 @@ STUDIES = {
                 "--config.unit_input=True",
             ],
         },
+    ),
+    "networks": Study(
+        "configs/{}.py",
+        {"fashion_mnist": [], "fashion_dit": [], "fashion_edm2": []},
+        evaluation=["--features=fashion_classifier", "--held_out=500"],
     ),
     "ema": Study(DIGITS, _one_of("config.ema", 0.0, 0.9, 0.98) | CONSTANT),
     "guidance": Walks("digits", "eps", _one_of("guidance", 0.0, 1.0, 1.5, 2.0, 4.0)),
@@ -388,7 +393,7 @@ variance-preserving, except `rectified_flow`.
 Samples are drawn by 20 steps of DDIM, uniform in t, so that the schedule also determines the grid
 of noise levels.
 
-{vdm}## Moving average
+{networks}{vdm}## Moving average
 
 The first column is the decay of the average; 0 is no average. A constant decay has no warm-up.
 

@@ -229,6 +229,7 @@ def two_classes(schedule):
     return both, each, log_prob
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name", ["cosine", "log_uniform", "rectified_flow"])
 def test_the_exact_classifier_makes_the_mixture_its_class(x64, name):
     schedule = SCHEDULES[name]

@@ -224,7 +224,7 @@ def spoil(parts, how):
 
 
 @pytest.mark.parametrize(
-    "how", ["cut", "flipped", "nothing", *slow("deleted", "renamed", "no manifest")]
+    "how", ["flipped", "nothing", *slow("cut", "deleted", "renamed", "no manifest")]
 )
 def test_parts_that_do_not_tile_are_drawn_again(
     finished, drawn, tmp_path, monkeypatch, capsys, how

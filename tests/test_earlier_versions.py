@@ -87,6 +87,7 @@ def test_its_parameters_are_read_to_the_last_bit(earlier):
     assert metrics.read(earlier / "run")[-1]["step"] == 20
 
 
+@pytest.mark.faults
 def test_its_run_is_resumed(finished, tmp_path):
     """Its command would have gone on exactly as a run of this version that was never stopped."""
     with tarfile.open(FILES / "version_0_1.tar.gz") as archive:

@@ -181,6 +181,7 @@ def test_gradients_are_orthogonal_to_filters_and_spare_the_frequencies():
             assert jnp.any(g)
 
 
+@pytest.mark.faults
 def test_training_keeps_filters_at_length_one_and_moves_them_where_adam_would():
     """From the first parameters on; directions are those of plain Adam, gains are free."""
     shape = (8, 8, 3)

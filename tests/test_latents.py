@@ -220,6 +220,7 @@ def autoencoder(tmp_path):
     return write_diffusers(tmp_path / "vae")
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("parallel", [*RUNNERS])
 def test_samples_of_latents_are_images_where_the_autoencoder_is(autoencoder, parallel):
     config = latent_config(autoencoder=autoencoder)

@@ -216,6 +216,7 @@ def learned():
         return config, trained(config, runners.sharded())
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("runner", "devices", "accumulate", "together"),
     [(runners.pmap, 4, 2, 2), *slow((runners.sharded, 4, 1, 1))],

@@ -127,7 +127,7 @@ def test_discrete_elbo_weight_is_ddpms_coefficient(x64):
         np.testing.assert_allclose(got, coefficient, rtol=1e-7)
 
 
-@pytest.mark.parametrize("weight", each(WEIGHTINGS, "unit", "elbo", "min_snr", "edm"))
+@pytest.mark.parametrize("weight", each(WEIGHTINGS, "elbo", "min_snr"))
 @pytest.mark.parametrize(
     ("target", "density", "steps"),
     [("eps", None, None), ("F", (1.0, 3.0), None), ("x_0", None, 50)],
@@ -253,7 +253,7 @@ def test_a_density_is_drawn_and_cut_off_at_the_ends_of_the_schedule(make):
     assert jnp.array_equal(part, t[jnp.array([7, 2])])
 
 
-@pytest.mark.parametrize("steps", [None, 20])
+@pytest.mark.parametrize("steps", [None, *slow(20)])
 @pytest.mark.parametrize("make", DENSITIES.values(), ids=DENSITIES)
 def test_losses_over_their_density_keep_their_mean_and_vary_as_promised(make, steps):
     """A loss that is a known function of t, and the variance of importance sampling.
@@ -300,6 +300,7 @@ def test_the_fitted_density_is_the_one_that_varies_least(x64):
     assert losses_at.std() > 0.5
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name", ["elbo", "min_snr", "constant", "edm"])
 def test_losses_over_their_fitted_density_vary_less_than_at_uniform_times(name):
     """The exact losses of data N(0, 0.25); min_snr's fall slower on one side than normal tails."""
@@ -604,7 +605,8 @@ def test_raw_uint32_keys_are_taken_too():
     assert jnp.array_equal(*losses)
 
 
-@pytest.mark.parametrize("steps", [10, *slow(7, 1000)])
+@pytest.mark.faults
+@pytest.mark.parametrize("steps", [7, 10, 1000])
 def test_the_effective_weight_at_a_step_of_the_grid_is_that_of_the_step(steps):
     """DDPM's simple loss over uniform steps, in closed form: snr_i / T over each step's range.
 

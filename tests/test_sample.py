@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import re
@@ -192,11 +193,17 @@ def walked(config, walk):
     return sampling.settings(e, wanted, params), np.asarray(x)
 
 
+@functools.cache
+def before_a_change(of_super_resolution):
+    """What `walked` gives for `WALK`; several fields are compared with it."""
+    return walked(SUPER_RESOLUTION if of_super_resolution else CONFIG, WALK)
+
+
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Walk)])
 def test_every_field_of_a_walk_is_in_the_settings_and_changes_the_samples(name):
     """A new field of `Walk` fails this test until `OTHER` has a value of it."""
     config = SUPER_RESOLUTION if name == "cond_noise" else CONFIG
-    before, x = walked(config, WALK)
+    before, x = before_a_change(name == "cond_noise")
     after, other = walked(config, dataclasses.replace(WALK, **{name: OTHER[name]}))
     follow = {"config", "function_evaluations"}
     assert {key for key in before if before[key] != after[key]} - follow == {name}
@@ -212,9 +219,11 @@ def test_every_field_of_a_walk_is_in_the_settings_and_changes_the_samples(name):
             ["--guidance", "classifier_free:weight=3", "within:low=-2,high=4"],
             ["classifier_free:weight=3", "within:low=-2,high=4"],
         ),
-        (["--guidance=2"], ["classifier_free:weight=2"]),
-        (["--guidance=1"], []),
-        ([], ["classifier_free:weight=1.2"]),
+        *slow(
+            (["--guidance=2"], ["classifier_free:weight=2"]),
+            (["--guidance=1"], []),
+            ([], ["classifier_free:weight=1.2"]),
+        ),
     ],
     ids=["chain", "number", "one", "default"],
 )
@@ -223,6 +232,7 @@ def test_guidance_on_the_command_line_is_a_chain_or_a_number(finished, tmp_path,
     assert settings["guidance"] == settings["config"]["sampling"]["guidance"] == chain
 
 
+@pytest.mark.faults
 def test_a_chain_of_the_command_line_is_what_samples_are_drawn_with(finished, tmp_path):
     chain = "classifier_free:weight=3", "within:low=-2,high=4"
     examples, _ = draw_by(finished, tmp_path / "a.npz", "--n=4", "--guidance", *chain)
@@ -515,6 +525,7 @@ def of_version_0_1(finished, tmp_path):
     return workdir, tmp_path / "moved.npz"
 
 
+@pytest.mark.faults
 def test_the_path_of_the_data_is_a_flag_of_every_command(of_version_0_1, tmp_path):
     workdir, moved = of_version_0_1
     moved = f"--data_path={moved}"
@@ -696,6 +707,7 @@ def found(workdir):
     return json.loads((workdir / comparison.RESULT).read_text())
 
 
+@pytest.mark.faults
 def test_every_number_comes_with_what_it_depends_on(evaluated):
     """An untrained network is no good, so the bound is loose; but it is one, and it is finite."""
     result = found(evaluated)

@@ -316,6 +316,7 @@ def test_a_resumed_run_may_change_how_steps_are_run(finished, tmp_path):
     np.testing.assert_allclose(*work, rtol=0.05)
 
 
+@pytest.mark.faults
 def test_a_run_is_read_back_in_two_lines(copied):
     network, params, config = checkpoint.load(copied)
     assert config.steps == 40 and config.batch_size == 16
@@ -423,6 +424,7 @@ def test_a_nan_stops_the_run_with_the_step_and_keeps_the_last_checkpoint(
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(arrays["params"]))
 
 
+@pytest.mark.faults
 def test_the_loop_compiles_the_step_once_and_fetches_nothing_between_log_points(
     tmp_path, monkeypatch
 ):
@@ -463,6 +465,7 @@ def test_the_loop_compiles_the_step_once_and_fetches_nothing_between_log_points(
     assert 0 < max(under_way) <= 3  # the host is ahead of the devices, but not far
 
 
+@pytest.mark.faults
 def test_the_cores_of_a_cpu_become_devices_unless_the_user_chose_a_number(monkeypatch):
     code = (
         "import jax; from diffjax.training.distributed import *; "

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 import train
+from catalogue import slow
 from diffjax import averages, data, keys, models
 from diffjax.averages import Snapshot
 from diffjax.evaluation.likelihoods import variational_bound
@@ -293,7 +294,7 @@ def test_a_score_network_is_trained_as_the_eps_network_unless_it_is_raw():
     assert abs(losses(target="score", unit_output=False) / of_eps - 1).max() > 0.01
 
 
-@pytest.mark.parametrize("target", ["x_0", "eps", "score"])
+@pytest.mark.parametrize("target", ["eps", *slow("x_0", "score")])
 def test_training_learns_the_data(target):
     """300 steps on two moons: the loss falls, and samples lie near the data, with every target."""
     config = dataclasses.replace(

@@ -1,0 +1,50 @@
+"""Fashion-MNIST by a small JiT, a transformer that takes patches of pixels (Li & He 2025).
+
+    python train.py --config=configs/fashion_dit.py --workdir=runs/fashion_dit
+
+The data is Debian's package dataset-fashion-mnist, or --config.data.path.
+"""
+
+import dataclasses
+
+from diffjax.experiment import Config, Data, Optimizer, Sampling, smoke, variant_of
+from diffjax.models import DiTConfig
+
+
+def get_config(variant: str = "") -> Config:
+    model = DiTConfig(
+        width=128,
+        blocks=6,
+        heads=4,
+        patch=4,
+        rms_norm=True,
+        qk_norm=True,
+        rope=True,
+        swiglu=True,
+        flow_time=True,
+        labels=10,
+        null_label=True,
+    )
+    config = Config(
+        data=Data("fashion_mnist"),
+        target="v",
+        model=model,
+        optimizer=Optimizer(learning_rate=1e-3, warmup=100),
+        schedule_options={"log_snr_min": -10.0, "log_snr_max": 10.0},
+        weighting="min_snr",
+        ema=0.995,
+        batch_size=64,
+        steps=1700,
+        log_every=50,
+        eval_every=500,
+        save_every=500,
+        sample_every=1700,
+        sampling=Sampling(
+            "dpm_solver_pp_2m_sde",
+            times="log_snr",
+            steps=20,
+            guidance=("classifier_free:weight=1.5",),
+        ),
+    )
+    tiny = dataclasses.replace(model, width=16, blocks=1, heads=2, patch=7)
+    return variant_of(config, variant, smoke=lambda: smoke(config, model=tiny))

@@ -1,0 +1,56 @@
+"""Fashion-MNIST by a small EDM2, whose layers keep the size of what they pass on (Karras 2024).
+
+    python train.py --config=configs/fashion_edm2.py --workdir=runs/fashion_edm2
+
+The schedule, target, density of noise levels, weight of the loss and decay of the learning rate are
+EDM2's (configs/edm2_imagenet64.py).
+
+The data is Debian's package dataset-fashion-mnist, or --config.data.path.
+"""
+
+import dataclasses
+
+from diffjax.experiment import Config, Data, Optimizer, Sampling, smoke, variant_of
+from diffjax.models import EDM2UNetConfig
+
+
+def get_config(variant: str = "") -> Config:
+    model = EDM2UNetConfig(
+        width=32,
+        mults=(1, 2),
+        blocks=1,
+        attention=(),
+        head_width=32,
+        labels=10,
+        null_label=True,
+    )
+    config = Config(
+        data=Data("fashion_mnist"),
+        target="F",
+        unit_input=True,
+        schedule="log_uniform",
+        schedule_options={"sigma_min": 0.002, "sigma_max": 80.0},
+        weighting="preconditioned",
+        density="normal",
+        density_options={"mean": 1.6, "std": 3.2},  # ln sigma of mean -0.8, deviation 1.6
+        density_weights=False,
+        model=model,
+        optimizer=Optimizer(
+            learning_rate=1e-2, warmup=100, inverse_sqrt_from=300, clip=None, beta_2=0.99
+        ),
+        ema=0.995,
+        batch_size=64,
+        steps=1700,
+        log_every=50,
+        eval_every=500,
+        save_every=500,
+        sample_every=1700,
+        sampling=Sampling(
+            "dpm_solver_pp_2m_sde",
+            times="log_snr",
+            steps=20,
+            guidance=("classifier_free:weight=1.5",),
+        ),
+    )
+    tiny = dataclasses.replace(model, width=8, mults=(1,), head_width=8)
+    return variant_of(config, variant, smoke=lambda: smoke(config, model=tiny))
