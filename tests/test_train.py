@@ -21,6 +21,7 @@ from test_images import draw_folder
 import evaluate
 import sample
 import train
+from catalogue import each
 from diffjax import TARGETS, checkpoint, data, plots, published
 from diffjax.data import conversion
 from diffjax.evaluation import distances, features, sampling
@@ -84,15 +85,10 @@ def interrupted(finished, workdir):
     return workdir
 
 
-PAPERS = ("dit_imagenet256", "edm2_imagenet64", "edm_cifar10", "jit_imagenet256", "vdm_cifar10")
-SLOW = ("cifar10", "fashion_mnist", "folder", "fashion_sr", "vdm_fashion", *PAPERS)
-CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
+CONFIGS = {p.stem: p.stem for p in sorted((ROOT / "configs").glob("*.py"))}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.faults] * (name in SLOW)) for name in CONFIGS],
-)
+@pytest.mark.parametrize("name", each(CONFIGS, "digits", "two_moons"))
 def test_every_config_runs_its_smoke_variant(name, tmp_path, capsys):
     argv = [f"--config=configs/{name}.py:smoke"]
     if "fashion" in name:
