@@ -188,7 +188,7 @@ def _refuse_or_tell(path, readable, bad, unreadable):
     what = f"{path}: {len(bad)} of {len(bad) + readable} images cannot be read: {some}"
     what += f"; and {len(bad) - 10} more" if len(bad) > 10 else ""
     if unreadable == "refuse":
-        raise UnreadableError(f"{what}. Repair them, or skip them with data.unreadable=skip")
+        raise UnreadableError(f"{what}. Repair them, or skip them with unreadable=skip")
     print(f"skipped: {what}", flush=True)
 
 
