@@ -128,7 +128,7 @@ def evaluate(args: Arguments) -> dict[str, Any]:
             "counts none",
         ),
     )
-    runner = runners.RUNNERS[config.parallel](1)
+    runner = runners.choose(config.parallel)
     which = Eval(args.features, args.weights, args.reference)
     x = dataset.train.x
     form = pixels.form(there, runner, data.shape_of(x), x.dtype.type)

@@ -81,7 +81,7 @@ def sample(args: Arguments) -> None:
         sampling.check_parameters(params, args.workdir)
         weaker = sampling.load_weaker(e, shape)
         generate = sampling.make_generate(e, shape, weaker.experiment)
-        runner = runners.RUNNERS[e.config.parallel](1)
+        runner = runners.choose(e.config.parallel)
         form = pixels.form(config, runner, shape, example_dtype(config))
 
         settings = sampling.settings(e, args.drawing, params) | form.about | weaker.settings

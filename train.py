@@ -48,7 +48,7 @@ from diffjax.training.distributed import (
 )
 from diffjax.training.files import write_text
 from diffjax.training.recorder import Recorder
-from diffjax.training.runners import RUNNERS, in_batches
+from diffjax.training.runners import choose, in_batches
 from diffjax.training.step import several_steps
 
 AHEAD = 16
@@ -137,7 +137,7 @@ def train(
         accumulate = config.optimizer.accumulate
         setup(distributed, config.batch_size, accumulate)
         check_batch(config.batch_size, accumulate)
-        runner = RUNNERS[config.parallel](config.fsdp)
+        runner = choose(config.parallel, config.fsdp)
         train_set, test_set = dataset.load_data(config, workdir)
         dataset.check_data(config, train_set, test_set)
         e.grid()
@@ -215,7 +215,7 @@ def train(
     with errors, checkpoints, recorder, traced as trace, preemption.watch() as should_stop:
         count = sum(x.size for x in jax.tree.leaves(state.params))
         what = f"{config.data.name}, target {config.target}, {count:,} parameters"
-        recorder.say(f"{what}, {devices} by {config.parallel}")
+        recorder.say(f"{what}, {devices} by {runner.name}")
         recorder.say(f"the run is in {workdir}")
         if start:
             recorder.say(f"resumed from the checkpoint of step {start} of {config.steps}")

@@ -59,8 +59,15 @@ def test_examples_are_paired_over_the_whole_batch_on_every_layout(monkeypatch, c
     assert 0 < (alone != losses[name]).mean() <= 1
 
 
+def test_the_default_runner_suits_the_processes(monkeypatch):
+    assert [runners.choose(*args).name for args in ((None,), (None, 2))] == ["pmap", "sharded"]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert [runners.choose(name).name for name in (None, "pmap")] == ["sharded", "pmap"]
+
+
 def test_draws_are_bitwise_equal_without_any_compilation(alone):
     eager = runners.Runner(
+        name="eager",
         init=lambda f: jax.jit(f)(),
         step=lambda f: f,
         map=lambda f: f,
@@ -185,14 +192,35 @@ def test_a_platform_that_is_not_there_is_one_line(platform):
     assert "Traceback" not in done.stderr
 
 
-def test_a_process_of_a_cluster_never_runs_alone(monkeypatch):
+KUBERNETES = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"SLURM_PROCID": "3"}, "SLURM_PROCID=3: this process is one of several"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_HOSTNAMES=a,b: this.*run alone"),
+        ({"MEGASCALE_NUM_SLICES": "2"}, "MEGASCALE_NUM_SLICES=2"),
+        (KUBERNETES | {"JOB_COMPLETION_INDEX": "0"}, r"JOB_COMPLETION_INDEX=0.*\[k8s\]"),
+    ],
+)
+def test_a_process_of_a_cluster_never_runs_alone(monkeypatch, environment, message):
     """Here JAX has started, so that the process cannot join: without a cluster, as in a notebook,
     it runs alone.
     """
     distributed.setup(Distributed(), 16)
-    monkeypatch.setenv("SLURM_PROCID", "3")
-    with pytest.raises(RuntimeError, match="before any JAX calls"):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
         distributed.setup(Distributed(), 16)
+    distributed.setup(Distributed(processes=1), 16)
+
+
+def test_what_a_cluster_also_sets_for_a_single_process_is_no_reason_to_refuse_it(monkeypatch):
+    single = {"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "1"}
+    for name, value in (single | KUBERNETES).items():
+        monkeypatch.setenv(name, value)
+    distributed.setup(Distributed(), 16)
 
 
 @pytest.mark.parametrize(

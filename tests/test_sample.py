@@ -332,8 +332,8 @@ def test_a_guidance_of_the_step_is_drawn_with_the_rest_of_the_chain():
 
 def test_samples_are_drawn_by_the_runner_of_the_run(finished, drawn, tmp_path, monkeypatch):
     workdir = shutil.copytree(finished, tmp_path / "run")
-    config = (workdir / "config.json").read_text()
-    (workdir / "config.json").write_text(config.replace('"pmap"', '"sharded"'))
+    config = workdir / "config.json"
+    config.write_text(config.read_text().replace('"parallel": null', '"parallel": "sharded"'))
     sharded, used = runners.RUNNERS["sharded"], []
     monkeypatch.setitem(runners.RUNNERS, "pmap", lambda _: pytest.fail("not the run's runner"))
     monkeypatch.setitem(runners.RUNNERS, "sharded", lambda fsdp: used.append(fsdp) or sharded(fsdp))
@@ -792,7 +792,7 @@ def test_samples_that_were_drawn_are_measured_alike(evaluated, drawn, tmp_path):
 def test_the_other_runner_says_the_same(evaluated, tmp_path):
     again = shutil.copytree(evaluated, tmp_path / "run")
     config = (again / "config.json").read_text()
-    (again / "config.json").write_text(config.replace('"pmap"', '"sharded"'))
+    (again / "config.json").write_text(config.replace('"parallel": null', '"parallel": "sharded"'))
     result = evaluate_run(
         again, drawing=dataclasses.replace(FEW, n=0), held_out=32, bound_samples=4
     )

@@ -767,9 +767,12 @@ BAD = {
         ["--config.sampling.sampler=ancestral", "--config.sampling.options", "variance=learned"],
         "the run must learn one, by its bound_weight",
     ),
-    "fsdp under pmap": (["--config.fsdp=8"], "parallel=pmap copies the state to each device"),
+    "fsdp under pmap": (
+        ["--config.parallel=pmap", "--config.fsdp=8"],
+        "parallel=pmap copies the state to each device",
+    ),
     "fsdp": (
-        ["--config.parallel=sharded", "--config.fsdp=3"],
+        ["--config.fsdp=3"],
         "fsdp=3: must be 0, for all, or divide the 2 devices",
     ),
     "best": (["--config.keep_best=1", "--config.eval_every=40"], "a multiple of eval_every=40"),

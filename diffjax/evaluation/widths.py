@@ -25,7 +25,7 @@ from ..experiment.config import require
 from ..experiment.dataset import load_data
 from ..training.distributed import ALONE, setup
 from ..training.files import write_text
-from ..training.runners import RUNNERS
+from ..training.runners import choose
 from . import distances, features, likelihoods, pixels, provenance, sampling
 from .sampling import Drawing
 
@@ -87,7 +87,7 @@ def compare(args: Arguments) -> list[dict[str, Any]]:
     config = e.config
     drawn = e if args.features is None else sampling.drawn_by(config, _drawing(args, e))
     setup(ALONE)
-    dataset, runner = load_data(config, args.workdir), RUNNERS[config.parallel](1)
+    dataset, runner = load_data(config, args.workdir), choose(config.parallel)
     levels = data.levels(config.data.name, dataset.test)
     held_out = data.first(dataset.test, args.held_out)
     bound = runner.map(likelihoods.variational_bound(e, levels, args.bound_samples))

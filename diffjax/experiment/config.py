@@ -577,10 +577,11 @@ class Config:
 
     steps: int = 1000
     """Training steps in all."""
-    parallel: Annotated[str, one_of(RUNNERS)] = "pmap"
-    """The runner."""
+    parallel: Annotated[str | None, one_of(RUNNERS)] = None
+    """What maps the step over the devices: pmap, or sharded, which is jax.jit over a mesh. None:
+    pmap in one process, and sharded among several or with fsdp."""
     fsdp: int = 1
-    """Devices that share one copy of the state, with parallel=sharded; 0: all of them."""
+    """Devices that share one copy of the state, which pmap cannot do; 0: all of them."""
     steps_per_call: int = 1
     """Steps in one call of the compiled program, for a GPU or TPU that makes a step faster than the
     host can start one. It gains nothing on a CPU."""

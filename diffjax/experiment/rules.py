@@ -58,7 +58,8 @@ def check(config: Config) -> None:
     known_name("weighting", WEIGHTINGS, c.weighting)
     known_name("density", DENSITIES, c.density)
     known_name("coupling", COUPLINGS, c.coupling)
-    known_name("runner", RUNNERS, c.parallel)
+    if c.parallel is not None:
+        known_name("runner", RUNNERS, c.parallel)
     known_name("snapshot_dtype", DTYPES, c.snapshot_dtype)
     known_name("keep_best_by", BEST, c.keep_best_by)
     known_name("objective", OBJECTIVES, c.objective)

@@ -8,11 +8,12 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
 
+from ..extras import install
 from .output import tolerated
 
 GRACE = 8.0
@@ -37,8 +38,15 @@ class Distributed:
 
 
 ALONE = Distributed(processes=1)
-CLUSTER = {"JAX_COORDINATOR_ADDRESS", "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE"}
-"""Environment variables that are set only inside a cluster."""
+CLUSTERS: dict[str, Callable[[Mapping[str, str]], bool]] = {
+    "JAX_COORDINATOR_ADDRESS": lambda env: True,
+    "SLURM_PROCID": lambda env: True,
+    "OMPI_COMM_WORLD_SIZE": lambda env: True,
+    "TPU_WORKER_HOSTNAMES": lambda env: "," in env["TPU_WORKER_HOSTNAMES"],
+    "MEGASCALE_NUM_SLICES": lambda env: env["MEGASCALE_NUM_SLICES"] != "1",
+    "JOB_COMPLETION_INDEX": lambda env: "KUBERNETES_SERVICE_HOST" in env,  # of an indexed Job
+}
+"""Environment variables that clusters set, and whether one that is set means several processes."""
 
 
 def setup(distributed: Distributed, batch_size: int | None = None, accumulate: int = 1) -> None:
@@ -55,8 +63,9 @@ def setup(distributed: Distributed, batch_size: int | None = None, accumulate: i
     `--xla_force_host_platform_device_count` in `XLA_FLAGS`), or if JAX has started already.
 
     Raises:
-      ValueError: if `distributed` is given in part, or makes no sense; or if there is no device of
-        a platform that the user has chosen (`JAX_PLATFORMS`).
+      ValueError: if `distributed` is given in part, or makes no sense; if the environment says
+        that there are other processes, which JAX does not find; or if there is no device of a
+        platform that the user has chosen (`JAX_PLATFORMS`).
       RuntimeError: if the others cannot be reached.
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
@@ -102,12 +111,27 @@ def _join(distributed):
             join()
             return True
         except (ValueError, RuntimeError) as error:
-            # Either there is no cluster, or JAX has started already, as in a notebook. Inside a
-            # cluster, a process that went on alone would damage the run of the others.
+            # Either there is no cluster, or JAX has started already, as in a notebook.
             alone = "coordinator_address should be defined", "before any JAX calls"
-            if CLUSTER & set(os.environ) or not any(why in str(error) for why in alone):
+            if not any(why in str(error) for why in alone):
                 raise
+            _refuse_inside_a_cluster(error)
     return False
+
+
+def _refuse_inside_a_cluster(error):
+    """Raise a ValueError if the environment says that there are other processes.
+
+    Each of them would go on alone, and they would damage each other's run.
+    """
+    for name, several in CLUSTERS.items():
+        if name in os.environ and several(os.environ):
+            package = f"{install('k8s')}, or " if name == "JOB_COMPLETION_INDEX" else ""
+            raise ValueError(
+                f"{name}={os.environ[name]}: this process is one of several, and JAX does not find "
+                f"the others ({error}): {package}give --distributed.coordinator, .processes and "
+                ".process, or --distributed.processes=1 to run alone"
+            ) from error
 
 
 def _make_cores_devices(batch_size, accumulate):

@@ -25,6 +25,7 @@ class Runner(NamedTuple):
     """The functions that run a computation on all devices of all processes.
 
     Attributes:
+      name: the name in `RUNNERS`.
       init: takes f() -> state, and returns that state, created where it stays: no device ever holds
         more than its part.
       step: takes step(state, batch, axis_name) -> (state, metrics), and returns the compiled
@@ -41,6 +42,7 @@ class Runner(NamedTuple):
         given the whole batch.
     """
 
+    name: str
     init: Callable[[Callable], Any]
     step: Callable[[Callable], Callable]
     map: Callable[[Callable], Callable]
@@ -97,7 +99,7 @@ def pmap(fsdp: int = 1) -> Runner:
         return jax.tree.map(to_devices, batch)
 
     # XLA counts the operations of one device.
-    return Runner(init, step, map_, slots, put, telemetry.flops, AXIS)
+    return Runner("pmap", init, step, map_, slots, put, telemetry.flops, AXIS)
 
 
 def sharded(fsdp: int = 1) -> Runner:
@@ -158,7 +160,7 @@ def sharded(fsdp: int = 1) -> Runner:
     def flops(*args):
         return telemetry.flops(*args) / len(devices)  # XLA counts the operations of all devices
 
-    return Runner(init, step, map_, slots, put, flops)
+    return Runner("sharded", init, step, map_, slots, put, flops)
 
 
 def in_batches(
@@ -198,6 +200,20 @@ SMALL = 2**12
 
 RUNNERS: dict[str, Callable[[int], Runner]] = {"pmap": pmap, "sharded": sharded}
 """Every runner by name, as configs and the command line choose it: functions of `fsdp`."""
+
+
+def choose(name: str | None, fsdp: int = 1) -> Runner:
+    """The runner of a name in `RUNNERS`; None: the one that suits the processes.
+
+    That is `pmap` in a single process, and `sharded` among several, where `pmap` holds the state
+    twice, or if the state is split.
+
+    Raises:
+      ValueError: as the runner.
+    """
+    if name is None:
+        name = "pmap" if jax.process_count() == 1 and fsdp == 1 else "sharded"
+    return RUNNERS[name](fsdp)
 
 
 def _split_largest(shape, axis_name, n):
