@@ -23,6 +23,7 @@ learning flow maps via self-distillation".) No residual depends on the target or
 import functools
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -130,7 +131,7 @@ def flow_map_loss(
     steps: int | None = None,
     *,
     identity: str = "lagrangian",
-    velocity: str | Denoiser = "own",
+    velocity: str | Denoiser | FlowMap = "own",
     s: Time | None = None,
     first: float | None = None,
     diagonal: float = 0.75,
@@ -173,7 +174,7 @@ def flow_map_loss(
     """
     check(identity, velocity, first, diagonal, to_data, normalise)
     checks.network(network)
-    teacher = velocity if callable(velocity) else None
+    teacher: Any = velocity if callable(velocity) else None
     if teacher is not None and known_schedule(teacher) is not None:
         schedule_of(teacher, schedule)
     t, eps = draw(key, x_0, t, steps)
@@ -210,7 +211,7 @@ def flow_map_loss(
 
 def check(
     identity: str,
-    velocity: str | Denoiser,
+    velocity: str | Denoiser | FlowMap,
     first: float | None = None,
     diagonal: float = 0.0,
     to_data: float = 0.0,

@@ -206,7 +206,9 @@ def made(name: str, variant: str, seed: int, home: Path) -> dict[str, Any]:
 
 
 def spread(values: Sequence[float]) -> str:
-    """The mean and the standard deviation, with two digits of the latter."""
+    """The mean and the standard deviation, with two digits of the latter; of one value, itself."""
+    if len(values) == 1:
+        return f"{values[0]:.4g} (one run)"
     mean, deviation = statistics.mean(values), statistics.stdev(values)
     digits = max(0, 1 - math.floor(math.log10(deviation))) if deviation else 3
     return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
@@ -253,14 +255,12 @@ def study(name: str, record: dict[str, Any], again: bool = False) -> None:
       record: the numbers of all runs, which this changes and writes.
       again: whether to make the runs that are on record, too.
     """
-    variants = STUDIES[name].variants
-    known = record.get(name, {}).get("runs", {})
-    runs = {variant: {} if again else known.get(variant, {}) for variant in variants}
-    for seed, variant in itertools.product(SEEDS, variants):
-        if str(seed) not in runs[variant]:
+    runs = record.setdefault(name, {"runs": {}})["runs"]
+    for seed, variant in itertools.product(SEEDS, STUDIES[name].variants):
+        if again or str(seed) not in runs.get(variant, {}):
             date = {"date": datetime.date.today().isoformat()}
-            runs[variant][str(seed)] = made(name, variant, seed, RUNS) | date
-            record[name] = {"runs": {of: seeds for of, seeds in runs.items() if seeds}}
+            run = made(name, variant, seed, RUNS) | date
+            runs.setdefault(variant, {})[str(seed)] = run
             RECORD.write_text(json.dumps(record, indent=1) + "\n")
     grids = {variant: RUNS / name / f"{variant}_0" / "samples.png" for variant in runs}
     if name in PICTURES and all(grid.exists() for grid in grids.values()):
@@ -309,13 +309,14 @@ def study_table(
       base: the label of a first row, which is of the digits' eps; None: no such row.
       without: columns to leave out.
     """
-    variants = dict(record[name]["runs"])
+    runs = record[name]["runs"]
+    variants = {variant: runs[variant] for variant in STUDIES[name].variants if variant in runs}
     if base is not None:
         variants = {base: record["digits"]["runs"]["eps"]} | variants
-    some = next(iter(record[name]["runs"].values()))
+    some = next(iter(runs.values()))
     keys = [key for key in COLUMNS if over_seeds(some, key) and key not in without]
-    cells = lambda runs: (spread(over_seeds(runs, key)) for key in keys)
-    rows = [[variant, *cells(runs)] for variant, runs in variants.items()]
+    cells = lambda seeds: (spread(over_seeds(seeds, key)) for key in keys)
+    rows = [[variant, *cells(seeds)] for variant, seeds in variants.items()]
     return table(["", *(COLUMNS[key] for key in keys)], rows)
 
 
@@ -327,6 +328,15 @@ def grid(record: dict[str, Any], key: str = "frechet") -> str:
     return table(["", *(f"{n} evaluations" for n in EVALUATIONS)], rows)
 
 
+NETWORKS = """\
+## Networks
+
+The same data, budget of time and sampler, with the U-Net, the transformer and EDM2's network of the
+configs named below, each of which has the learning rate and the loss that suit it.
+
+{command}
+{table}
+"""
 PICTURED = " The pictures of\n  samples call it score."
 """Of pictures that were made when the raw score was the default."""
 PAGE = """\
@@ -461,6 +471,9 @@ def page(record: dict[str, Any]) -> str:
         **{name: study_table(record, name, base, not_shared) for name, base in ablations.items()},
         sampler=grid(record),
         pictured="" if "score" in record["digits"]["runs"] else PICTURED,
+        networks=NETWORKS.format(command=command("networks"), table=study_table(record, "networks"))
+        if "networks" in record
+        else "",
         vdm=vdm.section(),
         checked=", ".join(COLUMNS[key] for key in CHECKED),
     )

@@ -72,9 +72,7 @@ def test_every_training_command_is_one_that_train_accepts(words):
 def test_the_image_has_what_training_needs_and_gets_its_signals():
     text = (ROOT / "Dockerfile").read_text()
     steps = re.findall(r"^([A-Z]+) (.*)$", text, re.M)
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for chosen in re.findall(r"EXTRAS=(\S+)", text + "\n".join(BLOCKS)):
         assert set(chosen.split(",")) <= set(project["optional-dependencies"])
     copied = {word for name, rest in steps if name == "COPY" for word in rest.split()[:-1]}

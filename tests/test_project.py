@@ -176,7 +176,7 @@ def test_every_row_is_there_and_every_row_is_tested():
     guidances = set(returning(diffjax.guidance, diffjax.Denoiser))
     assert guidances == set(diffjax.GUIDANCES) | {"classifier_guidance"}  # which needs a function
     assert set(returning(diffjax.guidance, diffjax.Sampler)) == set(diffjax.STEP_GUIDANCES)
-    assert set(returning(runners, runners.Runner)) == set(RUNNERS)
+    assert set(returning(runners, runners.Runner)) == {*RUNNERS, "choose"}
     assert set(returning(data.readers, tuple)) == set(data.readers.READERS)
     assert set(returning(data.toy, np.ndarray)) == set(data.toy.TOYS)
     measured = {row.measure.__name__ for row in distances.METRICS.values()}
