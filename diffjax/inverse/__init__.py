@@ -64,7 +64,10 @@ def _dps(denoise, schedule, operator, y, noise_std, *, make=ancestral, **options
 
 
 def _repaint(denoise, schedule, operator, y, noise_std, *, make=ancestral, **options):
-    return repaint(make(denoise, schedule), schedule, operator.svd.values, y, **options)
+    mask = getattr(operator, "mask", None)
+    if mask is None:
+        raise ValueError("repaint needs an operator of inverse.inpainting")
+    return repaint(make(denoise, schedule), schedule, mask, y, **options)
 
 
 SOLVERS = {

@@ -6,15 +6,15 @@ import jax.numpy as jnp
 from ..denoisers import add_score, predict, schedule_of, with_schedule, with_x_0
 from ..process import scales_at
 from ..schedules import Schedule
-from ..types import Array, Data, Denoiser, Scalar, Time, expand, known
-from .operators import Measure, check, check_linear
+from ..types import Array, Denoiser, Scalar, Time, expand, known
+from .operators import Measure, Measurement, check, check_linear
 
 
 def pigdm(
     denoise: Denoiser,
     schedule: Schedule,
     operator: Measure,
-    y: Data,
+    y: Measurement,
     noise_std: Scalar = 0.0,
     sigma_data: Scalar = 1.0,
 ) -> Denoiser:
@@ -63,7 +63,7 @@ def diffpir(
     denoise: Denoiser,
     schedule: Schedule,
     operator: Measure,
-    y: Data,
+    y: Measurement,
     noise_std: Scalar = 0.0,
     strength: Scalar = 1.0,
 ) -> Denoiser:
@@ -104,7 +104,7 @@ def mmps(
     denoise: Denoiser,
     schedule: Schedule,
     operator: Measure,
-    y: Data,
+    y: Measurement,
     noise_std: Scalar,
     iterations: int = 3,
 ) -> Denoiser:
@@ -157,7 +157,7 @@ def mmps(
 
 def spread_at(schedule: Schedule, t: Time, sigma_data: Scalar) -> Array:
     """The variance of Gaussian data N(m, sigma_data^2 I) given x_t, of the shape of t."""
-    return sigma_data**2 / (1 + jnp.exp(schedule.log_snr(t)) * sigma_data**2)
+    return jnp.divide(1.0, 1 / sigma_data**2 + jnp.exp(schedule.log_snr(t)))
 
 
 def _toward(operator, x_0, y, spread, noise_std):

@@ -10,6 +10,7 @@ size; `with_svd` computes that of any linear operator on small data, such as a b
 (64,)
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from ..types import Array, Data, Key, Real
+from ..types import Data, Key, Real
 
-Measure = Callable[[Data], Data]
+Measurement = Float[Real, "batch *measured"]
+Measure = Callable[[Data], Measurement]
 """A function from data to measurements, both `[batch, ...]`, of each example separately."""
 
 
@@ -42,7 +44,8 @@ class SVD(NamedTuple):
     measured: Measure
 
 
-class Operator(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Operator:
     """A measurement operator, which is called as the function `apply`.
 
     The solvers take any function of data `[batch, ...]` that measures each example separately;
@@ -51,12 +54,14 @@ class Operator(NamedTuple):
     Attributes:
       apply: x -> A(x), from data to measurements, both `[batch, ...]`.
       svd: its singular value decomposition, if it is linear and this is known.
+      mask: what it keeps, if it is `inpainting`.
     """
 
     apply: Measure
     svd: SVD | None = None
+    mask: Float[Real, "..."] | None = None
 
-    def __call__(self, x: Data) -> Data:
+    def __call__(self, x: Data) -> Measurement:
         """Measure data `[batch, ...]`."""
         return self.apply(x)
 
@@ -65,7 +70,7 @@ def inpainting(mask: Float[Real, "..."]) -> Operator:
     """Keep the data where `mask`, of the shape of one example, is 1, and zero it where it is 0."""
     same = lambda x: x
     keep = lambda x: x * jnp.broadcast_to(mask, x.shape).astype(x.dtype)
-    return Operator(keep, SVD(mask, same, same, same))
+    return Operator(keep, SVD(mask, same, same, same), mask)
 
 
 def downsampling(factor: int) -> Operator:
@@ -81,13 +86,14 @@ def downsampling(factor: int) -> Operator:
         batch, height, width, channels = x.shape
         if height % factor or width % factor:
             raise ValueError(f"{factor=} does not divide an image of {height} x {width}")
-        x = x.reshape(batch, height // factor, factor, width // factor, factor, channels)
-        return jnp.moveaxis(x, (2, 4), (-2, -1)).reshape(*x.shape[::2], channels, factor**2)
+        rows, columns = height // factor, width // factor
+        x = x.reshape(batch, rows, factor, columns, factor, channels).transpose(0, 1, 3, 5, 2, 4)
+        return x.reshape(batch, rows, columns, channels, factor**2)
 
     def pixels(x):
-        batch, height, width, channels, _ = x.shape
-        x = jnp.moveaxis(x.reshape(*x.shape[:-1], factor, factor), (-2, -1), (2, 4))
-        return x.reshape(batch, height * factor, width * factor, channels)
+        batch, rows, columns, channels, _ = x.shape
+        x = x.reshape(batch, rows, columns, channels, factor, factor).transpose(0, 1, 4, 2, 5, 3)
+        return x.reshape(batch, rows * factor, columns * factor, channels)
 
     return _averaging(factor**2, squares, pixels)
 
@@ -116,14 +122,14 @@ def _averaging(n, groups, ungrouped):
     k, j = np.indices((n, n))
     rows = np.cos(np.pi * k * (j + 0.5) / n)
     basis = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    first = (np.arange(n) == 0) * 1.0
+    first = (np.arange(n) == 0) * 1.0  # the only one that is measured
     return Operator(
         lambda x: groups(x).mean(-1),
         SVD(
             first / math.sqrt(n),
             coordinates=lambda x: _dot(groups(x), basis.T),
             data=lambda z: ungrouped(_dot(z, basis)),
-            measured=lambda y: y[..., None] * first.astype(y.dtype),
+            measured=lambda y: jnp.tensordot(y, first.astype(y.dtype), axes=0),
         ),
     )
 
@@ -231,7 +237,7 @@ def with_svd(operator: Measure, shape: tuple[int, ...]) -> Operator:
     )
 
 
-def check(operator: Measure, x: Data, y: Data) -> None:
+def check(operator: Measure, x: Data, y: Float[Real, "..."]) -> None:
     """Raise a ValueError unless y has the shape of a measurement of data x."""
     shape = _measured(operator, x).shape
     if y.shape != shape:
@@ -249,7 +255,7 @@ def check_linear(name: str, operator: Measure, x: Data) -> None:
         ) from error
 
 
-def _measured(operator, x) -> Array:
+def _measured(operator, x):
     """The shape and dtype of a measurement."""
     try:
         return jax.eval_shape(operator, x)

@@ -10,12 +10,12 @@ from ..process import decoder, q_sample, q_transition, scales_at
 from ..samplers import Sampler
 from ..samplers.walk import State, init
 from ..schedules import Schedule
-from ..types import Data, Denoiser, Real, Scalar, at_least_float32, expand, known
+from ..types import Denoiser, Real, Scalar, at_least_float32, expand, known
 from .guided import spread_at
-from .operators import Measure, Operator, check
+from .operators import Measure, Measurement, check
 
 
-def dps(sampler: Sampler, operator: Measure, y: Data, scale: Scalar = 1.0) -> Sampler:
+def dps(sampler: Sampler, operator: Measure, y: Measurement, scale: Scalar = 1.0) -> Sampler:
     """Descend the gradient of |y - A x_0| with respect to x_t after each step of a sampler.
 
     Chung et al. 2023, "Diffusion posterior sampling for general noisy inverse problems", Algorithm
@@ -52,7 +52,7 @@ def repaint(
     sampler: Sampler,
     schedule: Schedule,
     mask: Float[Real, "..."],
-    y: Data,
+    y: Measurement,
     repeats: int = 10,
 ) -> Sampler:
     """Inpaint: after each step, replace the known part by the data, noised to the current time.
@@ -100,8 +100,8 @@ def repaint(
 def ddrm(
     denoise: Denoiser,
     schedule: Schedule,
-    operator: Operator,
-    y: Data,
+    operator: Measure,
+    y: Measurement,
     noise_std: Scalar = 0.0,
     eta: Scalar = 0.85,
     eta_b: Scalar = 1.0,
@@ -167,7 +167,7 @@ def tds(
     denoise: Denoiser,
     schedule: Schedule,
     operator: Measure,
-    y: Data,
+    y: Measurement,
     noise_std: Scalar,
     particles: int,
     sigma_data: Scalar = 1.0,
