@@ -1,12 +1,14 @@
 """Solvers of inverse problems, on data whose posterior is known, under schedules of each kind."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import diffjax
-from catalogue import each
+from catalogue import each, slow
 from diffjax import inverse, oracles, plots
 from diffjax.samplers import State
 
@@ -17,7 +19,9 @@ SCHEDULES = {
 }
 VP = SCHEDULES["vp"]
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+some_schedules = pytest.mark.parametrize("schedule", each(SCHEDULES, "vp"))
 each_solver = pytest.mark.parametrize("name", inverse.SOLVERS)
+NAMES = {name: name for name in inverse.SOLVERS}
 FIRST = inverse.inpainting(jnp.array([1.0, 0.0]))
 MEAN, COV = np.array([0.3, -0.2]), np.array([[0.25, 0.2], [0.2, 0.25]])
 OPTIONS = {"tds": {"particles": 2}, "dps": {"scale": 0.1}, "repaint": {"repeats": 2}}
@@ -42,7 +46,7 @@ def of_matrix(a):
 
 
 @each_schedule
-@pytest.mark.parametrize("noise", [0.05, 1.0])
+@pytest.mark.parametrize("noise", [0.05, *slow(1.0)])
 def test_mmps_is_the_posteriors_denoiser_on_gaussian_data(x64, schedule, noise):
     """At all noise levels at once, with one iteration for each of three measurements."""
     mean, cov, a = correlated(5)
@@ -64,16 +68,17 @@ def test_mmps_approaches_it_with_each_iteration(x64):
     exact = oracles.gaussian(VP, *posterior(mean, cov, a, y, 0.1))
     denoise, x_t = oracles.gaussian(VP, mean, cov), jax.random.normal(jax.random.key(0), (1, 5))
 
+    @functools.partial(jax.jit, static_argnums=0)
     def error(n):
         guided = inverse.mmps(denoise, VP, of_matrix(a), jnp.asarray(y)[None], 0.1, iterations=n)
         return jnp.linalg.norm(guided(x_t, 0.5).x_0 - exact(x_t, 0.5).x_0)
 
-    errors = [error(n) for n in (1, 2, 3, 6)]
-    assert errors[0] > errors[1] > 10 * errors[2], errors
-    assert errors[3] < 1e-6, errors  # what is solved stays solved
+    errors = [error(n) for n in (1, 2, 6)]
+    assert errors[0] > errors[1] > 1e-3, errors
+    assert errors[2] < 1e-6, errors  # three are enough, and what is solved stays solved
 
 
-@each_schedule
+@pytest.mark.parametrize("schedule", each(SCHEDULES))
 def test_a_walk_by_mmps_converges_to_the_posteriors_flow_at_the_samplers_order(x64, schedule):
     mean, cov, a = correlated(3, seed=1)
     y = np.array([0.5, -1.0, 2.0])
@@ -105,7 +110,7 @@ def test_mmps_takes_an_operator_that_is_not_linear_for_its_derivative(x64):
     np.testing.assert_allclose(other.x_0, one.x_0, rtol=1e-9)
 
 
-@each_schedule
+@some_schedules
 @pytest.mark.parametrize("noise", [0.0, 0.4])
 def test_diffpir_predicts_the_mean_of_a_posterior_about_the_prediction(x64, schedule, noise):
     """Of N(x_0, r^2 I) given y, with r = sigma / (alpha sqrt(strength))."""
@@ -124,7 +129,7 @@ def test_diffpir_predicts_the_mean_of_a_posterior_about_the_prediction(x64, sche
 
 
 @each_schedule
-@pytest.mark.parametrize(("eta", "eta_b"), [(0.85, 1.0), (0.4, 0.6)])
+@pytest.mark.parametrize(("eta", "eta_b"), [(0.85, 1.0), *slow((0.4, 0.6))])
 def test_ddrms_steps_keep_the_noise_of_the_schedule(schedule, eta, eta_b):
     """If the prediction is right, x_s is from q(x_s | x_0), whatever is measured (their prop. 3.1).
 
@@ -166,13 +171,13 @@ def populations(walk, schedule, groups, particles, steps, key=0):
     return np.asarray(draw(x_1))
 
 
-@pytest.mark.parametrize("schedule", each(SCHEDULES, "vp"))
+@some_schedules
 def test_tds_converges_to_the_posterior_as_particles_are_added(schedule):
     """The twist alone is off, because its variance is 4 times too large in one direction."""
     cov, noise, y = np.array([[0.25, 0.0], [0.0, 0.01]]), 0.05, np.array([0.6])
     a = np.array([[1.0, 1.0]])
     mean, cov_y = posterior(MEAN, cov, a, y, noise)
-    denoise, total = oracles.gaussian(schedule, MEAN, cov), 16_384
+    denoise, total = oracles.gaussian(schedule, MEAN, cov), 8192
 
     def error(particles):
         shown = jnp.full((total // particles, 1), 0.6)
@@ -180,9 +185,9 @@ def test_tds_converges_to_the_posterior_as_particles_are_added(schedule):
         x = populations(walk, schedule, total // particles, particles, 60)
         return np.abs(x.mean(0) - mean).max(), np.abs(np.cov(x.T) - cov_y).max()
 
-    errors = [error(k) for k in (2, 8, 64)]
-    assert errors[0][0] > 2 * errors[1][0] > 4 * errors[2][0], errors
-    assert errors[2][0] < 0.01 and errors[2][1] < 0.003, errors
+    few, many = error(2), error(64)
+    assert few[0] > 5 * many[0], (few, many)
+    assert many[0] < 0.01 and many[1] < 0.004, (few, many)
 
 
 def test_tds_takes_a_likelihood_that_is_not_linear():
@@ -209,11 +214,12 @@ def test_the_weights_of_tds_are_one_if_the_measurement_says_nothing():
     x_1 = diffjax.prior_sample(jax.random.key(0), VP, (8, 2))
     walk = inverse.tds(denoise, VP, blind, jnp.zeros((2, 2)), 0.1, particles=4)
     key, (t, s) = jax.random.key(1), (0.7, 0.5)
-    state = walk.step(key, walk.init(x_1), t, s)
+    state = jax.jit(walk.step)(key, walk.init(x_1), t, s)
     np.testing.assert_array_equal(state.memory, 0)
     free = diffjax.ancestral(denoise, VP)
     of_noise = diffjax.keys.fold_in(diffjax.keys.per_example(key, 8), 1)
-    np.testing.assert_array_equal(state.x, free.step(of_noise, free.init(x_1), t, s).x)
+    other = jax.jit(free.step)(of_noise, free.init(x_1), t, s)
+    np.testing.assert_allclose(state.x, other.x, rtol=1e-6, atol=1e-6)
 
 
 def test_a_particle_that_explains_the_measurement_takes_the_place_of_the_others():
@@ -239,22 +245,23 @@ def made(name, denoise, schedule=VP, operator=FIRST, y=None, noise=0.2):
     )
 
 
-@each_solver
+@pytest.mark.parametrize("name", each(NAMES, "mmps", "ddrm", "tds"))
 def test_a_solution_does_not_depend_on_its_batch_mates(name):
     """Its key is that of its place, and populations keep to themselves."""
     denoise = oracles.gaussian(VP, MEAN, COV)
     y = FIRST(jax.random.normal(jax.random.key(2), (6, 2)))
     x_1 = diffjax.prior_sample(jax.random.key(0), VP, (6, 2))
     ts, keys = diffjax.uniform_times(5), diffjax.keys.per_example(jax.random.key(1), 6)
-    run = lambda part: diffjax.sample(keys[part], made(name, denoise, y=y[part]), x_1[part], ts)[0]
-    whole = run(slice(0, 6))
-    np.testing.assert_allclose(whole[2:4], run(slice(2, 4)), rtol=1e-5, atol=1e-6)
-    x_1 = x_1.at[:2].set(5.0)
-    np.testing.assert_array_equal(whole[2:], run(slice(0, 6))[2:])
+    run = jax.jit(lambda keys, y, x: diffjax.sample(keys, made(name, denoise, y=y), x, ts)[0])
+    whole = run(keys, y, x_1)
+    np.testing.assert_allclose(whole[2:4], run(keys[2:4], y[2:4], x_1[2:4]), rtol=1e-5, atol=1e-6)
+    others = run(keys.at[:2].set(keys[4]), y.at[:2].set(0), x_1.at[:2].set(5.0))
+    np.testing.assert_array_equal(whole[2:], others[2:])
+    assert not np.allclose(whole[:2], others[:2], atol=1e-3)
 
 
-@each_schedule
-@each_solver
+@some_schedules
+@pytest.mark.parametrize("name", each(NAMES, "mmps", "diffpir", "ddrm"))
 def test_every_solver_moves_the_samples_towards_the_posterior(name, schedule):
     """Of correlated data, on every kind of schedule: nearer to its mean than draws without y."""
     denoise = oracles.gaussian(schedule, MEAN, COV)
@@ -271,7 +278,7 @@ def test_every_solver_moves_the_samples_towards_the_posterior(name, schedule):
 
 @each_solver
 @pytest.mark.parametrize(
-    "operator", [inverse.phase_retrieval(), lambda x: x**2], ids=["phases", "squares"]
+    "operator", each({"phases": inverse.phase_retrieval(), "squares": lambda x: x**2}, "squares")
 )
 def test_an_operator_that_is_not_linear_is_solved_or_refused(name, operator):
     """By those that say so in the table, which bring the samples nearer to the measurement."""
