@@ -13,8 +13,14 @@ KERNEL = np.array([[0.1, 0.2, 0.0], [0.2, 0.3, 0.1], [0.0, 0.1, 0.0]])
 OPERATORS = {
     "inpainting": inverse.inpainting(jnp.zeros((4, 4, 3)).at[1:3].set(1.0)),
     "downsampling": inverse.downsampling(2),
-    "blurring": inverse.blurring(KERNEL),
+    "blurring": inverse.with_svd(inverse.blurring(KERNEL), IMAGE[1:]),
     "greying": inverse.greying(),
+    "sensing": inverse.with_svd(
+        inverse.compressed_sensing(jax.random.key(3), 12, IMAGE[1:]), IMAGE[1:]
+    ),
+    "sensing, more than the data": inverse.with_svd(
+        inverse.compressed_sensing(jax.random.key(3), 60, IMAGE[1:]), IMAGE[1:]
+    ),
 }
 every_operator = pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
 
@@ -50,6 +56,45 @@ def test_a_blur_is_the_convolution_that_scipy_knows():
         for c in range(3):
             expected = convolve(x[i, ..., c], KERNEL, mode="constant")
             np.testing.assert_allclose(got[i, ..., c], expected, atol=1e-6)
+
+
+@every_operator
+def test_a_decomposition_is_that_of_the_matrix(operator):
+    """Its coordinates are orthonormal, A is a product in them, and LAPACK has the same values."""
+    svd, x = operator.svd, jax.random.normal(jax.random.key(0), IMAGE)
+    z = svd.coordinates(x)
+    np.testing.assert_allclose(svd.data(z), x, atol=1e-5)
+    flat = lambda a: a.reshape(len(a), -1)
+    np.testing.assert_allclose((flat(z) ** 2).sum(1), (flat(x) ** 2).sum(1), rtol=1e-5)
+    values = np.broadcast_to(np.asarray(svd.values, np.float32), z.shape)
+    measured = np.where(values > 0, svd.measured(operator(x)), 0)
+    np.testing.assert_allclose(measured, values * z, atol=1e-5)
+    theirs = np.linalg.svd(matrix(operator))[1]
+    ours = np.sort(values[0].reshape(-1))[::-1]
+    np.testing.assert_allclose(ours[: len(theirs)], theirs[: len(ours)], atol=1e-5)
+    np.testing.assert_array_equal(ours[len(theirs) :], 0)
+
+
+def test_random_combinations_are_as_large_as_what_they_combine():
+    operator = inverse.compressed_sensing(jax.random.key(0), 40, (100,))
+    y = operator(jax.random.normal(jax.random.key(1), (500, 100)))
+    np.testing.assert_allclose(y.std(), 1.0, atol=0.05)
+
+
+def test_phases_are_lost_and_nothing_else():
+    """The energy stays, and neither a sign, a half-turn nor a shift within the padding is seen."""
+    operator = inverse.phase_retrieval(2)
+    x = jax.random.normal(jax.random.key(0), IMAGE)
+    y = operator(x)
+    assert y.shape == (2, 8, 8, 3)
+    np.testing.assert_allclose((y**2).sum(), (x**2).sum(), rtol=1e-5)
+    np.testing.assert_allclose(operator(-x), y, atol=1e-5)
+    np.testing.assert_allclose(operator(x[:, ::-1, ::-1]), y, atol=1e-5)
+    assert not np.allclose(operator(x[:, ::-1]), y, atol=0.1)
+    wide = operator(jnp.pad(x, ((0, 0), (0, 2), (1, 1), (0, 0))))
+    moved = operator(jnp.pad(x, ((0, 0), (2, 0), (2, 0), (0, 0))))
+    np.testing.assert_allclose(moved, wide, atol=1e-5)
+    np.testing.assert_array_less(-1e-6, y)
 
 
 @every_operator
@@ -164,25 +209,6 @@ def test_dps_leaves_alone_what_is_neither_measured_nor_related():
     assert not np.allclose(bound[:, 0], free[:, 0], atol=0.1)
 
 
-SOLVERS = {
-    "pigdm": lambda d, y: diffjax.ddim(
-        inverse.pigdm(d, SCHEDULE, inverse.inpainting(FIRST), y, 0.1, 0.5), SCHEDULE
-    ),
-    "dps": lambda d, y: inverse.dps(diffjax.ancestral(d, SCHEDULE), inverse.inpainting(FIRST), y),
-    "repaint": lambda d, y: inverse.repaint(diffjax.ancestral(d, SCHEDULE), SCHEDULE, FIRST, y, 2),
-}
-
-
-@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
-def test_a_solution_does_not_depend_on_its_batch_mates(solver):
-    denoise = oracles.gaussian(SCHEDULE, [0.0, 0.0], CORRELATED)
-    y = jax.random.normal(jax.random.key(2), (6, 2))
-    x_1 = diffjax.prior_sample(jax.random.key(0), SCHEDULE, (6, 2))
-    ts = diffjax.uniform_times(5)
-    run = lambda n: diffjax.sample(jax.random.key(1), solver(denoise, y[:n]), x_1[:n], ts)[0]
-    np.testing.assert_allclose(run(6)[:2], run(2), rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -223,6 +249,15 @@ def test_a_solution_does_not_depend_on_its_batch_mates(solver):
             "needs a sampler of one step",
         ),
         (lambda d, x: inverse.downsampling(0), "factor=0"),
+        (lambda d, x: inverse.greying(4)(x), "channels=4: the images have 3"),
+        (lambda d, x: inverse.phase_retrieval(0), "oversampling=0"),
+        (lambda d, x: inverse.compressed_sensing(jax.random.key(0), 0, (4,)), "measurements=0"),
+        (
+            lambda d, x: inverse.compressed_sensing(jax.random.key(0), 3, (4,))(x),
+            r"of shape \(4,\), not \(4, 4, 3\)",
+        ),
+        (lambda d, x: inverse.with_svd(jnp.abs, (4,)), "with_svd needs a linear operator"),
+        (lambda d, x: inverse.with_svd(inverse.downsampling(3), (4, 4, 1)), "does not take data"),
         (lambda d, x: inverse.downsampling(3)(x), "does not divide an image of 4 x 4"),
     ],
 )
