@@ -171,11 +171,12 @@ OTHER = {
     "steps": 4,
     "guidance": ("classifier_free:weight=2",),
     "cond_noise": 0.4,
+    "cascade": ("digits",),
 }
 """Another value of each field of `WALK`."""
 
 
-def walked(config, walk):
+def walked(config, walk, side=8):
     """The settings of three samples, and the samples, of a network that is not trained."""
     wanted = Drawing(3, walk=walk)
     if config.low_resolution is None:
@@ -185,19 +186,22 @@ def walked(config, walk):
         e = resolve(dataclasses.replace(config, sampling=chosen))
     rng = np.random.default_rng(0)
     shake = lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32)
-    params = jax.tree.map(shake, e.init(jax.random.key(1), (8, 8, 1)))
+    params = jax.tree.map(shake, e.init(jax.random.key(1), (side, side, 1)))
     batch = {"index": np.arange(3), "label": np.arange(3)}
-    batch["x"] = rng.uniform(-1, 1, (3, 8, 8, 1)).astype(np.float32)
-    x = jax.jit(sampling.make_generate(e, (8, 8, 1)))(params, batch)
+    batch["x"] = rng.uniform(-1, 1, (3, side, side, 1)).astype(np.float32)
+    others = sampling.load_others(e, (side, side, 1))
+    x = jax.jit(sampling.make_generate(e, (side, side, 1), others))(others.join(params), batch)
     return sampling.settings(e, wanted, params), np.asarray(x)
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Walk)])
 def test_every_field_of_a_walk_is_in_the_settings_and_changes_the_samples(name):
     """A new field of `Walk` fails this test until `OTHER` has a value of it."""
-    config = SUPER_RESOLUTION if name == "cond_noise" else CONFIG
-    before, x = walked(config, WALK)
-    after, other = walked(config, dataclasses.replace(WALK, **{name: OTHER[name]}))
+    config, side = SUPER_RESOLUTION if name in ("cond_noise", "cascade") else CONFIG, 8
+    if name == "cascade":  # of the digits, which are 8 x 8
+        config, side = dataclasses.replace(config, low_resolution=8), 16
+    before, x = walked(config, WALK, side)
+    after, other = walked(config, dataclasses.replace(WALK, **{name: OTHER[name]}), side)
     follow = {"config", "function_evaluations"}
     assert {key for key in before if before[key] != after[key]} - follow == {name}
     assert after[name] == json.loads(json.dumps(OTHER[name]))

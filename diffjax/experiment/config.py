@@ -346,10 +346,15 @@ class Walk:
     guidance: Guidance = ()
     """A chain of guidances, such as classifier_free:weight=3 within:low=-2,high=4. A number alone
     is the weight of classifier_free; autoguidance:weight=2,weaker=RUN,average=0.1 names a run, and
-    may name an average of its parameters. Empty: no guidance."""
+    may name an average of its parameters. In super-resolution, without=label, image or both says
+    what to compare without, of what the run is trained without. Empty: no guidance."""
     cond_noise: float = 0.0
     """Super-resolution: the time to which the low-resolution image is diffused, at most
     max_cond_noise."""
+    cascade: tuple[str, ...] = ()
+    """Super-resolution: the runs that draw the low-resolution image, named as sample.py's --workdir
+    is, smallest first; each enlarges what the one before has drawn, by its own settings. Empty:
+    pictures enlarge held-out images, and the run cannot draw samples by itself."""
 
     def check(self) -> None:
         """Raise a ValueError if the section is impossible whatever the other sections are."""
@@ -549,8 +554,12 @@ class Config:
     label_drop: float = 0.1
     """Probability of training without the label, where the model has a null label."""
     low_resolution: int | None = None
-    """Super-resolution: side of the low-resolution image, averaged from the data's, that the
+    """Super-resolution: height of the low-resolution image, averaged from the data's, that the
     network is given; it needs model.image_cond. None: no super-resolution."""
+    low_resolution_drop: float = 0.0
+    """Probability of training with a low-resolution image that is all noise, which is what guidance
+    compares with. The label is dropped by the same random number, so that with equal probabilities
+    the two are dropped together."""
     max_cond_noise: float = 0.0
     """Noise on the low-resolution image in training: it is diffused to a random time between 0 and
     this one."""
@@ -616,6 +625,11 @@ class Config:
         if self.unit_output is None:
             return unbounded(self.target) and self.bound_weight is None
         return self.unit_output
+
+    @property
+    def given_height(self) -> int | None:
+        """The height of the images that samples enlarge, if no cascade draws them; or None."""
+        return None if self.sampling.cascade else self.low_resolution
 
     @property
     def learns_schedule(self) -> bool:
