@@ -520,6 +520,10 @@ class Config:
     """Options of the schedule."""
     schedule_shift: float = 0.0
     """A constant added to the schedule's log-SNR at every time."""
+    schedule_base: int | None = None
+    """Side of the images that the schedule is meant for: it is shifted so that images that are
+    averaged down to this side have its signal-to-noise ratio (simple diffusion; SD3); it needs
+    data.size, or data.shape. None: the schedule is not shifted by the size of the images."""
     time_steps: int | None = None
     """Train on the grid i/T of discrete time with this T; None: continuous time."""
     weighting: Annotated[str, one_of(WEIGHTINGS)] = "unit"

@@ -38,7 +38,7 @@ from ..types import Array, Data, Denoiser, Key, Network, Real, known
 from ..weightings import WEIGHTINGS, Weighting
 from .conditioning import make_condition, make_null, take_without
 from .config import Config, Weaker, known_name, parse_guidance, take_weaker
-from .rules import check
+from .rules import check, image_size
 
 SCHEDULE = "schedule"
 """The name of a learned schedule's parameters, beside those of the network."""
@@ -379,6 +379,8 @@ def _parameters(schedule):
 def _schedule(config):
     schedule = bind("schedule", SCHEDULES, config.schedule, config.schedule_options)()
     shift = config.schedule_shift
+    if config.schedule_base is not None:
+        shift += schedules.resolution_shift(*image_size(config), config.schedule_base)
     return schedules.shift(schedule, shift) if shift else schedule
 
 

@@ -223,6 +223,16 @@ def _of_schedule(c):
             "log_snr_max in schedule_options, where they start",
         ),
         (
+            c.schedule_base is None or (fixed and c.schedule_base >= 1),
+            f"schedule_base={c.schedule_base}: must be at least 1, with a fixed schedule, not "
+            f"schedule={c.schedule}",
+        ),
+        (
+            c.schedule_base is None or image_size(c) is not None,
+            f"schedule_base={c.schedule_base}: needs the size of the images, data.size, or "
+            "data.shape (28,28,1)",
+        ),
+        (
             fixed or c.low_resolution is None,
             f"low_resolution={c.low_resolution}: {learned}, and the low-resolution image would be "
             "diffused by another schedule at each step",
@@ -244,6 +254,14 @@ def _of_schedule(c):
             "which unit_input=True would scale",
         ),
     )
+
+
+def image_size(config: Config) -> tuple[int, int] | None:
+    """Height and width of the images, or latents, if the config says them."""
+    d = config.data
+    if d.shape is None:
+        return None if d.size is None else (d.size, d.size)
+    return d.shape[:2] if len(d.shape) == 3 else None
 
 
 def _of_conditioning(c):
