@@ -81,8 +81,7 @@ def make_loss(
         cond = e.condition(keys.fold_in(key_cond, index), batch, drop=train)
         key_draw, key_augment = (keys.fold_in(key_x, index) for key_x in keys_x)
         x = e.example(key_draw, batch["x"])
-        if train:
-            x, cond = e.augment(key_augment, x, cond)
+        x, cond = e.augment(key_augment, x, cond, train)
 
         schedule = with_parameters(e, params).schedule  # e.schedule, unless it is learned
         network = functools.partial(e.apply, params)

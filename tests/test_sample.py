@@ -163,6 +163,7 @@ def test_function_evaluations_are_counted(name):
 SUPER_RESOLUTION = dataclasses.replace(
     command_line.from_file("configs/fashion_sr.py:smoke"), low_resolution=4
 )
+WINDOWS = dataclasses.replace(CONFIG, augmentation="window", augmentation_options={"side": 4})
 WALK = Walk(times="uniform", steps=3)
 OTHER = {
     "sampler": "dpm_solver_pp_2m_sde",
@@ -171,6 +172,7 @@ OTHER = {
     "steps": 4,
     "guidance": ("classifier_free:weight=2",),
     "cond_noise": 0.4,
+    "overlap": 3,
     "cascade": ("digits",),
 }
 """Another value of each field of `WALK`."""
@@ -197,9 +199,11 @@ def walked(config, walk, side=8):
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Walk)])
 def test_every_field_of_a_walk_is_in_the_settings_and_changes_the_samples(name):
     """A new field of `Walk` fails this test until `OTHER` has a value of it."""
-    config, side = SUPER_RESOLUTION if name in ("cond_noise", "cascade") else CONFIG, 8
-    if name == "cascade":  # of the digits, which are 8 x 8
-        config, side = dataclasses.replace(config, low_resolution=8), 16
+    config, side = {
+        "cond_noise": (SUPER_RESOLUTION, 8),
+        "cascade": (dataclasses.replace(SUPER_RESOLUTION, low_resolution=8), 16),
+        "overlap": (WINDOWS, 8),
+    }.get(name, (CONFIG, 8))
     before, x = walked(config, WALK, side)
     after, other = walked(config, dataclasses.replace(WALK, **{name: OTHER[name]}), side)
     follow = {"config", "function_evaluations"}

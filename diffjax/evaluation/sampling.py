@@ -35,6 +35,7 @@ from ..experiment import (
 )
 from ..experiment.config import known_name, require
 from ..experiment.functions import Streams, condition_of
+from ..experiment.rules import network_shape
 from ..experiment.run_directory import check_average
 from ..process import prior_sample
 from ..published import cascades, trained
@@ -383,7 +384,7 @@ def function_evaluations(e: Experiment) -> int:
 
 def check_shape(e: Experiment, params: Any, shape: tuple[int, ...]) -> None:
     """Raise a ValueError unless the network takes examples of this shape."""
-    e.config.model.check_input(shape)
+    e.config.model.check_input(network_shape(e.config, shape))
     made = jax.eval_shape(lambda key: e.init(key, shape), jax.random.key(0))
     if jax.tree.map(jnp.shape, made) != jax.tree.map(jnp.shape, params):
         raise ValueError(f"examples of shape {shape} are not what the network was trained on")

@@ -351,6 +351,9 @@ class Walk:
     cond_noise: float = 0.0
     """Super-resolution: the time to which the low-resolution image is diffused, at most
     max_cond_noise."""
+    overlap: int | None = None
+    """With augmentation=window: pixels by which the windows of a sample overlap; None: half of
+    their side."""
     cascade: tuple[str, ...] = ()
     """Super-resolution: the runs that draw the low-resolution image, named as sample.py's --workdir
     is, smallest first; each enlarges what the one before has drawn, by its own settings. Empty:
@@ -552,7 +555,8 @@ class Config:
     """Draw times more often where the loss has been large; it needs time_steps."""
     augmentation: Annotated[str | None, one_of(AUGMENTATIONS)] = None
     """What is done to the images of training at random. A network with model.augment_dim is told of
-    it, so that it does not leak into the samples; edm has 9 such numbers, crop 2. None: nothing."""
+    it, so that it does not leak into the samples; edm has 9 such numbers, crop 2, and window, whose
+    samples are drawn by overlapping windows, 2. None: nothing."""
     augmentation_options: Options = dataclasses.field(default_factory=dict)
     """Options of the augmentation."""
     label_drop: float = 0.1

@@ -32,13 +32,14 @@ from ..learned_schedule import continuous_bound_loss
 from ..learned_variance import hybrid_loss
 from ..samplers import SAMPLERS, TIMES, Sampler
 from ..schedules import SCHEDULES, MonotoneParams, Schedule, monotone
+from ..tiling import tiled
 from ..training import TrainState, ema_warmup, init_state, projected
 from ..training.averaging import averaging
 from ..types import Array, Data, Denoiser, Key, Network, Real, known
 from ..weightings import WEIGHTINGS, Weighting
 from .conditioning import make_condition, make_null, take_without
 from .config import Config, Weaker, known_name, parse_guidance, take_weaker
-from .rules import check, image_size
+from .rules import check, log_snr_shift, network_shape
 
 SCHEDULE = "schedule"
 """The name of a learned schedule's parameters, beside those of the network."""
@@ -101,8 +102,9 @@ class Experiment(NamedTuple):
       weaker: the network that the chain guides away from, or None.
       example: (keys `[batch]`, a batch's `x`) -> the examples that the network is trained on: the
         same, or latents that are drawn by their moments, and scaled.
-      augment: (keys `[batch]`, examples, what the network is conditioned on) -> both, of augmented
-        images in training; the same where there is no augmentation.
+      augment: (keys `[batch]`, examples, what the network is conditioned on, whether in training)
+        -> both, of augmented images in training, and of windows, if the network takes these; else
+        the same.
       clip: denoiser -> denoiser, whose x_0 stays in [-1, 1] if the data are images.
       sampler: (denoiser, finish) -> `Sampler`. A guidance that acts on a whole step, if the chain
         begins with one, is applied to the denoiser; `finish`, denoiser -> denoiser, does the rest.
@@ -123,7 +125,7 @@ class Experiment(NamedTuple):
     balance: Callable[[Any, Array, Array], Array]
     condition: Callable[..., Any]
     example: Callable[[Key, Data], Data]
-    augment: Callable[[Key, Data, Any], tuple[Data, Any]]
+    augment: Callable[[Key, Data, Any, bool], tuple[Data, Any]]
     denoiser: Callable[[Network], Denoiser]
     guide: Callable[..., Denoiser]
     weaker: Weaker | None
@@ -156,7 +158,7 @@ def resolve(config: Config) -> Experiment:
     project = models.MODELS[models.name_of(config.model)].project
 
     def init(key, shape):
-        x = jnp.zeros((1, *shape))
+        x = jnp.zeros((1, *network_shape(config, shape)))
         batch = {"x": x, "label": jnp.zeros(1, jnp.int32)}
         cond = make_condition(config, schedule)(keys.per_example(key, 1), batch)
         if models.takes(config.model, "two_times"):
@@ -197,8 +199,8 @@ def resolve(config: Config) -> Experiment:
     augmentation = _augmentation(config)
     augment_dim = models.takes(config.model, "augment_dim")
 
-    def augment(key, x, cond):
-        if augmentation is None:
+    def augment(key, x, cond, train):
+        if augmentation is None or not (train or augmentation.side):
             return x, cond
         x, told = jax.vmap(augmentation.draw)(key, x)
         return x, {**(cond or {}), "augment": told} if augment_dim else cond
@@ -328,6 +330,7 @@ def _on_schedule(config: Config, schedule: Schedule) -> dict[str, Any]:
     """The fields of an `Experiment` that depend on its schedule."""
     learned_variance = config.bound_weight is not None
     of_step, guide, weaker = _guidance(config, schedule)
+    whole = _of_windows(config)
 
     def clip(denoise):
         if config.data.latents is not None:  # which have no range
@@ -349,7 +352,7 @@ def _on_schedule(config: Config, schedule: Schedule) -> dict[str, Any]:
         times=_times(config, schedule),
         apply=_apply(config, models.make_module(config.model), schedule),
         condition=make_condition(config, schedule),
-        denoiser=lambda network: (
+        denoiser=lambda network: whole(
             flow_map(network, schedule, config.target)
             if config.objective == "flow_map"
             else denoiser(network, schedule, config.target, learned_variance=learned_variance)
@@ -378,9 +381,7 @@ def _parameters(schedule):
 
 def _schedule(config):
     schedule = bind("schedule", SCHEDULES, config.schedule, config.schedule_options)()
-    shift = config.schedule_shift
-    if config.schedule_base is not None:
-        shift += schedules.resolution_shift(*image_size(config), config.schedule_base)
+    shift = log_snr_shift(config)
     return schedules.shift(schedule, shift) if shift else schedule
 
 
@@ -468,6 +469,27 @@ def _augmentation(config):
             "the network nothing"
         )
     return found
+
+
+def _of_windows(config):
+    """Denoiser -> denoiser of whole images, if that of the network is of windows."""
+    found = _augmentation(config)
+    if found is None or found.side is None:
+        return lambda denoise: denoise
+    half = max(1, found.side // 2)
+    overlap = half if config.sampling.overlap is None else config.sampling.overlap
+    if not 1 <= overlap < found.side:
+        raise ValueError(
+            f"sampling.overlap={overlap}: must be at least 1, and less than the side of windows, "
+            f"{found.side}"
+        )
+
+    def tell(cond, position):
+        if not (cond and "augment" in cond):
+            return cond
+        return {**cond, "augment": jnp.broadcast_to(position, cond["augment"].shape)}
+
+    return lambda denoise: tiled(denoise, found.side, overlap, tell)
 
 
 def _featured(config, network):

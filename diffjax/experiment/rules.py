@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 
+from ..augmentations import AUGMENTATIONS
 from ..averages import check_width
 from ..couplings import COUPLINGS
 from ..data import Examples, shape_of
@@ -17,7 +18,7 @@ from ..guidance import GUIDANCES, STEP_GUIDANCES
 from ..latents import LATENTS
 from ..models import takes
 from ..samplers import SAMPLERS
-from ..schedules import LONGEST, SCHEDULES, Schedule, ve
+from ..schedules import LONGEST, SCHEDULES, Schedule, resolution_shift, ve
 from ..super_resolution import size_of
 from ..targets import decode, row, unit_variance
 from ..training import writers
@@ -218,19 +219,9 @@ def _of_schedule(c):
             "uncertainty",
         ),
         (
-            fixed or c.schedule_shift == 0,
-            f"schedule_shift={c.schedule_shift}: {learned}, with its ends; give log_snr_min and "
+            fixed or log_snr_shift(c) == 0,
+            f"schedule_shift={log_snr_shift(c)}: {learned}, with its ends; give log_snr_min and "
             "log_snr_max in schedule_options, where they start",
-        ),
-        (
-            c.schedule_base is None or (fixed and c.schedule_base >= 1),
-            f"schedule_base={c.schedule_base}: must be at least 1, with a fixed schedule, not "
-            f"schedule={c.schedule}",
-        ),
-        (
-            c.schedule_base is None or image_size(c) is not None,
-            f"schedule_base={c.schedule_base}: needs the size of the images, data.size, or "
-            "data.shape (28,28,1)",
         ),
         (
             fixed or c.low_resolution is None,
@@ -256,12 +247,22 @@ def _of_schedule(c):
     )
 
 
-def image_size(config: Config) -> tuple[int, int] | None:
-    """Height and width of the images, or latents, if the config says them."""
-    d = config.data
-    if d.shape is None:
-        return None if d.size is None else (d.size, d.size)
-    return d.shape[:2] if len(d.shape) == 3 else None
+def log_snr_shift(config: Config) -> float:
+    """What is added to the schedule's log-SNR, by `schedule_shift` and `schedule_base`.
+
+    Raises:
+      ValueError: if it depends on the size of the images, and the config does not say this.
+    """
+    base, d = config.schedule_base, config.data
+    if base is None:
+        return config.schedule_shift
+    size = (d.size,) * 2 if d.shape is None and d.size is not None else (d.shape or ())[:-1]
+    if len(size) != 2 or base < 1:
+        raise ValueError(
+            f"schedule_base={base}: must be at least 1, and needs the size of the images, "
+            "data.size, or data.shape, such as 28 28 1"
+        )
+    return config.schedule_shift + resolution_shift(*size, base)
 
 
 def _of_conditioning(c):
@@ -299,6 +300,10 @@ def _of_conditioning(c):
             c.augmentation is None or not (learns_bound or c.low_resolution or c.data.latents),
             f"augmentation={c.augmentation}: images of super-resolution and latents are not "
             "augmented, nor images whose bound is learned (bound_weight, or schedule=monotone)",
+        ),
+        (
+            s.overlap is None or (c.augmentation == "window" and s.overlap >= 1),
+            f"sampling.overlap={s.overlap}: must be at least 1, with augmentation=window",
         ),
         (
             c.model.image_cond == (c.low_resolution is not None),
@@ -492,6 +497,22 @@ def check_low_resolution(low: int, shape: tuple[int, ...]) -> tuple[int, ...]:
         raise ValueError(f"low_resolution: {error}") from None
 
 
+def network_shape(config: Config, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of what the network is given, for examples of a shape: the same, or a window's.
+
+    Raises:
+      ValueError: if the examples are smaller than a window.
+    """
+    if config.augmentation is None or len(shape) != 3:
+        return shape
+    side = AUGMENTATIONS[config.augmentation](**config.augmentation_options).side
+    if side is None:
+        return shape
+    if min(shape[:2]) < side:
+        raise ValueError(f"augmentation=window: side={side} is larger than images of {shape[:2]}")
+    return (side, side, shape[-1])
+
+
 def check_data(config: Config, train: Examples, test: Examples) -> None:
     """Refuse data that the config's network cannot take.
 
@@ -499,7 +520,7 @@ def check_data(config: Config, train: Examples, test: Examples) -> None:
       ValueError: naming the value and the constraint.
     """
     c, shape = config, shape_of(train.x)
-    c.model.check_input(shape)
+    c.model.check_input(network_shape(c, shape))
     channels = shape[-1] * (1 if c.bound_weight is None else 2)
     variance = "no learned variance" if c.bound_weight is None else "a learned variance"
     if c.low_resolution is not None:
