@@ -153,8 +153,8 @@ def evaluate(args: Arguments) -> dict[str, Any]:
         )
 
     draws = bool(args.drawing.n) and given is None
-    weaker = (
-        sampling.load_weaker(drawn, data.shape_of(dataset.train.x)) if draws else sampling.Weaker()
+    others = (
+        sampling.load_others(drawn, data.shape_of(dataset.train.x)) if draws else sampling.Others()
     )
     if args.held_out != 0:
         found |= count_bits(args, e, runner, params, dataset.test)
@@ -174,7 +174,7 @@ def evaluate(args: Arguments) -> dict[str, Any]:
         )
     else:
         shape = data.shape_of(dataset.train.x)
-        scores, settings = draw(drawn, args, runner, params, shape, form, real, weaker)
+        scores, settings = draw(drawn, args, runner, params, shape, form, real, others)
     # A file of samples has these too, or `found` has them.
     elsewhere = ("parameters", "config", "program", "shape", "dtype", "space", "sha256")
     recorded = {k: v for k, v in settings.items() if k not in elsewhere}
@@ -230,7 +230,7 @@ def draw(
     shape: tuple[int, ...],
     form: pixels.Form,
     real: reference.Reference,
-    weaker: sampling.Weaker,
+    others: sampling.Others,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """The distances of samples that are drawn, and the settings that a file of them would have."""
     wanted, size = args.drawing, e.config.batch_size
@@ -238,15 +238,13 @@ def draw(
     seeds = range(wanted.seed, wanted.seed + args.draws)
     for seed in seeds:
         drawing = dataclasses.replace(wanted, seed=seed)
-        generate = sampling.make_generate(
-            sampling.drawn_by(e.config, drawing), shape, weaker.experiment
-        )
+        generate = sampling.make_generate(sampling.drawn_by(e.config, drawing), shape, others)
         parts = sampling.draw(
-            runner, generate, weaker.join(params), label, range(wanted.n), size, form.store
+            runner, generate, others.join(params), label, range(wanted.n), size, form.store
         )
         shown = sampling.with_progress(parts, f"samples of seed {seed}", wanted.n)
         each.append(distances.measure(real.summarise(shown, wanted.n), real.summary))
-    settings = sampling.settings(e, wanted, params) | weaker.settings
+    settings = sampling.settings(e, wanted, params) | others.settings
     if len(each) == 1:
         return each[0], settings
     return distances.best_of(each), settings | {"draws": args.draws, "seeds": list(seeds)}

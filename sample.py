@@ -31,6 +31,7 @@ from diffjax.evaluation.command_line import parse_with_run
 from diffjax.evaluation.sampling import Drawing
 from diffjax.experiment.command_line import error_exit
 from diffjax.experiment.dataset import example_dtype, example_shape, located
+from diffjax.published import cascades
 from diffjax.training import parsing, runners
 from diffjax.training.distributed import Distributed, failing_fast, setup
 from diffjax.training.files import digest, flatten, replacing, unequal, write_text
@@ -79,12 +80,12 @@ def sample(args: Arguments) -> None:
         _, params, _ = checkpoint.load(args.workdir, args.drawing.average)
         sampling.check_shape(e, params, shape)
         sampling.check_parameters(params, args.workdir)
-        weaker = sampling.load_weaker(e, shape)
-        generate = sampling.make_generate(e, shape, weaker.experiment)
+        others = sampling.load_others(e, shape)
+        generate = sampling.make_generate(e, shape, others)
         runner = runners.choose(e.config.parallel)
         form = pixels.form(config, runner, shape, example_dtype(config))
 
-        settings = sampling.settings(e, args.drawing, params) | form.about | weaker.settings
+        settings = sampling.settings(e, args.drawing, params) | form.about | others.settings
         settings |= {"shape": list(form.shape), "dtype": form.dtype.__name__}
         parts = out.with_suffix(".parts")
         done = open_parts(parts, out, settings)
@@ -93,7 +94,7 @@ def sample(args: Arguments) -> None:
     first = jax.process_index() == 0
     with error_exit(OSError, FloatingPointError):
         drawn = sampling.draw(
-            runner, generate, weaker.join(params), label, range(done, n), size, form.store
+            runner, generate, others.join(params), label, range(done, n), size, form.store
         )
         for x in sampling.with_progress(drawn, "samples", n, done):
             if first:
@@ -105,7 +106,7 @@ def sample(args: Arguments) -> None:
     with error_exit(OSError):
         if parts.exists():
             join(parts, out, label, settings)
-        classes = e.config.model.labels if args.drawing.label is None else 0
+        classes = cascades.classes(e.config) if args.drawing.label is None else 0
         picture = save_picture(out, args.picture, classes)
     print(f"{out} and {picture}: {n:,} samples")
 

@@ -81,8 +81,7 @@ def make_loss(
         cond = e.condition(keys.fold_in(key_cond, index), batch, drop=train)
         key_draw, key_augment = (keys.fold_in(key_x, index) for key_x in keys_x)
         x = e.example(key_draw, batch["x"])
-        if train:
-            x, cond = e.augment(key_augment, x, cond)
+        x, cond = e.augment(key_augment, x, cond, train)
 
         schedule = with_parameters(e, params).schedule  # e.schedule, unless it is learned
         network = functools.partial(e.apply, params)
@@ -145,7 +144,7 @@ def train(
         config = dataset.recorded(config, train_set)
         shape = dataset.example_shape(config)
         form = pixels.form(config, runner, shape, train_set.x.dtype.type)
-        weaker = sampling.load_weaker(e, shape)
+        others = sampling.load_others(e, shape)
         both = form.dataset(data.Dataset(train_set, test_set))
         real = None
         if config.eval.features is not None:
@@ -158,7 +157,7 @@ def train(
     step = make_step(e, make_loss(e, levels, axis_name=runner.axis))
     held_out = data.first(test_set, 1024)
     held_out_loss = make_loss(e, levels, len(held_out["index"]), runner.axis)
-    generate = sampling.make_generate(e, shape, weaker.experiment)
+    generate = sampling.make_generate(e, shape, others)
     learning_rate = jax.jit(e.learning_rate)
 
     def measure_held_out(params, batch):
@@ -175,15 +174,15 @@ def train(
         return in_batches(runner, held_out_fn, state.ema_params, batch, config.batch_size)
 
     def generated(batch: Batch) -> np.ndarray:
-        params = weaker.join(state.ema_params)
+        params = others.join(state.ema_params)
         return in_batches(runner, generate_fn, params, batch, config.batch_size)
 
     def draw(step: int) -> None:
         rows = sampling.picture_rows(config)
         batch = sampling.request(config, test_set, rows * config.sampling.columns)
         x = form.decode(generated(batch))
-        if config.low_resolution is not None:
-            x, rows = super_resolution.beside(x, batch["x"], config.low_resolution), 4
+        if config.given_height is not None:
+            x, rows = super_resolution.beside(x, batch["x"], config.given_height), 4
         recorder.picture(step, "samples", plots.samples, x, rows)
         recorder.picture(step, "loss", plots.progress, metrics.read(workdir))
         if real is not None:

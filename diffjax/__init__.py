@@ -32,6 +32,7 @@ from .process import prior_sample, q_posterior, q_sample, q_transition, scales_a
 from .samplers import *
 from .schedules import *
 from .targets import TARGETS, convert, decode, encode
+from .tiling import tiled
 from .types import Denoiser, FlowMap, LearnedPrediction, Network, Prediction
 
 __all__ = [
@@ -80,6 +81,7 @@ __all__ = [
     "samplers",
     "scales_at",
     "schedules",
+    "tiled",
     "time_input",
     "unit_input",
     "unit_output",

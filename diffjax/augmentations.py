@@ -20,6 +20,7 @@ from jaxtyping import Float
 from .types import Array, Key
 
 Image = Float[Array, "height width channels"]
+Drawn = Float[Array, "drawn_height drawn_width channels"]
 Told = Float[Array, " numbers"]
 
 
@@ -29,10 +30,13 @@ class Augmentation(NamedTuple):
     Attributes:
       draw: (key, image) -> the image, and the numbers that describe what was done.
       numbers: how many they are.
+      side: of the windows that it cuts out of images, which samples are then drawn by
+        (`tiling.tiled`); None: images keep their size.
     """
 
-    draw: Callable[[Key, Image], tuple[Image, Told]]
+    draw: Callable[[Key, Image], tuple[Drawn, Told]]
     numbers: int
+    side: int | None = None
 
 
 def edm(
@@ -114,7 +118,37 @@ def crop(pad: float = 4.0) -> Augmentation:
     return Augmentation(draw, 2)
 
 
-AUGMENTATIONS: dict[str, Callable[..., Augmentation]] = {"edm": edm, "crop": crop}
+def window(side: int) -> Augmentation:
+    """A random square window of a larger image, and where it is.
+
+    The numbers are the position of its centre, (down, right) from that of the image in halves of
+    its sides, as `tiling.tiled` tells them (Wang et al. 2023, "Patch diffusion", who tell the
+    coordinates of each pixel).
+
+    Args:
+      side: of the window, in pixels, at most the image's height and width.
+
+    Raises:
+      ValueError: unless side is a whole number of at least 1.
+    """
+    if side < 1 or side != int(side):
+        raise ValueError(f"side={side}: must be a whole number of at least 1")
+    side = int(side)
+
+    def draw(key: Key, image: Image) -> tuple[Drawn, Told]:
+        around = jnp.array(image.shape[:2])
+        corner = jax.random.randint(key, (2,), 0, around - side + 1)
+        cut = jax.lax.dynamic_slice(image, (*corner, 0), (side, side, image.shape[2]))
+        return cut, ((2 * corner + side) / around - 1).astype(image.dtype)
+
+    return Augmentation(draw, 2, side)
+
+
+AUGMENTATIONS: dict[str, Callable[..., Augmentation]] = {
+    "edm": edm,
+    "crop": crop,
+    "window": window,
+}
 """Augmentations by name, as configs and the command line choose them; each row makes one."""
 
 

@@ -48,8 +48,8 @@ def classifier_free(
         the effect of the condition (Ho & Salimans 2022, section 3.2, whose w is this w - 1).
       null: the conditioning that means "no condition", a pytree like `cond` whose leaves broadcast
         against those of `cond`, such as the label after the last class for the networks of
-        `models`, which refuse any other; or None, if the network takes None for this, which is then
-        called twice.
+        `models`, which refuse any other; a function that makes it of `cond`, to keep a part of
+        that; or None, if the network takes None for this, which is then called twice.
       channels: guide this many leading channels, and leave the others as the condition has them;
         None guides all. The published samplers of DiT and SiT guide 3 of the 4 channels of latents.
 
@@ -169,14 +169,15 @@ def _with_and_without(denoise, null):
 
     def together(x_t, t, cond=None):
         cond = bound_cond(denoise) if cond is None else cond
-        if jax.tree.structure(cond) != jax.tree.structure(null):
-            raise ValueError(f"guidance needs a cond like its null {null!r}, got {cond!r}")
+        nothing = null(cond) if callable(null) else null
+        if jax.tree.structure(cond) != jax.tree.structure(nothing):
+            raise ValueError(f"guidance needs a cond like its null {nothing!r}, got {cond!r}")
         # The two copies of an example are neighbours, so that a batch split over devices stays in
         # place.
         twice = lambda a, b: jnp.stack([a, b], 1).reshape(2 * len(a), *a.shape[1:])
         with jax.ensure_compile_time_eval():  # so that the network can check what is concrete
             pair = lambda c, n: twice(c, jnp.broadcast_to(n, jnp.shape(c)))
-            conds = jax.tree.map(pair, cond, null)
+            conds = jax.tree.map(pair, cond, nothing)
         both = predict(denoise, twice(x_t, x_t), t if jnp.ndim(t) == 0 else twice(t, t), conds)
         given, without = (jax.tree.map(lambda a, i=i: a[i::2], both) for i in (0, 1))
         return without, given

@@ -331,9 +331,27 @@ def shift(schedule: Schedule, by: Scalar) -> Schedule:
 
     For images `r` times larger than those a schedule was tuned on, `by = -2 log(r)` keeps the
     signal-to-noise ratio of the downsampled image (Hoogeboom et al. 2023, "simple diffusion",
-    equation 5).
+    equation 5): `resolution_shift`.
     """
     return Schedule(Partial(_shift, schedule.log_snr, by), schedule.scales)
+
+
+def resolution_shift(height: int, width: int, base: int) -> float:
+    """The `by` of `shift` for a schedule that was tuned on squares of `base` pixels per side.
+
+    Averaging r^2 pixels keeps a smooth image and divides the variance of the noise by r^2, with
+    r^2 = height width / base^2. This is the shift of rectified flows by the number of pixels too
+    (Esser et al. 2024, "Scaling rectified flow transformers", equation 23).
+
+    Raises:
+      ValueError: unless all sides are at least 1.
+
+    >>> round(resolution_shift(64, 64, 32), 4)  # -2 log(2)
+    -1.3863
+    """
+    if min(height, width, base) < 1:
+        raise ValueError(f"{height=}, {width=}, {base=}: must be at least 1")
+    return math.log(base**2 / (height * width))
 
 
 def _shift(log_snr, by, t):
@@ -549,6 +567,7 @@ __all__ = [
     "flow",
     "from_betas",
     "monotone_params",
+    "resolution_shift",
     "shift",
     "time_at",
     "ve",

@@ -12,36 +12,80 @@ A network trained in this way tolerates the errors of small images that another 
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float
 
 from . import keys
-from .inverse import downsampling
 from .process import q_sample
 from .schedules import Schedule
 from .types import Data, Key, Real, Time, at_least_float32
 
 Images = Float[Real, "batch height width channels"]
-Small = Float[Real, "batch low low channels"]
+Small = Float[Real, "batch low_height low_width channels"]
 
 
-def shrink(x: Images, side: int) -> Small:
-    """Average square images `[batch, height, height, channels]` down to `side` pixels per side.
+def size_of(shape: tuple[int, ...], height: int) -> tuple[int, int]:
+    """Height and width of an image of another height, with the proportions of an image.
+
+    Args:
+      shape: of the image, `(height, width, ...)`.
+      height: the other height.
 
     Raises:
-      ValueError: unless `side` divides their height.
+      ValueError: unless the width is a whole number.
+
+    >>> size_of((30, 45, 3), 20)
+    (20, 30)
     """
-    if side < 1 or x.shape[1] != x.shape[2] or x.shape[1] % side:
-        raise ValueError(f"{side=}: must divide the side of square images, not {x.shape[1:3]}")
-    return downsampling(x.shape[1] // side)(x)
+    width, rest = divmod(shape[1] * height, shape[0])
+    if height < 1 or rest:
+        raise ValueError(
+            f"{height=}: images of {shape[0]} x {shape[1]} then have a width of "
+            f"{shape[1] * height / shape[0]:g}, which must be a whole number of at least 1"
+        )
+    return height, width
 
 
-def enlarge(small: Small, side: int) -> Images:
-    """Enlarge square images to `side` pixels per side, by bicubic interpolation.
+def shrink(x: Images, height: int) -> Small:
+    """Average images `[batch, any, any, channels]` down to a height; the proportions stay.
 
-    >>> enlarge(jnp.ones((1, 2, 2, 1)), 4).shape
-    (1, 4, 4, 1)
+    Each pixel is the mean of the area that it covers, in which a pixel that lies across its edge
+    counts in part, so that the height need not divide that of x.
+
+    Raises:
+      ValueError: if the height exceeds that of x, or the width would not be a whole number.
+
+    >>> shrink(jnp.array([0.0, 1.0, 2.0])[None, :, None, None] * jnp.ones((1, 3, 3, 1)), 2)[0, :, 0]
+    Array([[0.33333334],
+           [1.6666667 ]], dtype=float32)
     """
-    shape = (len(small), side, side, small.shape[-1])
+    if height > x.shape[1]:
+        raise ValueError(f"{height=}: must be at most that of the images, {x.shape[1]}")
+    size = size_of(x.shape[1:], height)
+    rows, columns = (
+        jnp.asarray(_shares(*pair), jnp.result_type(x))
+        for pair in zip(x.shape[1:3], size, strict=True)
+    )
+    return jnp.einsum("ih,jw,bhwc->bijc", rows, columns, x, precision="highest")
+
+
+def _shares(high, low):
+    """The shares of `high` pixels in each of `low` pixels that cover the same line, `[low, high]`.
+
+    In units of 1 / (high low) every edge is a whole number, so that a share is exact.
+    """
+    pixel, start = low * np.arange(high), high * np.arange(low)[:, None]
+    common = np.minimum(pixel + low, start + high) - np.maximum(pixel, start)
+    return np.maximum(common, 0) / high
+
+
+def enlarge(small: Small, height: int) -> Images:
+    """Enlarge images to a height, by bicubic interpolation; the proportions stay.
+
+    >>> enlarge(jnp.ones((1, 2, 3, 1)), 4).shape
+    (1, 4, 6, 1)
+    """
+    shape = (len(small), *size_of(small.shape[1:], height), small.shape[-1])
     return jax.image.resize(jnp.asarray(small), shape, "cubic")
 
 
@@ -51,7 +95,7 @@ def small_image(key: Key, schedule: Schedule, small: Small, t: Time) -> dict[str
     Args:
       key: one key, or one per example `[batch]`.
       schedule: the `Schedule` whose q(z_t | small) adds the noise.
-      small: images `[batch, low, low, channels]` in [-1, 1].
+      small: images `[batch, any, any, channels]` in [-1, 1].
       t: the time of the noise, `[]` or `[batch]`, from 0 (the schedule's lowest noise level) to 1.
     """
     z = q_sample(schedule, small, t, keys.normal(key, small.shape, small.dtype))
@@ -76,6 +120,6 @@ def beside(x: Images, truth: Images, low: int) -> Float[Real, "rows height width
 
     Image 4 i + j is row j of column i, as `plots.samples` with four classes draws them.
     """
-    small, side = shrink(truth, low), x.shape[1]
+    small, height = shrink(truth, low), x.shape[1]
     coarse = jax.image.resize(small, truth.shape, "nearest")
-    return jnp.stack([coarse, enlarge(small, side), x, truth], 1).reshape(-1, *x.shape[1:])
+    return jnp.stack([coarse, enlarge(small, height), x, truth], 1).reshape(-1, *x.shape[1:])

@@ -75,8 +75,8 @@ figure
 # $$ \text{semigroup:}\quad u - u_{\text{of two shorter steps}} = 0
 # \qquad \text{two steps end where one does} $$
 #
-# The left sides are functions in `IDENTITIES`, in which a fourth, `progressive`, takes both steps of
-# the semigroup by a teacher. At the exact map they are zero but for rounding; a denoiser that
+# The left sides are functions in `IDENTITIES`, in which a fourth, `progressive`, takes both steps
+# of the semigroup by a teacher. At the exact map they are zero but for rounding; a denoiser that
 # ignores $s$ obeys none of them.
 
 # %%

@@ -492,7 +492,9 @@ def page(record: dict[str, Any]) -> str:
     """The text of docs/inverse.md."""
     runs = record["runs"]
     cells = {cell.rsplit("/", 1)[0] for cell in runs}
-    deviations = [statistics.stdev(over_seeds(runs, "distance", *cell.split("/"))) for cell in cells]
+    deviations = [
+        statistics.stdev(over_seeds(runs, "distance", *cell.split("/"))) for cell in cells
+    ]
     of = lambda label, kind: statistics.mean(
         over_seeds(runs, "distance", "super-resolution", label, kind, BUDGETS[1])
     )

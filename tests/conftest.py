@@ -48,6 +48,7 @@ CORE = [
     "schedules",
     "super_resolution",
     "targets",
+    "tiling",
     "weightings",
 ]
 jaxtyping.install_import_hook([f"diffjax.{name}" for name in CORE], "beartype.beartype")

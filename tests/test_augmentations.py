@@ -1,6 +1,7 @@
 """Augmentations: what is known exactly of an affine map, and that the network is told."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,8 @@ import pytest
 import train
 from diffjax import augmentations, data
 from diffjax.augmentations import AUGMENTATIONS, SYM6, crop, edm, warp
-from diffjax.experiment import Config, Data, resolve
-from diffjax.experiment.rules import cautions
+from diffjax.experiment import Config, Data, Sampling, resolve
+from diffjax.experiment.rules import cautions, check_data
 from diffjax.models import UNetConfig
 
 NOISE = jnp.asarray(np.random.default_rng(0).standard_normal((16, 12, 3)), jnp.float32)
@@ -105,6 +106,23 @@ def test_a_window_is_a_window_of_the_reflected_image():
     assert len(seen) > 6
 
 
+def test_a_window_is_a_part_of_the_image_and_its_centre_is_told():
+    height, width = NOISE.shape[:2]
+    draw, seen = jax.jit(augmentations.window(side=5).draw), set()
+    for seed in range(40):
+        x, told = draw(jax.random.key(seed), NOISE)
+        centre = (np.asarray(told) + 1) / 2 * (height, width)
+        down, right = np.rint(centre - 2.5).astype(int)
+        np.testing.assert_array_equal(x, NOISE[down : down + 5, right : right + 5])
+        seen.add((down, right))
+    rows, columns = zip(*seen, strict=True)
+    assert min(rows) == min(columns) == 0
+    assert max(rows) == height - 5 and max(columns) == width - 5
+    x, told = augmentations.window(side=12.0).draw(jax.random.key(0), NOISE[:12, :12])
+    np.testing.assert_array_equal(x, NOISE[:12, :12])
+    assert not np.asarray(told).any()
+
+
 CONFIG = Config(
     data=Data("digits"),
     augmentation="edm",
@@ -132,6 +150,42 @@ def test_training_is_told_and_samples_and_held_out_losses_are_of_images_as_they_
     assert cond["augment"].shape == (8, 9) and not cond["augment"].any()
 
 
+WINDOWS = dataclasses.replace(
+    CONFIG,
+    augmentation="window",
+    augmentation_options={"side": 4},
+    model=dataclasses.replace(CONFIG.model, augment_dim=2),
+)
+
+
+def test_a_run_on_windows_is_told_where_they_are_and_draws_whole_images():
+    e = resolve(WINDOWS)
+    batch = data.train_batch(data.load("digits").train, 0, 0, 8)
+    seen = []
+
+    def apply(params, x_t, log_snr, cond, **_):
+        seen.append((x_t.shape, cond["augment"]))
+        return jnp.broadcast_to(cond["augment"][:, None, :1, None], x_t.shape)
+
+    e = e._replace(apply=apply)
+    for held_out in (None, 8):  # neither sees a whole image
+        train.make_loss(e, None, held_out)(jax.random.key(0), {}, batch, e.times.init())
+    for shape, told in seen:
+        assert shape == (8, 4, 4, 1) and np.asarray(told).std(0).min() > 0.1
+    denoise = e.denoiser(functools.partial(apply, {}))
+    cond = e.condition(jax.random.split(jax.random.key(0), 2), batch)
+    eps = denoise(jnp.zeros((2, 8, 12, 1)), 0.5, cond).eps  # the network's output: where it is
+    np.testing.assert_allclose(eps[:, [0, -1], 3, 0], [[-0.5, 0.5]] * 2, atol=1e-6)
+    assert (jnp.diff(eps[0, :, 0, 0]) >= 0).all()
+
+
+def test_a_run_on_windows_has_the_parameters_of_a_window():
+    shapes = lambda shape: jax.tree.map(
+        jnp.shape, jax.eval_shape(lambda key: resolve(WINDOWS).init(key, shape), jax.random.key(0))
+    )
+    assert shapes((4, 4, 1)) == shapes((64, 32, 1))
+
+
 def test_a_network_reads_what_it_is_told():
     e = resolve(CONFIG)
     params = e.init(jax.random.key(0), (8, 8, 1))
@@ -141,10 +195,21 @@ def test_a_network_reads_what_it_is_told():
     assert abs(out[0] - out[1]).max() > 1e-3
 
 
+def test_windows_larger_than_the_images_are_refused_before_anything_is_compiled():
+    config = dataclasses.replace(WINDOWS, augmentation_options={"side": 9})
+    with pytest.raises(ValueError, match=r"window: side=9 is larger than images of \(8, 8\)"):
+        check_data(config, *data.load("digits"))
+
+
+WINDOW = {
+    name: getattr(WINDOWS, name) for name in ("augmentation", "augmentation_options", "model")
+}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"augmentation": "cutout"}, "unknown augmentation 'cutout': one of edm, crop"),
+        ({"augmentation": "cutout"}, "unknown augmentation 'cutout': one of edm, crop, window"),
         ({"augmentation_options": {"p": 2.0}}, r"p=2.0: must be in \[0, 1\]"),
         ({"augmentation_options": {"q": 2}}, "augmentation edm has no option q; it has p, scale"),
         ({"augmentation": "crop", "augmentation_options": {}}, "augmentation crop has 2 numbers"),
@@ -152,6 +217,23 @@ def test_a_network_reads_what_it_is_told():
             {"augmentation": "crop", "augmentation_options": {"pad": 0.5}},
             "pad=0.5: must be a",
         ),
+        (
+            {"augmentation": "window", "augmentation_options": {}},
+            "augmentation window needs side=NUMBER",
+        ),
+        (
+            {"augmentation": "window", "augmentation_options": {"side": 0}},
+            "side=0: must be a whole number of at least 1",
+        ),
+        (
+            {"sampling": Sampling(overlap=4)},
+            "sampling.overlap=4: must be at least 1, with augmentation=window",
+        ),
+        (
+            {**WINDOW, "sampling": Sampling(overlap=4)},
+            "sampling.overlap=4: must be at least 1, and less than the side of windows, 4",
+        ),
+        ({**WINDOW, "sampling": Sampling(overlap=0)}, "sampling.overlap=0: must be at least 1"),
         ({"augmentation": None}, "model.augment_dim=9: needs an augmentation"),
         ({"data": Data("npz", latents="sd")}, "augmentation=edm: images of super-resolution and"),
     ],
@@ -165,4 +247,7 @@ def test_a_network_that_is_not_told_is_worth_a_line():
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, augment_dim=0))
     (line,) = cautions(config, resolve(config).schedule, data.load("digits").train)
     assert "the network is not told of it" in line
-    assert set(AUGMENTATIONS) == {"edm", "crop"} and augmentations.edm is AUGMENTATIONS["edm"]
+    assert (
+        set(AUGMENTATIONS) == {"edm", "crop", "window"}
+        and augmentations.edm is AUGMENTATIONS["edm"]
+    )

@@ -164,6 +164,7 @@ def test_function_evaluations_are_counted(name):
 SUPER_RESOLUTION = dataclasses.replace(
     command_line.from_file("configs/fashion_sr.py:smoke"), low_resolution=4
 )
+WINDOWS = dataclasses.replace(CONFIG, augmentation="window", augmentation_options={"side": 4})
 WALK = Walk(times="uniform", steps=3)
 OTHER = {
     "sampler": "dpm_solver_pp_2m_sde",
@@ -172,11 +173,13 @@ OTHER = {
     "steps": 4,
     "guidance": ("classifier_free:weight=2",),
     "cond_noise": 0.4,
+    "overlap": 3,
+    "cascade": ("digits",),
 }
 """Another value of each field of `WALK`."""
 
 
-def walked(config, walk):
+def walked(config, walk, side=8):
     """The settings of three samples, and the samples, of a network that is not trained."""
     wanted = Drawing(3, walk=walk)
     if config.low_resolution is None:
@@ -186,25 +189,36 @@ def walked(config, walk):
         e = resolve(dataclasses.replace(config, sampling=chosen))
     rng = np.random.default_rng(0)
     shake = lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32)
-    params = jax.tree.map(shake, e.init(jax.random.key(1), (8, 8, 1)))
+    params = jax.tree.map(shake, e.init(jax.random.key(1), (side, side, 1)))
     batch = {"index": np.arange(3), "label": np.arange(3)}
-    batch["x"] = rng.uniform(-1, 1, (3, 8, 8, 1)).astype(np.float32)
-    x = jax.jit(sampling.make_generate(e, (8, 8, 1)))(params, batch)
+    batch["x"] = rng.uniform(-1, 1, (3, side, side, 1)).astype(np.float32)
+    others = sampling.load_others(e, (side, side, 1))
+    x = jax.jit(sampling.make_generate(e, (side, side, 1), others))(others.join(params), batch)
     return sampling.settings(e, wanted, params), np.asarray(x)
 
 
+PLAIN = (CONFIG, 8)
+OF_FIELD = {
+    "cond_noise": (SUPER_RESOLUTION, 8),
+    "cascade": (dataclasses.replace(SUPER_RESOLUTION, low_resolution=8), 16),
+    "overlap": (WINDOWS, 8),
+}
+"""Configs and sides of samples, by the field of a walk that needs them."""
+
+
 @functools.cache
-def before_a_change(of_super_resolution):
+def before_a_change(name):
     """What `walked` gives for `WALK`; several fields are compared with it."""
-    return walked(SUPER_RESOLUTION if of_super_resolution else CONFIG, WALK)
+    config, side = OF_FIELD.get(name, PLAIN)
+    return walked(config, WALK, side)
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Walk)])
 def test_every_field_of_a_walk_is_in_the_settings_and_changes_the_samples(name):
     """A new field of `Walk` fails this test until `OTHER` has a value of it."""
-    config = SUPER_RESOLUTION if name == "cond_noise" else CONFIG
-    before, x = before_a_change(name == "cond_noise")
-    after, other = walked(config, dataclasses.replace(WALK, **{name: OTHER[name]}))
+    config, side = OF_FIELD.get(name, PLAIN)
+    before, x = before_a_change(name if name in OF_FIELD else None)
+    after, other = walked(config, dataclasses.replace(WALK, **{name: OTHER[name]}), side)
     follow = {"config", "function_evaluations"}
     assert {key for key in before if before[key] != after[key]} - follow == {name}
     assert after[name] == json.loads(json.dumps(OTHER[name]))

@@ -6,6 +6,7 @@ import pytest
 
 import diffjax
 from catalogue import SCHEDULES
+from diffjax.experiment import Config, Data, resolve
 
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 
@@ -229,6 +230,46 @@ def test_shift_moves_log_snr_only():
     np.testing.assert_allclose(moved.log_snr(t), diffjax.cosine().log_snr(t) - 3, rtol=1e-6)
     alpha, sigma = moved(t)
     np.testing.assert_allclose(alpha**2 + sigma**2, 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("base", [diffjax.cosine(-8.0, 8.0), diffjax.rectified_flow(-8.0, 8.0)])
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (16, 64), (48, 48)])
+def test_averaged_images_have_the_signal_to_noise_of_the_base_schedule(base, height, width):
+    """Signal and noise of averaged x_t are measured; the base schedule says what their ratio is."""
+    by = diffjax.resolution_shift(height, width, 16)
+    shifted, factor = diffjax.shift(base, by), (height * width) ** 0.5 / 16
+    means = diffjax.inverse.downsampling(round(factor))
+    eps = jax.random.normal(jax.random.key(0), (64, height, width, 3))
+    for t in (0.2, 0.5, 0.9):
+        signal = means(diffjax.q_sample(shifted, jnp.ones_like(eps), t, 0 * eps)).mean()
+        noise = means(diffjax.q_sample(shifted, 0 * eps, t, eps)).std()
+        # The standard deviation of n numbers is known to 1 / sqrt(2 n), here at least 49,152.
+        np.testing.assert_allclose(2 * jnp.log(signal / noise), base.log_snr(t), atol=0.03)
+    with pytest.raises(ValueError, match="base=0: must be at least 1"):
+        diffjax.resolution_shift(height, width, 0)
+
+
+def test_a_config_shifts_its_schedule_by_the_size_of_its_images():
+    t = jnp.linspace(0, 1, 9)
+    log_snr = lambda **fields: resolve(Config(**fields)).schedule.log_snr(t)
+    of_size = log_snr(data=Data("folder", size=64), schedule_base=32, schedule_shift=1.0)
+    np.testing.assert_allclose(of_size, log_snr() - 2 * np.log(2) + 1, rtol=1e-5)
+    of_shape = log_snr(data=Data("npz", shape=(8, 32, 3)), schedule_base=32)
+    np.testing.assert_allclose(of_shape, log_snr() + 2 * np.log(2), rtol=1e-5)
+    for fields, message in (
+        (
+            {"schedule_base": 32},
+            "schedule_base=32: must be at least 1, and needs the size of the i",
+        ),
+        ({"data": Data("npz", shape=(2,)), "schedule_base": 32}, "needs the size of the images"),
+        ({"data": Data(size=4), "schedule_base": 0}, "schedule_base=0: must be at least 1"),
+        (
+            {"data": Data(size=4), "schedule_base": 8, "schedule": "monotone"},
+            r"schedule_shift=1.386\d+: schedule=monotone is learned",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            resolve(Config(**fields, weighting="elbo"))
 
 
 def test_any_parameters_of_a_monotone_schedule_fall_between_its_ends():

@@ -10,7 +10,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,10 +34,11 @@ from ..experiment import (
     with_parameters,
 )
 from ..experiment.config import known_name, require
-from ..experiment.functions import condition_of
+from ..experiment.functions import Streams, condition_of
+from ..experiment.rules import network_shape
 from ..experiment.run_directory import check_average
 from ..process import prior_sample
-from ..published import trained
+from ..published import cascades, trained
 from ..super_resolution import enlarge, psnr, shrink
 from ..training import parsing
 from ..training.files import digest, file_digest, replacing, write_text
@@ -84,22 +85,48 @@ def drawn_by(config: Config, drawing: Drawing) -> Experiment:
     """
     if drawing.n < 1:
         raise ValueError(f"n={drawing.n}: must be at least 1")
-    if config.low_resolution is not None:
+    sampling = dataclasses.replace(config.sampling, **_shallow(drawing.walk))
+    config = dataclasses.replace(config, sampling=sampling, seed=drawing.seed)
+    if config.given_height is not None:
         raise ValueError(
             f"low_resolution={config.low_resolution}: the run enlarges images, and cannot draw "
-            "samples by itself"
+            "samples by itself; give it the runs that draw the small ones, --cascade RUN"
         )
-    if drawing.label is not None and not 0 <= drawing.label < config.model.labels:
-        has = f"classes 0 to {config.model.labels - 1}" if config.model.labels else "no classes"
+    e, classes = resolve(config), cascades.classes(config)
+    if drawing.label is not None and not 0 <= drawing.label < classes:
+        has = f"classes 0 to {classes - 1}" if classes else "no classes"
         raise ValueError(f"label={drawing.label}: the run has {has}")
     if drawing.average is not None:
         check_average(config, drawing.average)
-    sampling = dataclasses.replace(config.sampling, **_shallow(drawing.walk))
-    return resolve(dataclasses.replace(config, sampling=sampling, seed=drawing.seed))
+    return e
+
+
+class Stage(NamedTuple):
+    """A run that draws samples of a shape, and the network that it guides away from, if any."""
+
+    experiment: Experiment
+    shape: tuple[int, ...]
+    weaker: Experiment | None = None
+
+
+class Others(NamedTuple):
+    """The trained networks that a run's samples depend on beside its own, loaded.
+
+    Attributes:
+      stages: those of its cascade, which draw the small images.
+      weaker: the experiment of the network that it guides away from; None if there is none.
+      join: parameters -> what the function of `make_generate` then takes for parameters.
+      settings: what the settings of samples say of them.
+    """
+
+    stages: tuple[Stage, ...] = ()
+    weaker: Experiment | None = None
+    join: Callable[[Any], Any] = lambda params: params
+    settings: dict[str, Any] = {}  # noqa: RUF012, it is never changed
 
 
 def make_generate(
-    e: Experiment, shape: tuple[int, ...], weaker: Experiment | None = None
+    e: Experiment, shape: tuple[int, ...], others: Others = Others()
 ) -> Callable[[Any, dict[str, Any]], Data]:
     """A pure function (params, batch) -> samples `[batch, *shape]`.
 
@@ -109,12 +136,50 @@ def make_generate(
     Args:
       e: the experiment.
       shape: shape of a sample.
-      weaker: the experiment of `e.weaker`. The parameters are then a pair, its own the second
-        (see `load_weaker`).
+      others: of `load_others`. The parameters are then what its `join` makes of those of the run.
 
     Raises:
       ValueError: if `e` guides by a weaker network, and there is none, or it does not fit.
     """
+    last = Stage(e, shape, others.weaker)
+    return make_cascade((*others.stages, last)) if others.stages else _make_generate(last)
+
+
+def make_cascade(stages: Sequence[Stage]) -> Callable[[Any, dict[str, Any]], Data]:
+    """A pure function (parameters of each stage, batch) -> samples of the last stage.
+
+    Args:
+      stages: the first draws images from nothing, and each other one enlarges what the stage before
+        it has drawn. Their noise depends on the seed of the last, and on their place before it.
+
+    Raises:
+      ValueError: if a stage but the first does not enlarge images of the size that it is given, or
+        as for `make_generate`.
+    """
+    cascades.check_sizes([(stage.experiment.config, stage.shape) for stage in stages])
+    last = stages[-1].experiment
+
+    def streams(place):  # with the same keys, all stages would draw the same noise
+        return lambda: Streams(*map(functools.partial(keys.fold_in, data=place), last.keys()))
+
+    first = [
+        _make_generate(stage._replace(experiment=stage.experiment._replace(keys=streams(place))))
+        for place, stage in zip(range(len(stages) - 1, 0, -1), stages[:-1], strict=True)
+    ]
+    each = (*first, _make_generate(stages[-1]))
+
+    def generate(params, batch):
+        small = {}
+        for draw, own in zip(each, params, strict=True):
+            small = {"small": draw(own, batch | small)}
+        return small["small"]
+
+    return generate
+
+
+def _make_generate(stage):
+    """`make_generate` of one stage, which takes small images, if it enlarges them, as `small`."""
+    e, shape, weaker = stage
     # That of a fixed schedule is computed here, where its values are known and checked.
     fixed = None if e.config.learns_schedule else e.grid()
     if e.weaker is not None and weaker is None:
@@ -146,33 +211,39 @@ def make_generate(
 def _weaker_denoiser(e, params):
     """The denoiser of a weaker network, which need not know the labels."""
     denoise = e.denoiser(functools.partial(e.apply, params))
-    if e.config.model.labels:
+    if e.config.model.labels or e.config.low_resolution is not None:
         return denoise
     return with_schedule(e.schedule, lambda x_t, t, cond=None: denoise(x_t, t))
 
 
-class Weaker(NamedTuple):
-    """The network that samples are guided away from, loaded.
-
-    Attributes:
-      experiment: its experiment, for `make_generate`; None if there is no such network.
-      join: parameters -> what `make_generate` then takes for parameters: these, or a pair.
-      settings: what the settings of samples say of it.
-    """
-
-    experiment: Experiment | None = None
-    join: Callable[[Any], Any] = lambda params: params
-    settings: dict[str, Any] = {}  # noqa: RUF012, it is never changed
-
-
-def load_weaker(e: Experiment, shape: tuple[int, ...]) -> Weaker:
-    """Load the network that the experiment guides away from, if there is one.
+def load_others(e: Experiment, shape: tuple[int, ...]) -> Others:
+    """Load the networks that the experiment's samples depend on beside its own, if there are any.
 
     Raises:
-      FileNotFoundError, ValueError: if it cannot be loaded, or was trained for other samples.
+      FileNotFoundError, ValueError: if one cannot be loaded, or was trained for other samples.
     """
+    stages, joined, about = [], [], []
+    for source, config, size in cascades.chain(e.config, shape):
+        _, params, _ = trained.load(source)
+        walk = dataclasses.replace(config.sampling, cascade=())
+        own = resolve(dataclasses.replace(config, sampling=walk))
+        check_shape(own, params, size)
+        check_parameters(params, Path(source))
+        weaker, join, settings = _load_weaker(own, size)
+        stages.append(Stage(own, size, weaker))
+        joined.append(join(params))
+        about.append(_described(own, parameters(config, params)) | settings)
+    weaker, join, settings = _load_weaker(e, shape)
+    if not stages:
+        return Others((), weaker, join, settings)
+    together = lambda own: (*joined, join(own))
+    return Others(tuple(stages), weaker, together, settings | {"stages": about})
+
+
+def _load_weaker(e, shape):
+    """The network that the experiment guides away from: `weaker`, `join` and `settings`."""
     if e.weaker is None:
-        return Weaker()
+        return None, lambda params: params, {}
     source, average = e.weaker
     _, params, config = trained.load(source, average)
     weaker = resolve(dataclasses.replace(config, sampling=Sampling()))
@@ -182,7 +253,11 @@ def load_weaker(e: Experiment, shape: tuple[int, ...]) -> Weaker:
             f"weaker={source}: it has {config.model.labels} classes, not "
             f"{e.config.model.labels}, or none",
         ),
-        (config.low_resolution is None, f"weaker={source}: it enlarges images"),
+        (
+            config.low_resolution == e.config.low_resolution,
+            f"weaker={source}: it has low_resolution={config.low_resolution}, not "
+            f"{e.config.low_resolution}",
+        ),
     )
     try:
         check_shape(weaker, params, shape)
@@ -191,38 +266,7 @@ def load_weaker(e: Experiment, shape: tuple[int, ...]) -> Weaker:
         raise ValueError(f"weaker={source}: {error}") from error
     check_parameters(params, Path(source))
     about = {"weaker": parameters(config, params, average)}
-    return Weaker(weaker, lambda own: (own, params), about)
-
-
-def make_cascade(
-    small: Experiment, e: Experiment, shape: tuple[int, ...]
-) -> Callable[[Any, dict[str, Any]], Data]:
-    """A pure function ((small's params, params), batch) -> enlargements of small samples.
-
-    Args:
-      small: the experiment of a run on images of side `low_resolution`.
-      e: the experiment of a super-resolution run.
-      shape: shape of the enlarged images.
-
-    Raises:
-      ValueError: if `e` is not a super-resolution run, or `small` does not draw such images.
-    """
-    low = e.config.low_resolution
-    if low is None:
-        raise ValueError(
-            "low_resolution=None: the second run of a cascade must be a super-resolution run"
-        )
-    small_shape = (low, low, shape[-1])
-    small.config.model.check_input(small_shape)
-    # With the same seed, both stages would draw the same noise.
-    seeded = resolve(dataclasses.replace(e.config, seed=small.config.seed + 1))
-    e = e._replace(config=seeded.config, keys=seeded.keys)
-    generate_small, generate_large = make_generate(small, small_shape), make_generate(e, shape)
-
-    def generate(params, batch):
-        return generate_large(params[1], batch | {"small": generate_small(params[0], batch)})
-
-    return generate
+    return weaker, lambda own: (own, params), about
 
 
 def picture_rows(config: Config) -> int:
@@ -233,22 +277,22 @@ def picture_rows(config: Config) -> int:
     >>> picture_rows(Config()), Config().sampling.columns
     (10, 10)
     """
-    if config.low_resolution is not None:
+    if config.given_height is not None:
         return 1
-    labels = config.model.labels
+    labels = cascades.classes(config)
     return labels if 0 < labels <= MOST_ROWS else config.sampling.columns
 
 
 def request(config: Config, test: data.Examples, n: int) -> dict[str, np.ndarray]:
     """A batch for which the function of `make_generate` draws n samples, of each class in turn.
 
-    In super-resolution the samples enlarge the first n held-out images, which are the batch's `x`.
+    In super-resolution without a cascade the samples enlarge the first n held-out images, which are
+    the batch's `x`.
     """
-    if config.low_resolution is not None:
+    if config.given_height is not None:
         return data.first(test, n)
-    index = np.arange(n, dtype=np.int32)
-    label = {"label": index % config.model.labels} if config.model.labels else {}
-    return {"index": index} | label
+    index, classes = np.arange(n, dtype=np.int32), cascades.classes(config)
+    return {"index": index} | ({"label": index % classes} if classes else {})
 
 
 def evaluate(
@@ -256,18 +300,19 @@ def evaluate(
 ) -> dict[str, float]:
     """The results of `distances.from_halves` for samples x of a `request`.
 
-    In super-resolution they are the distance to 10,000 of the training images, `psnr`, in decibels,
-    of one sample per image, and both numbers for bicubic enlargement, with the suffix `_bicubic`.
+    In super-resolution without a cascade they are the distance to 10,000 of the training images,
+    `psnr`, in decibels, of one sample per image, and both numbers for bicubic enlargement, with the
+    suffix `_bicubic`.
 
     Raises:
       FloatingPointError: if a sample is not finite.
     """
     check_finite(x)
-    if config.low_resolution is None:
+    if config.given_height is None:
         real, label = data.all_examples(dataset)
         return distances.from_halves(x, requested.get("label"), real, label)
     real, truth = data.first(dataset.train, 10_000)["x"], requested["x"]
-    bicubic = np.asarray(enlarge(shrink(truth, config.low_resolution), x.shape[1]))
+    bicubic = np.asarray(enlarge(shrink(truth, config.given_height), x.shape[1]))
     found = distances.from_halves(x, None, real, None)
     return found | {
         "frechet_pca24_bicubic": distances.from_halves(bicubic, None, real, None)["frechet_pca24"],
@@ -278,11 +323,12 @@ def evaluate(
 
 def labels(config: Config, drawing: Drawing) -> np.ndarray | None:
     """The classes of the samples, `[n]`, or None if the run has none."""
-    if not config.model.labels:
+    classes = cascades.classes(config)
+    if not classes:
         return None
     if drawing.label is not None:
         return np.full(drawing.n, drawing.label, np.int32)
-    return np.arange(drawing.n, dtype=np.int32) % config.model.labels
+    return np.arange(drawing.n, dtype=np.int32) % classes
 
 
 def settings(e: Experiment, drawing: Drawing, params: Any) -> dict[str, Any]:
@@ -298,14 +344,16 @@ def settings(e: Experiment, drawing: Drawing, params: Any) -> dict[str, Any]:
     """
     chosen = _shallow(drawing) | _walk_settings(e.config)
     del chosen["walk"]
-    return _as_json(
-        {
-            **chosen,
-            "function_evaluations": function_evaluations(e),
-            "parameters": parameters(e.config, params, drawing.average),
-            "config": config_lib.to_tree(e.config),
-        }
-    )
+    return _as_json(chosen | _described(e, parameters(e.config, params, drawing.average)))
+
+
+def _described(e, parameters):
+    """What a network's samples depend on: its parameters and its config; and what they cost."""
+    return {
+        "function_evaluations": function_evaluations(e),
+        "parameters": parameters,
+        "config": config_lib.to_tree(e.config),
+    }
 
 
 def parameters(config: Config, params: Any, average: float | None = None) -> dict[str, Any]:
@@ -336,7 +384,7 @@ def function_evaluations(e: Experiment) -> int:
 
 def check_shape(e: Experiment, params: Any, shape: tuple[int, ...]) -> None:
     """Raise a ValueError unless the network takes examples of this shape."""
-    e.config.model.check_input(shape)
+    e.config.model.check_input(network_shape(e.config, shape))
     made = jax.eval_shape(lambda key: e.init(key, shape), jax.random.key(0))
     if jax.tree.map(jnp.shape, made) != jax.tree.map(jnp.shape, params):
         raise ValueError(f"examples of shape {shape} are not what the network was trained on")

@@ -95,7 +95,8 @@ def compare(args: Arguments) -> list[dict[str, Any]]:
     form = pixels.form(config, runner, shape, dataset.train.x.dtype.type)
     real = data.take(form.examples(dataset.train), np.arange(len(dataset.train.x)))["x"]
     space = None if args.features is None else features.named(args.features, real)
-    generate = None if space is None else sampling.make_generate(drawn, shape)
+    others = sampling.Others() if space is None else sampling.load_others(drawn, shape)
+    generate = None if space is None else sampling.make_generate(drawn, shape, others)
 
     def measure(params):
         found = likelihoods.bits(
@@ -106,7 +107,7 @@ def compare(args: Arguments) -> list[dict[str, Any]]:
             return row
         label, indices = sampling.labels(config, _drawing(args, e)), range(args.n)
         parts = sampling.draw(
-            runner, generate, params, label, indices, config.batch_size, form.decode
+            runner, generate, others.join(params), label, indices, config.batch_size, form.decode
         )
         x = np.concatenate(list(parts))
         return row | distances.measure(space.features(x), space.features(real))

@@ -346,10 +346,18 @@ class Walk:
     guidance: Guidance = ()
     """A chain of guidances, such as classifier_free:weight=3 within:low=-2,high=4. A number alone
     is the weight of classifier_free; autoguidance:weight=2,weaker=RUN,average=0.1 names a run, and
-    may name an average of its parameters. Empty: no guidance."""
+    may name an average of its parameters. In super-resolution, without=label, image or both says
+    what to compare without, of what the run is trained without. Empty: no guidance."""
     cond_noise: float = 0.0
     """Super-resolution: the time to which the low-resolution image is diffused, at most
     max_cond_noise."""
+    overlap: int | None = None
+    """With augmentation=window: pixels by which the windows of a sample overlap; None: half of
+    their side."""
+    cascade: tuple[str, ...] = ()
+    """Super-resolution: the runs that draw the low-resolution image, named as sample.py's --workdir
+    is, smallest first; each enlarges what the one before has drawn, by its own settings. Empty:
+    pictures enlarge held-out images, and the run cannot draw samples by itself."""
 
     def check(self) -> None:
         """Raise a ValueError if the section is impossible whatever the other sections are."""
@@ -515,6 +523,10 @@ class Config:
     """Options of the schedule."""
     schedule_shift: float = 0.0
     """A constant added to the schedule's log-SNR at every time."""
+    schedule_base: int | None = None
+    """Side of the images that the schedule is meant for: it is shifted so that images that are
+    averaged down to this side have its signal-to-noise ratio (simple diffusion; SD3); it needs
+    data.size, or data.shape. None: the schedule is not shifted by the size of the images."""
     time_steps: int | None = None
     """Train on the grid i/T of discrete time with this T; None: continuous time."""
     weighting: Annotated[str, one_of(WEIGHTINGS)] = "unit"
@@ -543,14 +555,19 @@ class Config:
     """Draw times more often where the loss has been large; it needs time_steps."""
     augmentation: Annotated[str | None, one_of(AUGMENTATIONS)] = None
     """What is done to the images of training at random. A network with model.augment_dim is told of
-    it, so that it does not leak into the samples; edm has 9 such numbers, crop 2. None: nothing."""
+    it, so that it does not leak into the samples; edm has 9 such numbers, crop 2, and window, whose
+    samples are drawn by overlapping windows, 2. None: nothing."""
     augmentation_options: Options = dataclasses.field(default_factory=dict)
     """Options of the augmentation."""
     label_drop: float = 0.1
     """Probability of training without the label, where the model has a null label."""
     low_resolution: int | None = None
-    """Super-resolution: side of the low-resolution image, averaged from the data's, that the
+    """Super-resolution: height of the low-resolution image, averaged from the data's, that the
     network is given; it needs model.image_cond. None: no super-resolution."""
+    low_resolution_drop: float = 0.0
+    """Probability of training with a low-resolution image that is all noise, which is what guidance
+    compares with. The label is dropped by the same random number, so that with equal probabilities
+    the two are dropped together."""
     max_cond_noise: float = 0.0
     """Noise on the low-resolution image in training: it is diffused to a random time between 0 and
     this one."""
@@ -617,6 +634,11 @@ class Config:
         if self.unit_output is None:
             return unbounded(self.target) and self.bound_weight is None
         return self.unit_output
+
+    @property
+    def given_height(self) -> int | None:
+        """The height of the images that samples enlarge, if no cascade draws them; or None."""
+        return None if self.sampling.cascade else self.low_resolution
 
     @property
     def learns_schedule(self) -> bool:

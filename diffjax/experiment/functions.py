@@ -32,13 +32,14 @@ from ..learned_schedule import continuous_bound_loss
 from ..learned_variance import hybrid_loss
 from ..samplers import SAMPLERS, TIMES, Sampler
 from ..schedules import SCHEDULES, MonotoneParams, Schedule, monotone
-from ..super_resolution import shrink, small_image
+from ..tiling import tiled
 from ..training import TrainState, ema_warmup, init_state, projected
 from ..training.averaging import averaging
 from ..types import Array, Data, Denoiser, Key, Network, Real, known
 from ..weightings import WEIGHTINGS, Weighting
-from .config import Config, Weaker, known_name, learned_weight, parse_guidance, take_weaker
-from .rules import check
+from .conditioning import make_condition, make_null, take_without
+from .config import Config, Weaker, known_name, parse_guidance, take_weaker
+from .rules import check, log_snr_shift, network_shape
 
 SCHEDULE = "schedule"
 """The name of a learned schedule's parameters, beside those of the network."""
@@ -101,8 +102,9 @@ class Experiment(NamedTuple):
       weaker: the network that the chain guides away from, or None.
       example: (keys `[batch]`, a batch's `x`) -> the examples that the network is trained on: the
         same, or latents that are drawn by their moments, and scaled.
-      augment: (keys `[batch]`, examples, what the network is conditioned on) -> both, of augmented
-        images in training; the same where there is no augmentation.
+      augment: (keys `[batch]`, examples, what the network is conditioned on, whether in training)
+        -> both, of augmented images in training, and of windows, if the network takes these; else
+        the same.
       clip: denoiser -> denoiser, whose x_0 stays in [-1, 1] if the data are images.
       sampler: (denoiser, finish) -> `Sampler`. A guidance that acts on a whole step, if the chain
         begins with one, is applied to the denoiser; `finish`, denoiser -> denoiser, does the rest.
@@ -123,7 +125,7 @@ class Experiment(NamedTuple):
     balance: Callable[[Any, Array, Array], Array]
     condition: Callable[..., Any]
     example: Callable[[Key, Data], Data]
-    augment: Callable[[Key, Data, Any], tuple[Data, Any]]
+    augment: Callable[[Key, Data, Any, bool], tuple[Data, Any]]
     denoiser: Callable[[Network], Denoiser]
     guide: Callable[..., Denoiser]
     weaker: Weaker | None
@@ -156,9 +158,9 @@ def resolve(config: Config) -> Experiment:
     project = models.MODELS[models.name_of(config.model)].project
 
     def init(key, shape):
-        x = jnp.zeros((1, *shape))
+        x = jnp.zeros((1, *network_shape(config, shape)))
         batch = {"x": x, "label": jnp.zeros(1, jnp.int32)}
-        cond = _condition(config, schedule)(keys.per_example(key, 1), batch)
+        cond = make_condition(config, schedule)(keys.per_example(key, 1), batch)
         if models.takes(config.model, "two_times"):
             cond = {**(cond or {}), "log_snr_s": jnp.zeros(1)}
         make = lambda x_t, log_snr, cond: module.init(key, x_t, log_snr, cond)
@@ -197,8 +199,8 @@ def resolve(config: Config) -> Experiment:
     augmentation = _augmentation(config)
     augment_dim = models.takes(config.model, "augment_dim")
 
-    def augment(key, x, cond):
-        if augmentation is None:
+    def augment(key, x, cond, train):
+        if augmentation is None or not (train or augmentation.side):
             return x, cond
         x, told = jax.vmap(augmentation.draw)(key, x)
         return x, {**(cond or {}), "augment": told} if augment_dim else cond
@@ -328,6 +330,7 @@ def _on_schedule(config: Config, schedule: Schedule) -> dict[str, Any]:
     """The fields of an `Experiment` that depend on its schedule."""
     learned_variance = config.bound_weight is not None
     of_step, guide, weaker = _guidance(config, schedule)
+    whole = _of_windows(config)
 
     def clip(denoise):
         if config.data.latents is not None:  # which have no range
@@ -348,8 +351,8 @@ def _on_schedule(config: Config, schedule: Schedule) -> dict[str, Any]:
         schedule=schedule,
         times=_times(config, schedule),
         apply=_apply(config, models.make_module(config.model), schedule),
-        condition=_condition(config, schedule),
-        denoiser=lambda network: (
+        condition=make_condition(config, schedule),
+        denoiser=lambda network: whole(
             flow_map(network, schedule, config.target)
             if config.objective == "flow_map"
             else denoiser(network, schedule, config.target, learned_variance=learned_variance)
@@ -378,7 +381,7 @@ def _parameters(schedule):
 
 def _schedule(config):
     schedule = bind("schedule", SCHEDULES, config.schedule, config.schedule_options)()
-    shift = config.schedule_shift
+    shift = log_snr_shift(config)
     return schedules.shift(schedule, shift) if shift else schedule
 
 
@@ -419,7 +422,7 @@ def _loss_of_map(options):
 
 def _guidance(config, schedule):
     """The chain, as (make, denoiser) -> sampler, (denoiser, ...) -> denoiser, and a `Weaker`."""
-    supplied = {"schedule": schedule, "null": {"label": np.int32(config.model.labels)}}
+    supplied = {"schedule": schedule}
     weaker, chain = None, []
     of_step = lambda make, denoise: make(denoise, schedule)
     learned = config.flow_map.guidance_to is not None  # then the network is given the weight
@@ -429,18 +432,20 @@ def _guidance(config, schedule):
         table = STEP_GUIDANCES if name in STEP_GUIDANCES else GUIDANCES
         first, *others = inspect.signature(table[name]).parameters
         options, named = take_weaker(name, options)
+        options, without = take_without(config, name, options)
+        null = {"null": make_null(config, schedule, without)}
         weaker = named or weaker
-        known = (first, "denoise", "weaker", *supplied)
+        known = (first, "denoise", "weaker", "schedule", "null")
         guidance = bind("guidance", table, name, options, known)
         if table is STEP_GUIDANCES:
-            of_step = functools.partial(guidance, **supplied)
+            of_step = functools.partial(guidance, **supplied, **null)
         else:
-            chain.append((guidance, others))
+            chain.append((guidance, others, null))
 
     def guide(denoise, start=None, weaker=None):
         guided = denoise if start is None else start
-        for make, parameters in chain:
-            available = supplied | {"denoise": denoise, "weaker": weaker}
+        for make, parameters, null in chain:
+            available = supplied | null | {"denoise": denoise, "weaker": weaker}
             guided = make(guided, **{n: v for n, v in available.items() if n in parameters})
         return guided
 
@@ -466,6 +471,27 @@ def _augmentation(config):
     return found
 
 
+def _of_windows(config):
+    """Denoiser -> denoiser of whole images, if that of the network is of windows."""
+    found = _augmentation(config)
+    if found is None or found.side is None:
+        return lambda denoise: denoise
+    half = max(1, found.side // 2)
+    overlap = half if config.sampling.overlap is None else config.sampling.overlap
+    if not 1 <= overlap < found.side:
+        raise ValueError(
+            f"sampling.overlap={overlap}: must be at least 1, and less than the side of windows, "
+            f"{found.side}"
+        )
+
+    def tell(cond, position):
+        if not (cond and "augment" in cond):
+            return cond
+        return {**cond, "augment": jnp.broadcast_to(position, cond["augment"].shape)}
+
+    return lambda denoise: tiled(denoise, found.side, overlap, tell)
+
+
 def _featured(config, network):
     """The network itself without Fourier features, so that nothing changes."""
     exponents = config.fourier_features
@@ -482,43 +508,6 @@ def _apply(config, module, schedule):
         return f(x_t, log_snr, cond)
 
     return apply
-
-
-def _condition(config, schedule):
-    """`Experiment.condition`.
-
-    The `label` of the batch, if the model has labels, and with `drop` sometimes the null label. For
-    super-resolution the batch's `small` images, or the means of its `x`, diffused to the time
-    `cond_noise`, or, if None, to a random one. The weight of guidance, if a flow map learns it:
-    with `drop` a random one, else that of sampling.
-    """
-    labels, low = config.model.labels, config.low_resolution
-    augment_dim = models.takes(config.model, "augment_dim")
-
-    def condition(key, batch, drop=False, cond_noise=None):
-        key_label, key_time, key_noise, key_weight = (keys.fold_in(key, use) for use in range(4))
-        cond = {}
-        if labels:
-            cond["label"] = batch["label"]
-        if drop and config.model.null_label:
-            none = jax.vmap(lambda k: jax.random.bernoulli(k, config.label_drop))(key_label)
-            cond["label"] = jnp.where(none, labels, batch["label"])
-        if augment_dim:
-            cond["augment"] = jnp.zeros((len(key), augment_dim))  # not augmented
-        if low is not None:
-            small = batch["small"] if "small" in batch else shrink(batch["x"], low)
-            t = cond_noise
-            if t is None:
-                t = config.max_cond_noise * jax.vmap(jax.random.uniform)(key_time)
-            cond |= small_image(key_noise, schedule, small, t)
-        most = config.flow_map.guidance_to
-        if most is not None:
-            uniform = jax.vmap(jax.random.uniform)(key_weight)
-            chosen = learned_weight(config.sampling.guidance)
-            cond["guidance"] = 1 + (most - 1) * uniform if drop else 0 * uniform + chosen
-        return cond or None
-
-    return condition
 
 
 def _times(config, schedule):

@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 
+from ..augmentations import AUGMENTATIONS
 from ..averages import check_width
 from ..couplings import COUPLINGS
 from ..data import Examples, shape_of
@@ -17,12 +18,14 @@ from ..guidance import GUIDANCES, STEP_GUIDANCES
 from ..latents import LATENTS
 from ..models import takes
 from ..samplers import SAMPLERS
-from ..schedules import LONGEST, SCHEDULES, Schedule, ve
+from ..schedules import LONGEST, SCHEDULES, Schedule, resolution_shift, ve
+from ..super_resolution import size_of
 from ..targets import decode, row, unit_variance
 from ..training import writers
 from ..training.averaging import DTYPES
 from ..training.runners import RUNNERS
 from ..weightings import WEIGHTINGS
+from .conditioning import arguments, check_null, needs_null
 from .config import BEST, OBJECTIVES, Config, FlowMap, at_least, known_name, learned_weight, require
 
 LARGEST_GAIN = 1e5
@@ -78,6 +81,10 @@ def check(config: Config) -> None:
         (0 <= c.ema < 1, f"ema={c.ema}: must be in [0, 1)"),
         (0 <= c.seed < 2**32, f"seed={c.seed}: must be in [0, 2**32)"),
         (0 <= c.label_drop < 1, f"label_drop={c.label_drop}: must be in [0, 1)"),
+        (
+            0 <= c.low_resolution_drop < 1,
+            f"low_resolution_drop={c.low_resolution_drop}: must be in [0, 1)",
+        ),
         (math.isfinite(c.schedule_shift), f"schedule_shift={c.schedule_shift}: must be finite"),
         *_of_intervals(c),
         *_of_averages(c),
@@ -118,9 +125,10 @@ def _of_intervals(c):
             f"eval.every={c.eval.every}: must be a multiple of log_every={c.log_every}",
         ),
         (
-            c.eval.features is None or c.low_resolution is None,
+            c.eval.features is None or c.given_height is None,
             f"eval.features={c.eval.features}: a run that enlarges images "
-            f"(low_resolution={c.low_resolution}) cannot draw samples by itself",
+            f"(low_resolution={c.low_resolution}) cannot draw samples by itself; sampling.cascade "
+            "names the runs that draw its small images",
         ),
         (
             not any(n % c.steps_per_call for n in (c.steps, c.log_every, c.sample_every)),
@@ -212,8 +220,8 @@ def _of_schedule(c):
             "uncertainty",
         ),
         (
-            fixed or c.schedule_shift == 0,
-            f"schedule_shift={c.schedule_shift}: {learned}, with its ends; give log_snr_min and "
+            fixed or log_snr_shift(c) == 0,
+            f"schedule_shift={log_snr_shift(c)}: {learned}, with its ends; give log_snr_min and "
             "log_snr_max in schedule_options, where they start",
         ),
         (
@@ -240,16 +248,39 @@ def _of_schedule(c):
     )
 
 
+def log_snr_shift(config: Config) -> float:
+    """What is added to the schedule's log-SNR, by `schedule_shift` and `schedule_base`.
+
+    Raises:
+      ValueError: if it depends on the size of the images, and the config does not say this.
+    """
+    base, d = config.schedule_base, config.data
+    if base is None:
+        return config.schedule_shift
+    size = (d.size,) * 2 if d.shape is None and d.size is not None else (d.shape or ())[:-1]
+    if len(size) != 2 or base < 1:
+        raise ValueError(
+            f"schedule_base={base}: must be at least 1, and needs the size of the images, "
+            "data.size, or data.shape, such as 28 28 1"
+        )
+    return config.schedule_shift + resolution_shift(*size, base)
+
+
 def _of_conditioning(c):
     """Super-resolution, labels and guidance."""
     s = c.sampling
     learns_bound = c.learns_schedule or c.bound_weight is not None
-    need_null = [word for word in s.guidance if _needs_null(word.partition(":")[0])]
+    check_null(c)
     return (
         (
             c.low_resolution is not None or c.max_cond_noise == s.cond_noise == 0,
             f"max_cond_noise={c.max_cond_noise}, sampling.cond_noise={s.cond_noise}: need "
-            "low_resolution, the side of the low-resolution image",
+            "low_resolution, the height of the low-resolution image",
+        ),
+        (
+            c.low_resolution is not None or c.low_resolution_drop == 0,
+            f"low_resolution_drop={c.low_resolution_drop}: needs low_resolution, the height of the "
+            "image that is dropped",
         ),
         (
             0 <= s.cond_noise <= c.max_cond_noise <= 1,
@@ -257,13 +288,9 @@ def _of_conditioning(c):
             "0 <= cond_noise <= max_cond_noise <= 1",
         ),
         (
-            c.low_resolution is None or not s.guidance,
-            f"sampling.guidance={' '.join(s.guidance)}: super-resolution "
-            f"(low_resolution={c.low_resolution}) has no guidance",
-        ),
-        (
-            c.model.null_label or not need_null,
-            f"sampling.guidance={' '.join(need_null)}: needs model.null_label=True",
+            c.low_resolution is not None or not s.cascade,
+            f"sampling.cascade={' '.join(s.cascade)}: its samples are small images; a run that "
+            "enlarges them needs low_resolution, their height",
         ),
         (
             c.low_resolution is None or c.data.latents is None,
@@ -274,6 +301,10 @@ def _of_conditioning(c):
             c.augmentation is None or not (learns_bound or c.low_resolution or c.data.latents),
             f"augmentation={c.augmentation}: images of super-resolution and latents are not "
             "augmented, nor images whose bound is learned (bound_weight, or schedule=monotone)",
+        ),
+        (
+            s.overlap is None or (c.augmentation == "window" and s.overlap >= 1),
+            f"sampling.overlap={s.overlap}: must be at least 1, with augmentation=window",
         ),
         (
             c.model.image_cond == (c.low_resolution is not None),
@@ -311,9 +342,9 @@ def _of_guidance(chain):
     said = f"sampling.guidance={' '.join(chain)}"
     names = [word.partition(":")[0] for word in chain]
     twice = sorted({name for name in names if names.count(name) > 1})
-    amplify = [name for name in names if _needs_null(name)]
+    amplify = [name for name in names if needs_null(name)]
     # Those that refer to the denoiser without guidance do nothing to it alone.
-    alone = "denoise" in _parameters(names[0])[1:] if names and names[0] in GUIDANCES else False
+    alone = "denoise" in arguments(names[0])[1:] if names and names[0] in GUIDANCES else False
     late = [name for name in names[1:] if name in STEP_GUIDANCES]
     return (
         (not twice, f"{said}: {', '.join(twice)} is there twice"),
@@ -412,17 +443,6 @@ def _gain_of_velocity(target):
     return max(gain(1.0, 1e-3), gain(1e-3, 1.0))
 
 
-def _needs_null(name):
-    """Whether a guidance compares with the network's output without its conditioning."""
-    return "null" in _parameters(name)
-
-
-def _parameters(name):
-    """The names of a guidance's arguments; none if there is no such guidance."""
-    table = GUIDANCES | STEP_GUIDANCES
-    return list(inspect.signature(table[name]).parameters) if name in table else []
-
-
 def cautions(config: Config, schedule: Schedule, train: Examples) -> list[str]:
     """Warnings, a line each, of a config and data that a run accepts but that are likely mistakes.
 
@@ -464,6 +484,36 @@ def cautions(config: Config, schedule: Schedule, train: Examples) -> list[str]:
     return found
 
 
+def check_low_resolution(low: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the small images of super-resolution, for images of this shape.
+
+    Raises:
+      ValueError: if these are no images, or none of this height has their proportions.
+    """
+    if len(shape) != 3 or not low <= shape[0]:
+        raise ValueError(f"low_resolution={low}: must be at most the height of images, not {shape}")
+    try:
+        return (*size_of(shape, low), shape[-1])
+    except ValueError as error:
+        raise ValueError(f"low_resolution: {error}") from None
+
+
+def network_shape(config: Config, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of what the network is given, for examples of a shape: the same, or a window's.
+
+    Raises:
+      ValueError: if the examples are smaller than a window.
+    """
+    if config.augmentation is None or len(shape) != 3:
+        return shape
+    side = AUGMENTATIONS[config.augmentation](**config.augmentation_options).side
+    if side is None:
+        return shape
+    if min(shape[:2]) < side:
+        raise ValueError(f"augmentation=window: side={side} is larger than images of {shape[:2]}")
+    return (side, side, shape[-1])
+
+
 def check_data(config: Config, train: Examples, test: Examples) -> None:
     """Refuse data that the config's network cannot take.
 
@@ -471,10 +521,11 @@ def check_data(config: Config, train: Examples, test: Examples) -> None:
       ValueError: naming the value and the constraint.
     """
     c, shape = config, shape_of(train.x)
-    c.model.check_input(shape)
+    c.model.check_input(network_shape(c, shape))
     channels = shape[-1] * (1 if c.bound_weight is None else 2)
     variance = "no learned variance" if c.bound_weight is None else "a learned variance"
-    square = shape[:1] == shape[1:2]
+    if c.low_resolution is not None:
+        check_low_resolution(c.low_resolution, shape)
     require(
         (
             c.data.shape in (None, shape),
@@ -492,12 +543,6 @@ def check_data(config: Config, train: Examples, test: Examples) -> None:
         (
             c.augmentation is None or len(shape) == 3,
             f"augmentation={c.augmentation}: is of images, not of data of shape {shape}",
-        ),
-        (
-            c.low_resolution is None
-            or (square and c.low_resolution >= 1 and shape[0] % c.low_resolution == 0),
-            f"low_resolution={c.low_resolution}: must divide the side of square images, not "
-            f"{shape}",
         ),
         (
             (c.model.out_channels or shape[-1]) == channels,

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from .. import models
 from ..denoisers import schedule_of
 from ..experiment import Config, Experiment, resolve, run_directory
+from ..experiment.conditioning import make_null
 from ..guidance import classifier_free
 from ..training.files import local
 from ..types import Data
@@ -149,7 +149,7 @@ def _teacher(e, source, shape):
         return teacher.guide(denoise)
     if not config.model.null_label:
         raise ValueError(f"{name}: for guidance_to it needs model.null_label=True")
-    null = {"label": np.int32(config.model.labels)}
+    null = make_null(config, teacher.schedule, {"label"})
 
     def guided(x_t, t, cond):
         others = {name: x for name, x in cond.items() if name != "guidance"}
