@@ -500,7 +500,7 @@ def test_times_are_drawn_where_they_should_be():
         jax.random.key(0), network, schedule, "v", x_0, identity="semigroup", velocity="pair",
         diagonal=0.25, to_data=0.25, steps=10,
     )  # fmt: skip
-    t, s = (10 * time_at(schedule, log_snr) for log_snr in seen[-1])
+    t, s = (10 * time_at(schedule, log_snr) for log_snr in seen[0])
     assert abs(t - t.round()).max() < 1e-3 and abs(s - s.round()).max() < 1e-3
     assert (s <= t + 1e-3).all()
     # Of t = 1/10 and others, s is t or 0; else it is uniform below t.
