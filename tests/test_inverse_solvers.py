@@ -105,9 +105,9 @@ def test_mmps_takes_an_operator_that_is_not_linear_for_its_derivative(x64):
     denoise, linear = oracles.gaussian(VP, mean, cov), of_matrix(a)
     y, x_t = jnp.ones((2, 3)), jax.random.normal(jax.random.key(0), (2, 4))
     shifted = lambda x: linear(x) + 0.7
-    one = inverse.mmps(denoise, VP, linear, y, 0.3)(x_t, 0.4)
-    other = inverse.mmps(denoise, VP, shifted, y + 0.7, 0.3)(x_t, 0.4)
-    np.testing.assert_allclose(other.x_0, one.x_0, rtol=1e-9)
+    guided = lambda operator, y: inverse.mmps(denoise, VP, operator, y, 0.3)(x_t, 0.4).x_0
+    both = jax.jit(lambda y: (guided(linear, y), guided(shifted, y + 0.7)))
+    np.testing.assert_allclose(*both(y), rtol=1e-9)
 
 
 @some_schedules
@@ -226,14 +226,12 @@ def test_a_particle_that_explains_the_measurement_takes_the_place_of_the_others(
     """In proportion to its weight, within its own population."""
     log_weights = jnp.log(jnp.array([0.5, 0.25, 0.125, 0.125, 1.0, 0.0, 0.0, 0.0]))
     key = diffjax.keys.per_example(jax.random.key(0), 8)
-    pick = inverse.walks._resampled(key, log_weights, 4)
-    np.testing.assert_array_equal(pick[4:], 4)
-    assert (pick[:4] < 4).all()
     many = jax.vmap(
         lambda i: inverse.walks._resampled(diffjax.keys.fold_in(key, i), log_weights, 4)
     )
-    picks = many(jnp.arange(2000))[:, :4]
-    share = np.bincount(np.asarray(picks).reshape(-1), minlength=4) / picks.size
+    picks = many(jnp.arange(2000))
+    assert (picks[:, :4] < 4).all() and (picks[:, 4:] == 4).all()
+    share = np.bincount(np.asarray(picks[:, :4]).reshape(-1), minlength=4) / picks[:, :4].size
     np.testing.assert_allclose(share, [0.5, 0.25, 0.125, 0.125], atol=0.01)
 
 
@@ -245,7 +243,7 @@ def made(name, denoise, schedule=VP, operator=FIRST, y=None, noise=0.2):
     )
 
 
-@pytest.mark.parametrize("name", each(NAMES, "mmps", "ddrm", "tds"))
+@pytest.mark.parametrize("name", each(NAMES, "ddrm", "tds"))
 def test_a_solution_does_not_depend_on_its_batch_mates(name):
     """Its key is that of its place, and populations keep to themselves."""
     denoise = oracles.gaussian(VP, MEAN, COV)
@@ -261,7 +259,7 @@ def test_a_solution_does_not_depend_on_its_batch_mates(name):
 
 
 @some_schedules
-@pytest.mark.parametrize("name", each(NAMES, "mmps", "diffpir", "ddrm"))
+@pytest.mark.parametrize("name", each(NAMES, "mmps", "ddrm"))
 def test_every_solver_moves_the_samples_towards_the_posterior(name, schedule):
     """Of correlated data, on every kind of schedule: nearer to its mean than draws without y."""
     denoise = oracles.gaussian(schedule, MEAN, COV)
@@ -291,8 +289,10 @@ def test_an_operator_that_is_not_linear_is_solved_or_refused(name, operator):
         prediction = flat(x_t.reshape(len(x_t), 16), t)
         return diffjax.Prediction(*(a.reshape(shape) for a in prediction))
 
-    truth = flat.sample(jax.random.key(0), 8).reshape(shape).repeat(8, axis=0)
-    y, x_1 = operator(truth), diffjax.prior_sample(jax.random.key(1), schedule, truth.shape)
+    rng = np.random.default_rng(0)
+    truth = np.linspace(-1, 1, 16) + 0.5 * rng.normal(size=(8, 16))
+    y = operator(jnp.asarray(truth, jnp.float32).reshape(shape).repeat(8, axis=0))
+    x_1 = jnp.asarray(rng.normal(size=(64, 4, 4, 1)), jnp.float32)
     ts, key = diffjax.log_snr_times(schedule, 30), jax.random.key(2)
     draw = lambda walk: diffjax.sample(key, walk, x_1, ts)[0]
     if row.operators != "any":
