@@ -15,7 +15,7 @@ from diffjax.samplers import State
 SCHEDULES = {
     "vp": diffjax.cosine(-10.0, 10.0),
     "ve": diffjax.log_uniform(0.005, 100.0),
-    "flow": diffjax.rectified_flow(-10.0, 10.0),
+    "flow": diffjax.rectified_flow(),  # whose alpha at t = 0 is 0.999
 }
 VP = SCHEDULES["vp"]
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
@@ -173,21 +173,21 @@ def populations(walk, schedule, groups, particles, steps, key=0):
 
 @some_schedules
 def test_tds_converges_to_the_posterior_as_particles_are_added(schedule):
-    """The twist alone is off, because its variance is 4 times too large in one direction."""
-    cov, noise, y = np.array([[0.25, 0.0], [0.0, 0.01]]), 0.05, np.array([0.6])
+    """With a twist that is much too wide, so that it guides late, and most particles are lost."""
+    cov, noise, y = np.array([[0.25, 0.0], [0.0, 0.01]]), 0.1, np.array([0.8])
     a = np.array([[1.0, 1.0]])
     mean, cov_y = posterior(MEAN, cov, a, y, noise)
     denoise, total = oracles.gaussian(schedule, MEAN, cov), 8192
 
     def error(particles):
-        shown = jnp.full((total // particles, 1), 0.6)
-        walk = inverse.tds(denoise, schedule, of_matrix(a), shown, noise, particles, 1.0)
-        x = populations(walk, schedule, total // particles, particles, 60)
+        shown = jnp.full((total // particles, 1), y[0])
+        walk = inverse.tds(denoise, schedule, of_matrix(a), shown, noise, particles, 3.0)
+        x = populations(walk, schedule, total // particles, particles, 120)
         return np.abs(x.mean(0) - mean).max(), np.abs(np.cov(x.T) - cov_y).max()
 
     few, many = error(2), error(64)
-    assert few[0] > 5 * many[0], (few, many)
-    assert many[0] < 0.01 and many[1] < 0.004, (few, many)
+    assert few[0] > 3 * many[0], (few, many)
+    assert many[0] < 0.005 and many[1] < 0.003, (few, many)
 
 
 def test_tds_takes_a_likelihood_that_is_not_linear():
