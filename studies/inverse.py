@@ -171,13 +171,15 @@ class Posterior(NamedTuple):
     means: np.ndarray
     covs: np.ndarray
 
-    def moments(self):
+    def moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean `[16]` and covariance `[16, 16]`."""
         share = np.exp(self.log_weights)
         mean = share @ self.means
         apart = self.means - mean
         return mean, np.tensordot(share, self.covs, 1) + (share[:, None] * apart).T @ apart
 
-    def draw(self, rng, n):
+    def draw(self, rng: np.random.Generator, n: int) -> np.ndarray:
+        """Draw n examples, `[n, 16]`."""
         which = rng.choice(len(self.log_weights), size=n, p=np.exp(self.log_weights))
         roots = np.linalg.cholesky(self.covs)
         return self.means[which] + np.einsum("nij,nj->ni", roots[which], rng.normal(size=(n, SIZE)))

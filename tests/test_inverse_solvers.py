@@ -131,7 +131,7 @@ def test_diffpir_predicts_the_mean_of_a_posterior_about_the_prediction(x64, sche
 @each_schedule
 @pytest.mark.parametrize(("eta", "eta_b"), [(0.85, 1.0), *slow((0.4, 0.6))])
 def test_ddrms_steps_keep_the_noise_of_the_schedule(schedule, eta, eta_b):
-    """If the prediction is right, x_s is from q(x_s | x_0), whatever is measured (their prop. 3.1).
+    """If the prediction is right, x_s is from q(x_s | x_0), whatever is measured.
 
     One coordinate is measured well, one badly, and one not.
     """
@@ -162,6 +162,17 @@ def test_ddrm_leaves_what_is_not_measured_to_ddim_and_ends_at_what_is():
     (x, _), (free, _) = (diffjax.sample(key, s, x_1, ts) for s in (walk, diffjax.ddim(denoise)))
     np.testing.assert_allclose(x[:, 1], free[:, 1], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(x[:, 0], 0.6, atol=0.03)  # sigma at t = 0 is 0.007
+
+
+@each_solver
+@pytest.mark.parametrize("dtype", ["bfloat16", *slow("float32")])
+def test_a_walk_keeps_the_type_of_the_data(x64, name, dtype):
+    """Whatever the types of the schedule, the noise and the weights are."""
+    denoise = oracles.gaussian(VP, MEAN, COV)
+    x_1, noise = jnp.ones((4, 2), dtype), jnp.float32(0.2)
+    walk = made(name, denoise, y=x_1, noise=noise)
+    out = jax.eval_shape(lambda: diffjax.sample(jax.random.key(0), walk, x_1, jnp.array([1, 0.5])))
+    assert out[0].dtype == dtype
 
 
 def populations(walk, schedule, groups, particles, steps, key=0):
@@ -333,6 +344,12 @@ def test_a_measurement_of_another_shape_is_refused_by_every_solver(name, shape):
         (lambda d, y: inverse.diffpir(d, VP, FIRST, y, strength=0.0), "strength=0.0"),
         (lambda d, y: inverse.ddrm(d, VP, FIRST, y, eta=1.5), "eta=1.5"),
         (lambda d, y: inverse.ddrm(d, VP, lambda x: x, y), r"inverse.with_svd\(operator, shape\)"),
+        (
+            lambda d, y: (
+                walk := inverse.ddrm(d, VP, inverse.with_svd(lambda x: x[:, :2], (3,)), y)
+            ).step(jax.random.key(0), walk.init(y), 1.0, 0.5),
+            r"the decomposition is of examples of shape \(3,\), not \(2,\)",
+        ),
         (lambda d, y: inverse.tds(d, VP, FIRST, y, 0.1, particles=1), "particles=1"),
         (lambda d, y: inverse.tds(d, VP, FIRST, y, 0.1, 4, sigma_data=0.0), "sigma_data=0.0"),
         (

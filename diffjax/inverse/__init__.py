@@ -1,7 +1,7 @@
 r"""Inverse problems y = A x_0 + noise, solved with any trained denoiser.
 
 An operator A is a function of data `[batch, ...]` (see `operators`). A solver makes the samples of
-a denoiser follow the measurement y; [docs/inverse.md] measures each on data whose posterior is
+a denoiser follow the measurement y; `docs/inverse.md` measures each on data whose posterior is
 known, and says which to choose:
 
     pigdm     denoiser -> denoiser: adds the score of p(y | x_t), Gaussian about the predicted x_0

@@ -118,7 +118,8 @@ def mmps(
     is replaced by its derivative at the prediction.
 
     Args:
-      denoise: a `Denoiser` without clipping; clip the result instead.
+      denoise: a `Denoiser` without clipping; clip the result instead, above all if the network
+        predicts eps, whose errors are large in x_0 near t = 1.
       schedule: its `Schedule`.
       operator: A.
       y: the measurement, `[batch, ...]`.
@@ -148,7 +149,8 @@ def mmps(
         transpose = jax.linear_transpose(push, x_0)
         # The Jacobian of an exact denoiser is symmetric: its transpose serves as it in V.
         score = lambda residual: pull_back(*transpose(residual))[0]
-        covariance = lambda r, of_r: noise_std**2 * r + push(sigma**2 / alpha * of_r)
+        variance = jnp.asarray(noise_std, x_t.dtype) ** 2
+        covariance = lambda r, of_r: variance * r + push(sigma**2 / alpha * of_r)
         guidance = _conjugate_gradients(score, covariance, y - y_0, iterations, x_0)
         return add_score(prediction, schedule, t, guidance)
 
@@ -164,11 +166,12 @@ def _toward(operator, x_0, y, spread, noise_std):
     """A^T (spread A A^T + noise^2)^-1 (y - A x_0), the system of each example for itself."""
     one = lambda x: operator(x[None])[0]
     transpose = jax.linear_transpose(one, x_0[0])
+    variance = jnp.asarray(noise_std, x_0.dtype) ** 2
 
     def solve(residual, spread):
         # A^T (r^2 A A^T + noise^2)^-1 = (r^2 A^T A + noise^2)^-1 A^T, and this system has a
         # solution even for a y that no x_0 gives, such as one with pixels that a mask hides.
-        precision = lambda x: spread * transpose(one(x))[0] + noise_std**2 * x
+        precision = lambda x: spread * transpose(one(x))[0] + variance * x
         return jax.scipy.sparse.linalg.cg(precision, transpose(residual)[0], tol=1e-6)[0]
 
     spread = jnp.broadcast_to(spread, x_0.shape[:1]).astype(x_0.dtype)
