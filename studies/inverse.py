@@ -454,7 +454,7 @@ standard deviation of 0.05 where a pixel is in [-1, 1]. Each solver takes 100 st
 measurement does not determine differs from sample to sample. Two samples do not fit their
 measurements, one by `dps` in super-resolution and one by `ddrm` in compressed sensing. A garment
 that is turned by 180 degrees has the same phases lost, so that two of the dresses stand on their
-heads. `ddrm` cannot retrieve phases, which is no linear problem; colours need a network of colours.
+heads, and one mixes both. `ddrm` cannot retrieve phases, which is no linear problem.
 
 ## What a solver needs
 
