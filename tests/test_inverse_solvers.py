@@ -246,6 +246,18 @@ def test_a_particle_that_explains_the_measurement_takes_the_place_of_the_others(
     np.testing.assert_allclose(share, [0.5, 0.25, 0.125, 0.125], atol=0.01)
 
 
+def test_the_last_step_of_tds_leaves_samples_of_equal_weight():
+    """One particle explains y and the other does not, which the wide twist hardly sees."""
+    denoise = lambda x_t, t, cond=None: diffjax.Prediction(x_t, 0 * x_t)
+    walk = inverse.tds(denoise, VP, lambda x: x, jnp.array([[0.6]]), 0.05, 2, sigma_data=10.0)
+    start = walk.init(jnp.array([[0.6], [0.0]]))
+    step = jax.jit(lambda s: walk.step(jax.random.key(0), start, 0.5, s))
+    before, last = step(1e-3), step(0.0)
+    assert np.ptp(before.x) > 0.1 and before.memory[0] > before.memory[1]
+    np.testing.assert_allclose(last.x, 0.6, atol=0.03)
+    np.testing.assert_array_equal(last.memory, 0)
+
+
 def made(name, denoise, schedule=VP, operator=FIRST, y=None, noise=0.2):
     """The walk of a row of the table; of a population, every measurement has two particles."""
     y = y[::2] if name == "tds" else y

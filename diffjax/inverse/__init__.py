@@ -38,7 +38,7 @@ class Solver(NamedTuple):
     """A row of `SOLVERS`.
 
     Attributes:
-      walk: (denoise, schedule, operator, y, noise_std, **options) -> `Sampler`. For a solver that
+      walk: (denoise, schedule, operator, y, noise_std, options) -> `Sampler`. For a solver that
         changes a denoiser or a sampler, the option `make` is the function (denoise, schedule) ->
         `Sampler`, by default `ancestral`.
       operators: which operators it takes: "inpainting", "svd" (those with an `SVD`), "linear" or
