@@ -1,7 +1,7 @@
 """Measure the solvers of inverse problems against exact posteriors, and write docs/inverse.md.
 
-    python studies/inverse.py mixture   # measures; half an hour on two cores
-    python studies/inverse.py picture   # draws docs/images/inverse.png; ten minutes
+    python studies/inverse.py mixture   # measures; took 40 minutes on two busy cores
+    python studies/inverse.py picture   # draws docs/images/inverse.png; ten minutes more
     python studies/inverse.py page      # writes docs/inverse.md from what was measured
 
 The data of `mixture` are images of 4 x 4 pixels from a mixture of five Gaussians, whose posterior
