@@ -207,7 +207,7 @@ def phase_retrieval(oversampling: int = 2) -> Operator:
 def with_svd(operator: Measure, shape: tuple[int, ...]) -> Operator:
     """Add the singular value decomposition to a linear operator, from its matrix.
 
-    An example of d numbers needs d^2 numbers of memory, and time that grows as d^3: a second for
+    An example of d numbers needs d^2 numbers of memory, and time that grows as d^3: seconds for
     28 x 28 pixels.
 
     Args:
