@@ -15,7 +15,7 @@ from diffjax.samplers import State
 SCHEDULES = {
     "vp": diffjax.cosine(-10.0, 10.0),
     "ve": diffjax.log_uniform(0.005, 100.0),
-    "flow": diffjax.rectified_flow(-10.0, 10.0),
+    "flow": diffjax.rectified_flow(),  # whose alpha at t = 0 is 0.999
 }
 VP = SCHEDULES["vp"]
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
@@ -105,9 +105,9 @@ def test_mmps_takes_an_operator_that_is_not_linear_for_its_derivative(x64):
     denoise, linear = oracles.gaussian(VP, mean, cov), of_matrix(a)
     y, x_t = jnp.ones((2, 3)), jax.random.normal(jax.random.key(0), (2, 4))
     shifted = lambda x: linear(x) + 0.7
-    one = inverse.mmps(denoise, VP, linear, y, 0.3)(x_t, 0.4)
-    other = inverse.mmps(denoise, VP, shifted, y + 0.7, 0.3)(x_t, 0.4)
-    np.testing.assert_allclose(other.x_0, one.x_0, rtol=1e-9)
+    guided = lambda operator, y: inverse.mmps(denoise, VP, operator, y, 0.3)(x_t, 0.4).x_0
+    both = jax.jit(lambda y: (guided(linear, y), guided(shifted, y + 0.7)))
+    np.testing.assert_allclose(*both(y), rtol=1e-9)
 
 
 @some_schedules
@@ -131,7 +131,7 @@ def test_diffpir_predicts_the_mean_of_a_posterior_about_the_prediction(x64, sche
 @each_schedule
 @pytest.mark.parametrize(("eta", "eta_b"), [(0.85, 1.0), *slow((0.4, 0.6))])
 def test_ddrms_steps_keep_the_noise_of_the_schedule(schedule, eta, eta_b):
-    """If the prediction is right, x_s is from q(x_s | x_0), whatever is measured (their prop. 3.1).
+    """If the prediction is right, x_s is from q(x_s | x_0), whatever is measured.
 
     One coordinate is measured well, one badly, and one not.
     """
@@ -164,6 +164,17 @@ def test_ddrm_leaves_what_is_not_measured_to_ddim_and_ends_at_what_is():
     np.testing.assert_allclose(x[:, 0], 0.6, atol=0.03)  # sigma at t = 0 is 0.007
 
 
+@each_solver
+@pytest.mark.parametrize("dtype", ["bfloat16", *slow("float32")])
+def test_a_walk_keeps_the_type_of_the_data(x64, name, dtype):
+    """Whatever the types of the schedule, the noise and the weights are."""
+    denoise = oracles.gaussian(VP, MEAN, COV)
+    x_1, noise = jnp.ones((4, 2), dtype), jnp.float32(0.2)
+    walk = made(name, denoise, y=x_1, noise=noise)
+    out = jax.eval_shape(lambda: diffjax.sample(jax.random.key(0), walk, x_1, jnp.array([1, 0.5])))
+    assert out[0].dtype == dtype
+
+
 def populations(walk, schedule, groups, particles, steps, key=0):
     x_1 = diffjax.prior_sample(jax.random.key(key), schedule, (groups * particles, 2))
     ts = diffjax.log_snr_times(schedule, steps)
@@ -173,21 +184,21 @@ def populations(walk, schedule, groups, particles, steps, key=0):
 
 @some_schedules
 def test_tds_converges_to_the_posterior_as_particles_are_added(schedule):
-    """The twist alone is off, because its variance is 4 times too large in one direction."""
-    cov, noise, y = np.array([[0.25, 0.0], [0.0, 0.01]]), 0.05, np.array([0.6])
+    """With a twist that is much too wide, so that it guides late, and most particles are lost."""
+    cov, noise, y = np.array([[0.25, 0.0], [0.0, 0.01]]), 0.1, np.array([0.8])
     a = np.array([[1.0, 1.0]])
     mean, cov_y = posterior(MEAN, cov, a, y, noise)
     denoise, total = oracles.gaussian(schedule, MEAN, cov), 8192
 
     def error(particles):
-        shown = jnp.full((total // particles, 1), 0.6)
-        walk = inverse.tds(denoise, schedule, of_matrix(a), shown, noise, particles, 1.0)
-        x = populations(walk, schedule, total // particles, particles, 60)
+        shown = jnp.full((total // particles, 1), y[0])
+        walk = inverse.tds(denoise, schedule, of_matrix(a), shown, noise, particles, 3.0)
+        x = populations(walk, schedule, total // particles, particles, 120)
         return np.abs(x.mean(0) - mean).max(), np.abs(np.cov(x.T) - cov_y).max()
 
     few, many = error(2), error(64)
-    assert few[0] > 5 * many[0], (few, many)
-    assert many[0] < 0.01 and many[1] < 0.004, (few, many)
+    assert few[0] > 3 * many[0], (few, many)
+    assert many[0] < 0.005 and many[1] < 0.003, (few, many)
 
 
 def test_tds_takes_a_likelihood_that_is_not_linear():
@@ -226,15 +237,25 @@ def test_a_particle_that_explains_the_measurement_takes_the_place_of_the_others(
     """In proportion to its weight, within its own population."""
     log_weights = jnp.log(jnp.array([0.5, 0.25, 0.125, 0.125, 1.0, 0.0, 0.0, 0.0]))
     key = diffjax.keys.per_example(jax.random.key(0), 8)
-    pick = inverse.walks._resampled(key, log_weights, 4)
-    np.testing.assert_array_equal(pick[4:], 4)
-    assert (pick[:4] < 4).all()
     many = jax.vmap(
         lambda i: inverse.walks._resampled(diffjax.keys.fold_in(key, i), log_weights, 4)
     )
-    picks = many(jnp.arange(2000))[:, :4]
-    share = np.bincount(np.asarray(picks).reshape(-1), minlength=4) / picks.size
+    picks = many(jnp.arange(2000))
+    assert (picks[:, :4] < 4).all() and (picks[:, 4:] == 4).all()
+    share = np.bincount(np.asarray(picks[:, :4]).reshape(-1), minlength=4) / picks[:, :4].size
     np.testing.assert_allclose(share, [0.5, 0.25, 0.125, 0.125], atol=0.01)
+
+
+def test_the_last_step_of_tds_leaves_samples_of_equal_weight():
+    """One particle explains y and the other does not, which the wide twist hardly sees."""
+    denoise = lambda x_t, t, cond=None: diffjax.Prediction(x_t, 0 * x_t)
+    walk = inverse.tds(denoise, VP, lambda x: x, jnp.array([[0.6]]), 0.05, 2, sigma_data=10.0)
+    start = walk.init(jnp.array([[0.6], [0.0]]))
+    step = jax.jit(lambda s: walk.step(jax.random.key(0), start, 0.5, s))
+    before, last = step(1e-3), step(0.0)
+    assert np.ptp(before.x) > 0.1 and before.memory[0] > before.memory[1]
+    np.testing.assert_allclose(last.x, 0.6, atol=0.03)
+    np.testing.assert_array_equal(last.memory, 0)
 
 
 def made(name, denoise, schedule=VP, operator=FIRST, y=None, noise=0.2):
@@ -245,7 +266,7 @@ def made(name, denoise, schedule=VP, operator=FIRST, y=None, noise=0.2):
     )
 
 
-@pytest.mark.parametrize("name", each(NAMES, "mmps", "ddrm", "tds"))
+@pytest.mark.parametrize("name", each(NAMES, "ddrm", "tds"))
 def test_a_solution_does_not_depend_on_its_batch_mates(name):
     """Its key is that of its place, and populations keep to themselves."""
     denoise = oracles.gaussian(VP, MEAN, COV)
@@ -261,7 +282,7 @@ def test_a_solution_does_not_depend_on_its_batch_mates(name):
 
 
 @some_schedules
-@pytest.mark.parametrize("name", each(NAMES, "mmps", "diffpir", "ddrm"))
+@pytest.mark.parametrize("name", each(NAMES, "mmps", "ddrm"))
 def test_every_solver_moves_the_samples_towards_the_posterior(name, schedule):
     """Of correlated data, on every kind of schedule: nearer to its mean than draws without y."""
     denoise = oracles.gaussian(schedule, MEAN, COV)
@@ -291,8 +312,10 @@ def test_an_operator_that_is_not_linear_is_solved_or_refused(name, operator):
         prediction = flat(x_t.reshape(len(x_t), 16), t)
         return diffjax.Prediction(*(a.reshape(shape) for a in prediction))
 
-    truth = flat.sample(jax.random.key(0), 8).reshape(shape).repeat(8, axis=0)
-    y, x_1 = operator(truth), diffjax.prior_sample(jax.random.key(1), schedule, truth.shape)
+    rng = np.random.default_rng(0)
+    truth = np.linspace(-1, 1, 16) + 0.5 * rng.normal(size=(8, 16))
+    y = operator(jnp.asarray(truth, jnp.float32).reshape(shape).repeat(8, axis=0))
+    x_1 = jnp.asarray(rng.normal(size=(64, 4, 4, 1)), jnp.float32)
     ts, key = diffjax.log_snr_times(schedule, 30), jax.random.key(2)
     draw = lambda walk: diffjax.sample(key, walk, x_1, ts)[0]
     if row.operators != "any":
@@ -333,6 +356,12 @@ def test_a_measurement_of_another_shape_is_refused_by_every_solver(name, shape):
         (lambda d, y: inverse.diffpir(d, VP, FIRST, y, strength=0.0), "strength=0.0"),
         (lambda d, y: inverse.ddrm(d, VP, FIRST, y, eta=1.5), "eta=1.5"),
         (lambda d, y: inverse.ddrm(d, VP, lambda x: x, y), r"inverse.with_svd\(operator, shape\)"),
+        (
+            lambda d, y: (
+                walk := inverse.ddrm(d, VP, inverse.with_svd(lambda x: x[:, :2], (3,)), y)
+            ).step(jax.random.key(0), walk.init(y), 1.0, 0.5),
+            r"the decomposition is of examples of shape \(3,\), not \(2,\)",
+        ),
         (lambda d, y: inverse.tds(d, VP, FIRST, y, 0.1, particles=1), "particles=1"),
         (lambda d, y: inverse.tds(d, VP, FIRST, y, 0.1, 4, sigma_data=0.0), "sigma_data=0.0"),
         (

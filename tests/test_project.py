@@ -355,6 +355,16 @@ def test_the_page_of_results_says_what_is_on_record(monkeypatch):
     assert results.page(record) == (results.DOCS / "results.md").read_text()
 
 
+def test_the_page_of_inverse_problems_says_what_is_on_record(monkeypatch):
+    monkeypatch.syspath_prepend(STUDIES)
+    study = importlib.import_module("inverse")
+    record = json.loads(study.RECORD.read_text())
+    assert study.page(record) == (ROOT / "docs" / "inverse.md").read_text()
+    for name, seed in itertools.product(study.OPERATORS, study.SEEDS):
+        measured = study.references(name, seed)["exact"]
+        np.testing.assert_allclose(record["runs"][f"{name}/exact/{seed}"], measured, rtol=1e-6)
+
+
 def test_one_more_run_lies_in_the_band_of_those_on_record(monkeypatch):
     """Except once in a thousand, if the numbers are normal."""
     monkeypatch.syspath_prepend(STUDIES)

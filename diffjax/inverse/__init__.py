@@ -1,7 +1,7 @@
 r"""Inverse problems y = A x_0 + noise, solved with any trained denoiser.
 
 An operator A is a function of data `[batch, ...]` (see `operators`). A solver makes the samples of
-a denoiser follow the measurement y; [docs/inverse.md] measures each on data whose posterior is
+a denoiser follow the measurement y; `docs/inverse.md` measures each on data whose posterior is
 known, and says which to choose:
 
     pigdm     denoiser -> denoiser: adds the score of p(y | x_t), Gaussian about the predicted x_0
@@ -38,7 +38,7 @@ class Solver(NamedTuple):
     """A row of `SOLVERS`.
 
     Attributes:
-      walk: (denoise, schedule, operator, y, noise_std, **options) -> `Sampler`. For a solver that
+      walk: (denoise, schedule, operator, y, noise_std, options) -> `Sampler`. For a solver that
         changes a denoiser or a sampler, the option `make` is the function (denoise, schedule) ->
         `Sampler`, by default `ancestral`.
       operators: which operators it takes: "inpainting", "svd" (those with an `SVD`), "linear" or

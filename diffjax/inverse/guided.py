@@ -118,7 +118,8 @@ def mmps(
     is replaced by its derivative at the prediction.
 
     Args:
-      denoise: a `Denoiser` without clipping; clip the result instead.
+      denoise: a `Denoiser` without clipping; clip the result instead, above all if the network
+        predicts eps, whose errors are large in x_0 near t = 1.
       schedule: its `Schedule`.
       operator: A.
       y: the measurement, `[batch, ...]`.
@@ -146,11 +147,12 @@ def mmps(
         x_0, pull_back, prediction = jax.vjp(estimate, x_t, has_aux=True)
         y_0, push = jax.linearize(operator, x_0)
         transpose = jax.linear_transpose(push, x_0)
-        # The Jacobian of an exact denoiser is symmetric, so that one program serves as both.
+        # The Jacobian of an exact denoiser is symmetric: its transpose serves as it in V.
         score = lambda residual: pull_back(*transpose(residual))[0]
-        covariance = lambda r: noise_std**2 * r + push(sigma**2 / alpha * score(r))
-        weights = _conjugate_gradients(covariance, y - y_0, iterations)
-        return add_score(prediction, schedule, t, score(weights))
+        variance = jnp.asarray(noise_std, x_t.dtype) ** 2
+        covariance = lambda r, of_r: variance * r + push(sigma**2 / alpha * of_r)
+        guidance = _conjugate_gradients(score, covariance, y - y_0, iterations, x_0)
+        return add_score(prediction, schedule, t, guidance)
 
     return with_schedule(schedule, guided)
 
@@ -164,28 +166,34 @@ def _toward(operator, x_0, y, spread, noise_std):
     """A^T (spread A A^T + noise^2)^-1 (y - A x_0), the system of each example for itself."""
     one = lambda x: operator(x[None])[0]
     transpose = jax.linear_transpose(one, x_0[0])
+    variance = jnp.asarray(noise_std, x_0.dtype) ** 2
 
     def solve(residual, spread):
         # A^T (r^2 A A^T + noise^2)^-1 = (r^2 A^T A + noise^2)^-1 A^T, and this system has a
         # solution even for a y that no x_0 gives, such as one with pixels that a mask hides.
-        precision = lambda x: spread * transpose(one(x))[0] + noise_std**2 * x
+        precision = lambda x: spread * transpose(one(x))[0] + variance * x
         return jax.scipy.sparse.linalg.cg(precision, transpose(residual)[0], tol=1e-6)[0]
 
     spread = jnp.broadcast_to(spread, x_0.shape[:1]).astype(x_0.dtype)
     return jax.vmap(solve)(y - operator(x_0), spread)
 
 
-def _conjugate_gradients(product, b, iterations):
-    """Solve for each example of a batch, by products that are taken of the whole batch."""
+def _conjugate_gradients(image, product, b, iterations, like):
+    """The image of the solution of product(x, image(x)) = b, for each example of a batch.
+
+    Both functions are linear, and take the whole batch. The image, of the shape of `like`, costs a
+    derivative of the network: it is summed along the way, not computed again at the end.
+    """
     dot = lambda u, v: jnp.sum(u * v, axis=tuple(range(1, u.ndim)), keepdims=True)
     ratio = lambda u, v: jnp.where(v > 0, u / jnp.where(v > 0, v, 1), 0)  # 0 once it is solved
 
     def step(_, state):
-        x, residual, direction = state
-        image = product(direction)
-        size = ratio(dot(residual, residual), dot(direction, image))
-        new = residual - size * image
+        total, residual, direction = state
+        seen = image(direction)
+        result = product(direction, seen)
+        size = ratio(dot(residual, residual), dot(direction, result))
+        new = residual - size * result
         turn = ratio(dot(new, new), dot(residual, residual))
-        return x + size * direction, new, new + turn * direction
+        return total + expand(size.reshape(-1), seen) * seen, new, new + turn * direction
 
-    return jax.lax.fori_loop(0, iterations, step, (jnp.zeros_like(b), b, b))[0]
+    return jax.lax.fori_loop(0, iterations, step, (jnp.zeros_like(like), b, b))[0]

@@ -207,7 +207,7 @@ def phase_retrieval(oversampling: int = 2) -> Operator:
 def with_svd(operator: Measure, shape: tuple[int, ...]) -> Operator:
     """Add the singular value decomposition to a linear operator, from its matrix.
 
-    An example of d numbers needs d^2 numbers of memory, and time that grows as d^3: a second for
+    An example of d numbers needs d^2 numbers of memory, and time that grows as d^3: seconds for
     28 x 28 pixels.
 
     Args:
@@ -226,8 +226,16 @@ def with_svd(operator: Measure, shape: tuple[int, ...]) -> Operator:
     values = np.zeros(size)
     values[: len(found)] = found
     u_t = np.pad(u_t[:size], ((0, max(0, size - len(u_t))), (0, 0)))
+
+    def measure(x):
+        if x.shape[1:] != tuple(shape):
+            raise ValueError(
+                f"the decomposition is of examples of shape {shape}, not {x.shape[1:]}"
+            )
+        return operator(x)
+
     return Operator(
-        operator,
+        measure,
         SVD(
             values,
             coordinates=lambda x: _dot(x.reshape(len(x), size), v),

@@ -146,7 +146,8 @@ def ddrm(
         x_0, eps = svd.coordinates(prediction.x_0), svd.coordinates(prediction.eps)
         values = jnp.broadcast_to(jnp.asarray(svd.values, x_0.dtype), x_0.shape)
         seen = values > 0
-        target, noise = (a / jnp.where(seen, values, 1) for a in (svd.measured(y), noise_std))
+        known = svd.measured(y), jnp.asarray(noise_std, x_0.dtype)
+        target, noise = (a / jnp.where(seen, values, 1) for a in known)
         ratio = jnp.broadcast_to(expand(jnp.exp(-schedule.log_snr(s) / 2), x_0), x_0.shape)
         leads = seen & (ratio >= noise)
         # The prediction leads: a part of the noise in x is kept, or of that in the measurement.
@@ -183,8 +184,8 @@ def tds(
     become exact draws of the posterior of the model that `ancestral` draws from.
 
     Examples i * particles to (i + 1) * particles - 1 of the batch are the population of
-    measurement i; they depend on each other, and on no other population. A batch that is split over
-    devices must keep populations together.
+    measurement i, and have one condition; they depend on each other, and on no other population. A
+    batch that is split over devices must keep populations together.
 
     Args:
       denoise: a `Denoiser`.
@@ -242,10 +243,10 @@ def tds(
         last = log_weight + log_likelihood(x_s / scales_at(schedule, s, x_s)[0], noise_std**2)
         end = jnp.asarray(s) == 0
         x_s = x_s[jnp.where(end, _resampled(of_end, last, particles), jnp.arange(len(x_s)))]
-        return State(x_s, prediction.x_0, jnp.where(end, 0.0, log_weight))
+        return State(x_s, prediction.x_0, jnp.where(end, 0, log_weight).astype(state.memory.dtype))
 
     def start(x_1):
-        return State(x_1, jnp.zeros_like(x_1), jnp.zeros(len(x_1)))
+        return State(x_1, jnp.zeros_like(x_1), jnp.zeros(len(x_1), at_least_float32(x_1).dtype))
 
     return Sampler(start, step, stochastic=True)
 
