@@ -35,7 +35,8 @@ def save(path: Path | str, params: Any, config: Config) -> None:
     """Write parameters and their config to a file, and replace an existing file.
 
     `data.shape` is added to the config, so that its reader needs no data. `data.path`,
-    `data.cache`, `data.autoencoder` and the section `eval` are left out: they name files of one machine.
+    `data.cache`, `data.autoencoder` and the section `eval` are left out: they name files of one
+    machine.
 
     Raises:
       ValueError: if the parameters are not those of the config's network; the message lists the

@@ -3,9 +3,9 @@
 A folder of checkpoints holds `<step>/`, written asynchronously. Before Orbax commits a checkpoint,
 it gets a list of its arrays and a seal: its step, what the caller says `about` the run, and the
 size and SHA-256 of each of its files; on a store, the MD5 that the store keeps of an object. The
-files are on the disk before the seal is, and the seal before the commit. A checkpoint that does not match its seal is never read: Orbax itself would
-return wrong numbers for a flipped bit. A state may be read back onto any number of devices and
-processes.
+files are on the disk before the seal is, and the seal before the commit. A checkpoint that does not
+match its seal is never read: Orbax itself would return wrong numbers for a flipped bit. A state may
+be read back onto any number of devices and processes.
 """
 
 import contextlib

@@ -1,8 +1,9 @@
 """Paths on an object store, such as `gs://BUCKET/RUN`, that are used like paths on a disk.
 
 Only this module knows of URLs, and of what a store is not. It has no folders, no renaming and no
-appending: an object is read and written whole, and is there or not. Listings are never kept, because
-other processes write too. Whatever the packages of a store raise becomes an `OSError` of one line.
+appending: an object is read and written whole, and is there or not. Listings are never kept,
+because other processes write too. Whatever the packages of a store raise becomes an `OSError` of
+one line.
 
 `as_path` makes a path of a word; whoever gets it need not ask which kind it is, and what differs
 beyond the methods of a path is a function here.
@@ -40,7 +41,7 @@ class StoreError(OSError):
 
 
 def _sign_in_to_google():
-    """Raise a ValueError unless there are credentials, for which gcsfs itself looks for a minute."""
+    """Raise a ValueError unless there are credentials; gcsfs itself would look for a minute."""
     if "STORAGE_EMULATOR_HOST" in os.environ:
         return
     auth = importlib.import_module("google.auth")
@@ -109,7 +110,8 @@ def as_path(path: Path | str) -> Path:
     if scheme not in SCHEMES or not rest:
         *_, known = (f"{name}://BUCKET/NAME" for name in SCHEMES)
         raise ValueError(
-            f"{path} is not on this machine: give a path, or {known}; mount any other store"
+            f"{scheme}://{rest} is not on this machine: give a path, or {known}; mount any other "
+            "store"
         )
     return cast(Path, RemotePath(f"{scheme}:/{rest}"))
 
@@ -191,7 +193,7 @@ class RemotePath(PurePosixPath):
                     yield self / name
 
     def objects(self) -> dict[str, dict[str, Any]]:
-        """What the store says of each object below this path, by its path from here: one listing."""
+        """What the store says of each object below this path, by its path from here."""
         start = len(str(self).partition("//")[2]) + 1
         found = self._ask("find", detail=True)
         return {name[start:]: about for name, about in found.items() if name[start:]}
@@ -351,8 +353,8 @@ def upload(file: Path, path: Path) -> None:
 def remove(folder: Path) -> None:
     """Delete a folder and what is in it, if it is there."""
     if isinstance(folder, RemotePath):
-        with contextlib.suppress(FileNotFoundError):
-            folder._ask("rm", recursive=True)
+        for name in folder.objects():  # fsspec's `rm` takes the name of a folder for a pattern
+            (folder / name).unlink(missing_ok=True)
     else:
         shutil.rmtree(folder, ignore_errors=True)
 
