@@ -1,10 +1,10 @@
 # An image that trains on a TPU or GPU pod; docs/pods.md has the commands.
 #
 #     docker build -t diffjax .                                       # for TPUs
-#     docker build -t diffjax --build-arg EXTRAS=cuda13,k8s,data .    # for GPUs
+#     docker build -t diffjax --build-arg EXTRAS=cuda13,k8s,data,gcs .    # for GPUs
 FROM python:3.12-slim
 
-ARG EXTRAS=tpu,data
+ARG EXTRAS=tpu,data,gcs
 WORKDIR /diffjax
 COPY pyproject.toml README.md LICENSE constraints.txt ./
 COPY diffjax diffjax

@@ -15,7 +15,6 @@ drawn, on how many at a time, or on how many devices.
 
 import dataclasses
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ from diffjax.evaluation.sampling import Drawing
 from diffjax.experiment.command_line import error_exit
 from diffjax.experiment.dataset import example_dtype, example_shape, located
 from diffjax.published import cascades
-from diffjax.training import parsing, runners
+from diffjax.training import parsing, runners, store
 from diffjax.training.distributed import Distributed, failing_fast, setup
 from diffjax.training.files import digest, flatten, replacing, unequal, write_text
 
@@ -160,7 +159,7 @@ def join(parts: Path, out: Path, label: np.ndarray | None, settings: dict[str, A
     arrays |= {} if label is None else {"label": label}
     with replacing(out) as new, new.open("wb") as file:
         np.savez(file, **arrays)
-    shutil.rmtree(parts)
+    store.remove(parts)
 
 
 def save_picture(out: Path, most: int, classes: int) -> str:

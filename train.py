@@ -34,6 +34,7 @@ from diffjax.training import (
     averaging,
     metrics,
     preemption,
+    store,
     telemetry,
     train_step,
 )
@@ -132,6 +133,7 @@ def train(
 
     # Everything that is wrong with the input is reported before anything is compiled.
     with error_exit():
+        store.reach(workdir)
         e = resolve(config)
         accumulate = config.optimizer.accumulate
         setup(distributed, config.batch_size, accumulate)
@@ -184,9 +186,9 @@ def train(
         if config.given_height is not None:
             x, rows = super_resolution.beside(x, batch["x"], config.given_height), 4
         recorder.picture(step, "samples", plots.samples, x, rows)
-        recorder.picture(step, "loss", plots.progress, metrics.read(workdir))
+        recorder.picture(step, "loss", plots.progress, metrics.read(recorder.folder))
         if real is not None:
-            recorder.picture(step, "distances", plots.distances, metrics.read(workdir))
+            recorder.picture(step, "distances", plots.distances, metrics.read(recorder.folder))
 
     def measure(real: reference.Reference) -> dict[str, float]:
         """The distances of samples of the moving average to the reference, by name."""
@@ -202,7 +204,8 @@ def train(
         state = checkpoints.restore(state) or state
         start = int(state.step)
         steps = dataset.make_steps(config, start)
-        recorder = Recorder(workdir, start, config.steps, config.writers)
+        recorder = Recorder(workdir, start, config.steps, config.writers, moved=(SNAPSHOTS,))
+        checkpoints.before_seal = recorder.mirror.settle
     make_batch = dataset.make_batch(config, train_set, runner.slots(config.batch_size))
     made = data.in_order(make_batch, steps, config.data.workers)
     batches = data.prefetch(lambda _: runner.put(next(made)), steps)
@@ -210,7 +213,7 @@ def train(
     window = metrics.load_window(workdir, start)  # metrics stay on the devices between log points
 
     errors = error_exit(FloatingPointError, UnwrittenError, data.UnreadableError)
-    traced = telemetry.traced(workdir / "profile", range(start + 10, start + 10 + profile))
+    traced = telemetry.traced(recorder.folder / "profile", range(start + 10, start + 10 + profile))
     with errors, checkpoints, recorder, traced as trace, preemption.watch() as should_stop:
         count = sum(x.size for x in jax.tree.leaves(state.params))
         what = f"{config.data.name}, target {config.target}, {count:,} parameters"
@@ -227,7 +230,7 @@ def train(
         for taken, batch in zip(steps, recorder.meter.waited(batches), strict=True):
             if should_stop(taken // steps.step):
                 recorder.check_finite(window, taken, config.skip_nonfinite, describe)
-                recorder.attempt(metrics.save_window, workdir, taken, window)
+                recorder.attempt(metrics.save_window, recorder.folder, taken, window)
                 checkpoints.save(taken, state)
                 checkpoints.require()
                 recorder.say(f"asked to stop: saved step {taken}; the same command resumes the run")
@@ -261,7 +264,9 @@ def train(
                 for snapshot in averaging.snapshots_of(
                     state.opt_state, config.averages, config.snapshot_dtype
                 ):
-                    recorder.attempt(averaging.write_snapshot, workdir / SNAPSHOTS, done, snapshot)
+                    recorder.attempt(
+                        averaging.write_snapshot, recorder.folder / SNAPSHOTS, done, snapshot
+                    )
             if done % config.save_every == 0 or last:
                 checkpoints.save(done, state, row.get(config.keep_best_by, math.inf))
             if done % config.sample_every == 0 and not last:
@@ -275,7 +280,9 @@ def train(
                 batch = sampling.request(config, test_set, config.sampling.eval_samples)
                 x = form.decode(generated(batch))
                 scores = sampling.evaluate(config, both, batch, x)
-                recorder.attempt(write_text, workdir / "scores.json", json.dumps(scores) + "\n")
+                recorder.attempt(
+                    write_text, recorder.folder / "scores.json", json.dumps(scores) + "\n"
+                )
                 recorder.say("  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
         recorder.say(f"{time.perf_counter() - began:.0f} s in all; see {workdir}/samples.png")
 

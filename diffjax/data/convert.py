@@ -24,7 +24,7 @@ from ..evaluation import pixels
 from ..experiment.config import require
 from ..latents import LATENTS
 from ..published import autoencoder_kl
-from ..training.files import local
+from ..training.store import local
 from . import DATASETS, Dataset, check_workers, load
 from .archives import ARCHIVES
 from .conversion import convert, mirrored
@@ -99,6 +99,7 @@ def main(argv: Sequence[str]) -> None:
         if a.name not in SOURCES:
             raise ValueError(f"unknown data set {a.name!r}: one of {', '.join(SOURCES)}")
         a = _by_preset(a)
+        a = dataclasses.replace(a, dest=local(a.dest, "convert to a disk, and copy the folder"))
         check_workers(a.workers)
         check_installed()
         require(
@@ -128,7 +129,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _encoded(dataset, a):
-    autoencoder = autoencoder_kl.load(local(a.encode))
+    autoencoder = autoencoder_kl.load(a.encode)
     parts = [pixels.encoded(part, autoencoder, a.latents) for part in dataset]
     return Dataset(*parts)
 

@@ -34,6 +34,8 @@ from .transient import is_transient
 MANIFEST = "manifest.json"
 VERSION = 1
 PARTS = ("train", "test")
+CHUNK = 1024
+"""Records that are read at once to verify a shard."""
 DTYPES = ("uint8", "float32", "float16")
 
 
@@ -193,6 +195,43 @@ def _part(path, manifest, name):
         if hashlib.sha256(label.tobytes()).hexdigest() != labels.sha256:
             raise ValueError(f"{path / labels.file} has other content")
     return found, label
+
+
+def seals_of(manifest: bytes) -> list["Seal"]:
+    """What a manifest says of each file beside it.
+
+    Raises:
+      ValueError: if it is no manifest, or names a file that is elsewhere.
+    """
+    try:
+        parts = [json.loads(manifest)["parts"][name] for name in PARTS]
+        found = [
+            Seal(*seal) for part in parts for seal in (*part["shards"], part["labels"]) if seal
+        ]
+        if any(Path(seal.file).name != seal.file for seal in found):
+            raise ValueError("it names a file that is elsewhere")
+        return found
+    except Exception as error:  # untrusted input may raise anything
+        raise ValueError(f"not a manifest of records ({error!r:.200})") from error
+
+
+def damage_of(path: Path, seal: "Seal") -> str | None:
+    """What tells a file from the one that was sealed, or None; all of it is read."""
+    found = hashlib.sha256()
+    try:
+        if path.stat().st_size != seal.size:
+            return f"it has {path.stat().st_size:,} bytes, not {seal.size:,}"
+        if seal.file.endswith(".npy"):
+            found.update(np.load(path, allow_pickle=False).tobytes())
+        else:
+            for start in range(0, seal.n, CHUNK):
+                for data in _open((path,)).__getitems__(range(start, min(seal.n, start + CHUNK))):
+                    found.update(data)
+    except Exception as error:  # untrusted input may raise anything
+        if is_transient(error):
+            raise
+        return f"it cannot be read ({error!r:.200})"
+    return None if found.hexdigest() == seal.sha256 else "its content has changed"
 
 
 class Seal(NamedTuple):

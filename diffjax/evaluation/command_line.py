@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from ..experiment import Walk
 from ..experiment.command_line import read_flags, take, walk_defaults
 from ..published.trained import read_config
+from ..training.store import as_path
 
 Arguments = TypeVar("Arguments")
 
@@ -30,7 +31,7 @@ def parse_with_run(
     default: Any = kind()
     workdir, _ = take(argv, "--workdir")
     sampler, rest = take(argv, "--sampler")
-    walk = walk_defaults(run_walk(Path(workdir or default.workdir)), sampler)
+    walk = walk_defaults(run_walk(as_path(workdir or default.workdir)), sampler)
     drawing = dataclasses.replace(default.drawing, walk=walk)
     args: Any = read_flags(kind, rest, description, dataclasses.replace(default, drawing=drawing))
     # An option on the command line is added to those of the run.

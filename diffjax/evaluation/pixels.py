@@ -20,7 +20,6 @@ from ..experiment import Config
 from ..latents import LATENTS, scaled
 from ..published import autoencoder_kl
 from ..published.autoencoder_kl import Autoencoder
-from ..training.files import local
 from ..training.runners import Runner, in_batches
 
 IMAGES = 64
@@ -102,7 +101,7 @@ def read(path: Path, shape: tuple[int, ...]) -> Autoencoder:
     Raises:
       FileNotFoundError, ValueError: as `autoencoder_kl.load`, or if its latents are others.
     """
-    found = autoencoder_kl.load(local(path))
+    found = autoencoder_kl.load(path)
     if len(shape) != 3 or found.config.latent_channels != shape[-1]:
         raise ValueError(
             f"data.autoencoder={path}: its latents have {found.config.latent_channels} channels, "

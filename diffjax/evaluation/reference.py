@@ -20,6 +20,7 @@ from ..published import torchfile
 from ..training import parsing
 from ..training.files import digest, file_digest, replacing
 from ..training.runners import Runner
+from ..training.store import as_path, fetched
 from . import features, sampling, summing
 from .distances import Moments, Summary
 from .features import Space
@@ -83,7 +84,7 @@ def load(which: Eval, dataset: data.Dataset, data_name: str, runner: Runner) -> 
     space = features.named(name, examples, which.weights)
     summarise = summing.summariser(space, runner)
     if is_file(which.reference):
-        file = read(Path(which.reference), name, space)
+        file = read(as_path(which.reference), name, space)
         summary, about = file.summary, {"file": Path(which.reference).name, "sha256": file.sha256}
         if file.images is not None:
             pool = summarise(sampling.parts_of(file.images), len(file.images)).pool
@@ -167,7 +168,8 @@ def write(path: Path, summary: Summary, about: dict[str, Any]) -> None:
 
 
 def _archive(path):
-    return limits.read_npz(path, FIELDS["moments"], (*FIELDS["spatial"], "arr_0", "about"))
+    with fetched(path) as here:
+        return limits.read_npz(here, FIELDS["moments"], (*FIELDS["spatial"], "arr_0", "about"))
 
 
 def _edm2(path, name):

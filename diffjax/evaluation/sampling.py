@@ -43,6 +43,7 @@ from ..super_resolution import enlarge, psnr, shrink
 from ..training import parsing
 from ..training.files import digest, file_digest, replacing, write_text
 from ..training.runners import Runner, in_batches
+from ..training.store import fetched
 from ..types import Data, LearnedPrediction
 from . import distances
 
@@ -543,7 +544,8 @@ def read(path: Path) -> tuple[data.Examples, dict[str, Any]]:
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a file of sample.py: it is not a regular file")
     try:
-        arrays = limits.read_npz(path, ("x", "index", "settings"), ("label",))
+        with fetched(path) as here:
+            arrays = limits.read_npz(here, ("x", "index", "settings"), ("label",))
         x, index, label = arrays["x"], arrays["index"], arrays.get("label")
         settings = upgraded(parsing.parse(str(arrays["settings"])))
         if x.ndim < 2 or x.dtype not in (np.uint8, np.float32):

@@ -24,7 +24,7 @@ from ..experiment.command_line import error_exit, read_flags
 from ..experiment.config import require
 from ..experiment.dataset import load_data
 from ..training.distributed import ALONE, setup
-from ..training.files import write_text
+from ..training.files import replacing, write_text
 from ..training.runners import choose
 from . import distances, features, likelihoods, pixels, provenance, sampling
 from .sampling import Drawing
@@ -171,5 +171,6 @@ def main(argv: Sequence[str]) -> None:
         found = {"rows": rows, "measured": asked, "program": provenance.program()}
         write_text(args.workdir / RESULT, json.dumps(found, indent=1) + "\n")
         picture = args.workdir / "averages.png"
-        figure(rows).savefig(picture, dpi=120)
+        with replacing(picture) as new:
+            figure(rows).savefig(new, dpi=120, format="png")
         print(f"written: {args.workdir / RESULT}, {picture.name}")

@@ -24,7 +24,7 @@ from ..densities import DENSITIES
 from ..models import MODELS, name_of, switched
 from ..schedules import SCHEDULES
 from ..training.distributed import CRASHED, Distributed
-from ..training.files import local
+from ..training.store import as_path
 from ..weightings import WEIGHTINGS
 from .config import Config, Walk
 
@@ -116,7 +116,7 @@ def read_flags(
       default: values of the flags that are not given; None: those of the class.
 
     Returns:
-      The flags, in which every path is on this machine (`files.local`).
+      The flags, in which every path is what `store.as_path` makes of it.
 
     Raises:
       SystemExit: after printing the help, or what is wrong in a few lines.
@@ -136,7 +136,7 @@ def read_flags(
             meant = _similar(word, _flags(args))
             hint = f"did you mean {meant}? " if meant else ""
             raise ValueError(f"unknown {word}: {hint}--help lists all flags")
-        return _with_local_paths(args)
+        return _with_paths(args)
 
 
 def _flags(section, prefix="--"):
@@ -160,17 +160,17 @@ def _similar(word, flags):
     return by_form[close[0]] if close else None
 
 
-def _with_local_paths(section):
-    """The dataclass, in which every path is on this machine."""
+def _with_paths(section):
+    """The dataclass, in which the texts of URLs are paths on stores."""
     changed = {}
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
         if isinstance(value, Path):
-            changed[field.name] = local(value)
+            changed[field.name] = as_path(value)
         elif isinstance(value, tuple) and value and isinstance(value[0], Path):
-            changed[field.name] = tuple(map(local, value))
+            changed[field.name] = tuple(map(as_path, value))
         elif dataclasses.is_dataclass(value):
-            changed[field.name] = _with_local_paths(value)
+            changed[field.name] = _with_paths(value)
     return dataclasses.replace(section, **changed)
 
 

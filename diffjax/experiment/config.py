@@ -34,6 +34,7 @@ from ..training import parsing
 from ..training.averaging import DTYPES
 from ..training.files import flatten, unequal
 from ..training.runners import RUNNERS
+from ..training.store import as_path
 from ..training.writers import WRITERS
 from ..weightings import WEIGHTINGS
 
@@ -213,6 +214,9 @@ class Data:
     """The data set."""
     path: Path | None = None
     """Its folder or file; None: its default place."""
+    cache: Path | None = None
+    """A folder of this machine, to which records that are on a store are copied; None: they are
+    not on one."""
     size: int | None = None
     """Side of the squares that the images of a folder are cropped and scaled to, or that those of
     another set are averaged down to; None: leave the images as they are, all of one size."""
@@ -664,6 +668,7 @@ CHANGEABLE = {
     "eval.weights",
     "writers",
     "data.path",
+    "data.cache",
     "data.autoencoder",
     "data.shape",
     "data.workers",
@@ -799,7 +804,7 @@ def _from_value(hint, value, name):
     kind = kinds[0]
     if kind is Path:
         if isinstance(value, str) and "\0" not in value:
-            return Path(value)
+            return as_path(value)
         raise parsing.mismatch(name, value, "a path")
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, list | tuple) or len(value) > LONGEST:

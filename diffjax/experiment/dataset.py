@@ -10,8 +10,9 @@ import numpy as np
 
 from .. import data
 from ..data import Dataset, Examples, batch_indices, load, order_of, train_batch, train_batches
-from ..training.files import local
+from ..training.store import as_path, is_remote
 from .config import Config
+from .copies import on_this_machine
 from .functions import Experiment
 from .rules import cautions as cautions, check_data as check_data
 
@@ -31,8 +32,9 @@ def load_data(config: Config, workdir: Path | None = None) -> Dataset:
       ValueError, FileNotFoundError: as `data.load` does.
     """
     d = config.data
-    path = None if d.path is None else local(d.path)
-    scanned = None if workdir is None else workdir / SCANNED
+    path = None if d.path is None else on_this_machine(d.path, d.name, d.cache)
+    # What decoding has found is kept on a disk only.
+    scanned = None if workdir is None or is_remote(workdir) else workdir / SCANNED
     return load(d.name, path, d.size, d.channels, d.unreadable, d.workers, d.shape, d.crop, scanned)
 
 
@@ -47,8 +49,8 @@ def located(config: Config, path: Path | None, autoencoder: Path | None = None) 
     Raises:
       ValueError: if there is an autoencoder, and the data are not latents.
     """
-    given = {"path": path, "autoencoder": autoencoder}
-    new = {name: local(value).absolute() for name, value in given.items() if value is not None}
+    given = {"path": path, "autoencoder": autoencoder, "cache": config.data.cache}
+    new = {name: as_path(value).absolute() for name, value in given.items() if value is not None}
     data = dataclasses.replace(config.data, **new)
     data.check()
     return dataclasses.replace(config, data=data)

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from ..densities import fit_normal
 from ..losses import LOG_SNR_EDGES
-from ..training import metrics, parsing
+from ..training import metrics, parsing, store
 from ..training.checkpoints import ARRAYS, damage_of
 from . import run_directory
 from .command_line import error_exit, read_flags
@@ -32,9 +32,11 @@ class Arguments:
 
     workdir: tyro.conf.Positional[Path]
     """A run's directory."""
+    deep: bool = False
+    """Read every file of a run on a store, whose own hashes are believed otherwise."""
 
 
-def report(workdir: Path, console: Console) -> int:
+def report(workdir: Path, console: Console, deep: bool = False) -> int:
     """Print the report; returns how many checkpoints are damaged.
 
     Raises:
@@ -53,8 +55,8 @@ def report(workdir: Path, console: Console) -> int:
     losses = {row["step"]: f"{row['eval_loss']:.4g}" for row in rows if "eval_loss" in row}
     for path in run_directory.list_checkpoints(workdir):
         with contextlib.suppress(FileNotFoundError):  # the run may delete it meanwhile
-            damage = damage_of(path)
-            sizes = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
+            damage = damage_of(path, deep)
+            sizes = [entry.size for entry in store.listing(path).values()]
             count = len(parsing.read(path / ARRAYS)) if damage is None else "?"
             path.stat()
             loss = losses.get(int(path.name), "")
@@ -94,4 +96,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command; exits with 1 if a checkpoint is damaged."""
     args = read_flags(Arguments, sys.argv[1:] if argv is None else argv, __doc__)
     with error_exit():
-        sys.exit(int(report(args.workdir, Console(highlight=False)) > 0))
+        sys.exit(int(report(args.workdir, Console(highlight=False), args.deep) > 0))

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..averages import check_width, solve, weighted_sum
-from ..training import averaging, checkpoints, parsing
+from ..training import averaging, checkpoints, parsing, store
 from ..training.checkpoints import Checkpoints
-from ..training.files import Lock, flatten, unequal, write_text
+from ..training.files import flatten, unequal, write_text
+from ..training.lease import lock
 from . import config as config_lib
 from .config import Config
 
@@ -37,14 +38,15 @@ def open_run(workdir: Path, config: Config, data: dict[str, Any] | None = None) 
         these may not resume, and lists what differs; or if it holds checkpoints, and none is sound.
       OSError: if it cannot be read or written.
     """
+    workdir = store.as_path(workdir)
     folder = workdir / CHECKPOINTS
     if (workdir / CONFIG).exists() or list(folder.glob("*")):
         _refuse_others(workdir, config_lib.differences(read_config(workdir), config), "config")
-    lock = None
+    held = None
     if jax.process_index() == 0:
         checkpoints.check_path(folder)
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = Lock(workdir)
+        held = lock(workdir)
         checkpoints.set_damaged_aside(folder)
     saved = [checkpoints.read_seal(path).about for path in list_checkpoints(workdir)[-1:]]
     known = saved[0].get("data") if saved else None
@@ -56,7 +58,7 @@ def open_run(workdir: Path, config: Config, data: dict[str, Any] | None = None) 
     if jax.process_index() == 0:
         write_text(workdir / CONFIG, config_lib.to_json(config))
     about = {"config": config_lib.to_tree(config), "data": data}
-    return Checkpoints(folder, config.keep, config.keep_every, config.keep_best, about, lock)
+    return Checkpoints(folder, config.keep, config.keep_every, config.keep_best, about, held)
 
 
 def read_config(workdir: Path) -> Config:

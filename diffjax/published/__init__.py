@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..experiment import Config
+from ..training.store import as_path
 from . import diffusers, dit, edm, openai
 from .pretrained import PRETRAINED as PRETRAINED
 
@@ -47,7 +48,7 @@ def load(path: Path | str) -> tuple[Any, Config]:
       FileNotFoundError: if the path does not exist.
       ValueError: if the file is damaged, or diffjax has no such network; the message says why.
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
     kind = "" if path.is_dir() else path.suffix

@@ -16,6 +16,7 @@ from flax.traverse_util import unflatten_dict
 
 from ..experiment import Config
 from ..models import UNetConfig
+from ..training.store import fetched
 from . import torchfile, weights
 
 
@@ -128,7 +129,8 @@ def read(path: Path) -> dict[str, np.ndarray]:
         raise FileNotFoundError(f"there is no file {path}")
     if path.suffix == ".safetensors":
         try:
-            return safetensors.numpy.load_file(path)
+            with fetched(path) as here:
+                return safetensors.numpy.load_file(here)
         except Exception as error:  # untrusted input may raise anything
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
     found = torchfile.arrays(torchfile.read(path))

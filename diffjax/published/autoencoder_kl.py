@@ -23,6 +23,7 @@ from ..models import autoencoder_kl as models
 from ..models.autoencoder_kl import AutoencoderKLConfig
 from ..training import parsing
 from ..training.files import digest
+from ..training.store import as_path
 from ..types import Array
 from . import arrays
 from .arrays import Names, matched, refuse_lines
@@ -89,7 +90,7 @@ def load(path: Path | str) -> Autoencoder:
       FileNotFoundError: if there is no such path, or a file in the folder is missing.
       ValueError: if a file is damaged, or holds another network; the message names the arrays.
     """
-    path, groups = Path(path), AutoencoderKLConfig().groups
+    path, groups = as_path(path), AutoencoderKLConfig().groups
     if path.is_dir():
         path = path / "vae" if (path / "vae").is_dir() else path
         groups = _groups(path / "config.json")

@@ -18,6 +18,7 @@ from .. import published
 from ..experiment.command_line import error_exit, read_flags
 from ..experiment.dataset import located
 from ..experiment.run_directory import CHECKPOINTS
+from ..training.store import as_path
 from . import weights
 from .pretrained import PRETRAINED
 from .trained import load
@@ -38,6 +39,7 @@ class Arguments:
 
 def export(source: Path, file: Path, data_path: Path | None = None) -> str:
     """Write the file, and return a line that describes it."""
+    source, file = as_path(source), as_path(file)
     named = not source.exists() and str(source) in PRETRAINED
     ours = named or (source / CHECKPOINTS).exists() or source.suffix == ".safetensors"
     params, config = load(source)[1:] if ours else published.load(source)

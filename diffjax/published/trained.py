@@ -13,7 +13,7 @@ from ..denoisers import schedule_of
 from ..experiment import Config, Experiment, resolve, run_directory
 from ..experiment.conditioning import make_null
 from ..guidance import classifier_free
-from ..training.files import local
+from ..training.store import as_path
 from ..types import Data
 from . import weights
 from .pretrained import PRETRAINED
@@ -164,7 +164,7 @@ def home(source: Path | str) -> Path:
     It is the run's directory, the folder of the file, or, for a network that comes with diffjax,
     `runs/NAME`, which is created.
     """
-    path = local(source)
+    path = as_path(source)
     if not path.exists() and str(source) in PRETRAINED:
         path = Path("runs") / path
         path.mkdir(parents=True, exist_ok=True)
@@ -172,5 +172,5 @@ def home(source: Path | str) -> Path:
 
 
 def _located(source):
-    path = local(source)
+    path = as_path(source)
     return path if path.exists() else PRETRAINED.get(str(source), path)

@@ -22,6 +22,7 @@ from ..experiment import Config, config as config_lib, resolve
 from ..experiment.dataset import example_shape
 from ..training import parsing
 from ..training.files import digest, replacing, unequal
+from ..training.store import as_path, fetched
 
 CONFIG, SEAL = "diffjax.config", "diffjax.sha256"
 MEASURED = ("eval", "keep_best_by")
@@ -34,15 +35,16 @@ def save(path: Path | str, params: Any, config: Config) -> None:
     """Write parameters and their config to a file, and replace an existing file.
 
     `data.shape` is added to the config, so that its reader needs no data. `data.path`,
-    `data.autoencoder` and the section `eval` are left out: they name files of one machine.
+    `data.cache`, `data.autoencoder` and the section `eval` are left out: they name files of one
+    machine.
 
     Raises:
       ValueError: if the parameters are not those of the config's network; the message lists the
         differences.
       OSError: if the file cannot be written; an existing file is then left as it is.
     """
-    path = Path(path)
-    here = dict(path=None, autoencoder=None)
+    path = as_path(path)
+    here = dict(path=None, cache=None, autoencoder=None)
     data = dataclasses.replace(config.data, shape=example_shape(config), **here)
     unmeasured = {name: getattr(Config(), name) for name in MEASURED}
     config = dataclasses.replace(config, data=data, **unmeasured)
@@ -66,7 +68,7 @@ def read(path: Path | str) -> tuple[Any, Config]:
       ValueError: if it is damaged, has no config of diffjax, or its arrays are not those of the
         config's network; the message names the file.
     """
-    path = Path(path)
+    path = as_path(path)
     with _opened(path) as (file, config, seal), _readable(path):
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     try:
@@ -87,7 +89,7 @@ def read_config(path: Path | str) -> Config:
     Raises:
       FileNotFoundError, ValueError: as `read` does.
     """
-    with _opened(Path(path)) as (_, config, _):
+    with _opened(as_path(path)) as (_, config, _):
         return config
 
 
@@ -98,7 +100,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, Config, str | None]]:
         raise FileNotFoundError(f"there is no file {path}")
     with contextlib.ExitStack() as stack:
         with _readable(path):
-            file = stack.enter_context(safetensors.safe_open(path, "numpy"))
+            here = stack.enter_context(fetched(path))
+            file = stack.enter_context(safetensors.safe_open(here, "numpy"))
             metadata = file.metadata() or {}
         if CONFIG not in metadata:
             raise ValueError(f"{path} holds no config: diffjax has not written it")
@@ -129,7 +132,7 @@ def _of_network(config):
     if config.data.shape is None:
         raise ValueError("data.shape is missing")
     default = Config()
-    data = dataclasses.replace(config.data, path=None, autoencoder=None, workers=0)
+    data = dataclasses.replace(config.data, path=None, cache=None, autoencoder=None, workers=0)
     return dataclasses.replace(
         config, data=data, **{name: getattr(default, name) for name in MACHINE}
     )

@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 from ..averages import Snapshot, gamma_of, next_average, update_weight
 from ..types import Array, at_least_float32
 from .files import digest, replacing
+from .store import fetched
 
 STEP, TIME, STD, SEAL = (f"diffjax.{name}" for name in ("step", "updates", "width", "sha256"))
 DTYPES = ("float32", "float16")
@@ -146,7 +147,7 @@ def _opened(path):
     if not path.is_file():
         raise FileNotFoundError(f"there is no snapshot {path}")
     try:
-        with safetensors.safe_open(path, "numpy") as file:
+        with fetched(path) as here, safetensors.safe_open(here, "numpy") as file:
             yield file
     except Exception as error:  # untrusted input may raise anything
         raise ValueError(f"{path} is not a snapshot: {error!r:.200}") from error

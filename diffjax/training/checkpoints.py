@@ -2,16 +2,15 @@
 
 A folder of checkpoints holds `<step>/`, written asynchronously. Before Orbax commits a checkpoint,
 it gets a list of its arrays and a seal: its step, what the caller says `about` the run, and the
-size and SHA-256 of each of its files. The files are on the disk before the seal is, and the seal
-before the commit. A checkpoint that does not match its seal is never read: Orbax itself would
-return wrong numbers for a flipped bit. A state may be read back onto any number of devices and
-processes.
+size and SHA-256 of each of its files; on a store, the MD5 that the store keeps of an object. The
+files are on the disk before the seal is, and the seal before the commit. A checkpoint that does not
+match its seal is never read: Orbax itself would return wrong numbers for a flipped bit. A state may
+be read back onto any number of devices and processes.
 """
 
 import contextlib
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +24,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
-from . import orbax, parsing
-from .files import Lock, file_digest, local, sync, unequal, write_text
+from . import orbax, parsing, store
+from .files import Lock, file_digest, sync, unequal, write_text
+from .lease import Lease
 
 SEAL = "seal.json"
 ARRAYS = "arrays.json"
@@ -44,7 +44,8 @@ class Seal(NamedTuple):
     Attributes:
       step: its step; None in a seal of version 0.1.
       about: what the caller said about the run.
-      files: the size and SHA-256 of each file, by its path in the checkpoint.
+      files: the size and the digest of each file, by its path in the checkpoint: its SHA-256, or
+        `md5:` and the MD5 that a store keeps.
     """
 
     step: int | None
@@ -72,6 +73,8 @@ class Checkpoints:
 
     Attributes:
       failed: why the last save failed, or None.
+      before_seal: called before a checkpoint is sealed, in a thread of Orbax's: what a run that is
+        resumed from it relies on has to be written by then.
     """
 
     def __init__(
@@ -81,10 +84,10 @@ class Checkpoints:
         keep_every: int | None = None,
         keep_best: int = 0,
         about: dict[str, Any] | None = None,
-        lock: Lock | None = None,
+        lock: Lock | Lease | None = None,
     ) -> None:
         check_path(directory)
-        self.directory = directory.absolute()
+        self.directory = store.as_path(directory).absolute()
         self._about = about or {}
         self._known: int | None = None  # the step that this run has restored or written last
         self.failed: str | None = None
@@ -93,6 +96,8 @@ class Checkpoints:
         self._names: set[str] = set()
         self._failed_saves: set[Path] = set()
         self._context = contextlib.ExitStack()
+        self._lock = lock
+        self.before_seal: Callable[[], Any] = lambda: None
         if lock is not None:
             self._context.callback(lock.release)
         self._policies: list[policy.PreservationPolicy] = [policy.LatestN(keep)]
@@ -100,7 +105,8 @@ class Checkpoints:
             self._policies.append(policy.EveryNSteps(keep_every))
         if keep_best:
             self._policies.append(policy.BestN(get_metric_fn=_loss, reverse=True, n=keep_best))
-        self._manager = self._open()
+        with store.errors(self.directory):
+            self._manager: ocp.CheckpointManager | None = self._open()
         self._identity = _identity(self.directory)
 
     def _open(self) -> ocp.CheckpointManager:
@@ -114,7 +120,7 @@ class Checkpoints:
             atomicity_options=ATOMICITY,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
-        return ocp.CheckpointManager(self.directory, options=options)
+        return ocp.CheckpointManager(store.native(self.directory), options=options)
 
     def __enter__(self) -> "Checkpoints":
         self._context.enter_context(orbax.without_event_loop_complaints())
@@ -131,14 +137,15 @@ class Checkpoints:
         self.wait()
         if kind is not None and issubclass(kind, Exception) and jax.process_index() == 0:
             print(f"the newest checkpoint: step {self.newest()}", flush=True)
-        self._manager.close()
-        self._remove_failed_saves()
+        if self._manager is not None:
+            self._manager.close()
+            self._remove_failed_saves()
         if kind is None:
             self.require()
 
     def newest(self) -> int | None:
         """The step of the newest checkpoint, or None. Call `wait` first."""
-        return self._manager.latest_step()
+        return self._known if self._manager is None else self._manager.latest_step()
 
     def restore(self, like: Any) -> Any | None:
         """The newest checkpoint, or None if there is none.
@@ -154,12 +161,14 @@ class Checkpoints:
         if step is None:
             return None
         path = self.directory / str(step)
+        assert self._manager is not None  # nothing has been saved yet
         saved = parsing.read(path / ARRAYS)
         lines = unequal(saved, _describe(like), "it has {}, this config makes {}")
         if lines:
             raise ValueError(f"{path} is of another state:\n  " + "\n  ".join(lines.values()))
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        state: Any = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        with store.errors(path):
+            state: Any = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         # A checkpoint that version 0.1 sealed could have been copied to another name.
         if int(getattr(state, "step", step)) != step:
             raise ValueError(f"{path} is the checkpoint of step {int(state.step)}")
@@ -182,9 +191,16 @@ class Checkpoints:
         if step == self._known:
             return
         self.failed = None
+        if self._manager is None:
+            self._reopen(step)
+        if self._manager is None:
+            return
         if _any_process(_identity(self.directory) != self._identity):
             # Orbax would create the folder again, where nobody looks for it.
             self._fail(step, f"{self.directory} has been renamed, removed or replaced")
+            return
+        if _any_process(self._lost() is not None):
+            self._fail(step, self._lost() or "another process uses the run's directory")
             return
         if step in self._manager.all_steps():
             self._fail(step, f"{self.directory / str(step)} exists, and is not of this run")
@@ -195,34 +211,54 @@ class Checkpoints:
         args = ocp.args.StandardSave(jax.tree.map(_savable, state))
         metrics = {"eval_loss": loss if np.isfinite(loss) else float("inf")}
 
+        manager = self._manager
+
         def write():
-            if not self._manager.save(step, args=args, metrics=metrics):
+            if not manager.save(step, args=args, metrics=metrics):
                 raise OSError("Orbax has refused it")
 
-        self._reporting(write)
+        self._reporting(step, write)
 
     def wait(self) -> None:
         """Wait until the checkpoint that is being written is complete, or has failed."""
-        if self._saving is None:
+        if self._saving is None or self._manager is None:
             return
-        self._reporting(self._manager.wait_until_finished)
-        step, self._saving = self._saving, None
+        step, manager = self._saving, self._manager
+        self._reporting(step, manager.wait_until_finished)
+        self._saving = None
         if not _any_process(self.failed is not None):
             self._known = step
         else:
             self.failed = self.failed or f"checkpoint {step} failed in another process"
             # This manager would fail again, and has lost its list of checkpoints to delete.
-            orbax.close_failed(self._manager)
+            orbax.close_failed(manager)
             self._failed_saves.add(folder := self.directory / str(step))
+            if store.is_remote(folder):
+                self._manager = None  # the next save tries again, because each try takes a while
+                return
             if jax.process_index() == 0:
                 orbax.remove_failed_save(folder, folder / COMMITTED)
             self._manager = self._open()
 
+    def _reopen(self, step: int) -> None:
+        """Open a manager after a failed save; there is none while a process cannot reach it."""
+
+        def open_again():
+            self._manager = self._open()
+
+        self._reporting(step, open_again)
+        if _any_process(self._manager is None):
+            self.failed = self.failed or f"checkpoint {step} failed in another process"
+            self._manager = None
+        self._remove_failed_saves()
+
     def _remove_failed_saves(self) -> None:
         # Repeated at every save: the threads of a failed save may create its folder again later.
-        for path in self._failed_saves if jax.process_index() == 0 else ():
-            if path.exists():
-                orbax.remove_failed_save(path, path / COMMITTED)
+        if jax.process_index() == 0 and self._manager is not None:
+            with contextlib.suppress(store.StoreError):
+                for path in self._failed_saves:
+                    if path.exists():
+                        orbax.remove_failed_save(path, path / COMMITTED)
 
     def require(self) -> None:
         """Wait, and raise an `UnwrittenError` if the last checkpoint could not be written."""
@@ -230,14 +266,21 @@ class Checkpoints:
         if self.failed:
             raise UnwrittenError(self.failed)
 
-    def _reporting(self, write: Callable[[], Any]) -> None:
+    def _lost(self) -> str | None:
+        """Who has taken the run's directory over, in words, or None."""
+        if isinstance(self._lock, Lease) and self._lock.lost is not None:
+            return f"{self._lock.folder} was taken over by {self._lock.lost}"
+        return None
+
+    def _reporting(self, step: int, write: Callable[[], Any]) -> None:
         try:
-            write()
+            with store.errors(self.directory):
+                write()
         except (OSError, ValueError, NotImplementedError) as error:  # the last one by tensorstore
             if self.failed is None:
-                self._fail(self._saving, str(error))
+                self._fail(step, str(error))
 
-    def _fail(self, step: int | None, why: str) -> None:
+    def _fail(self, step: int, why: str) -> None:
         self.failed = f"checkpoint {step} could not be written: {why}"
         print(self.failed, flush=True)
 
@@ -245,29 +288,38 @@ class Checkpoints:
         """Called by Orbax when all files are there, before it commits them.
 
         Raises:
-          OSError: if an array cannot be read back.
+          OSError: if an array cannot be read back, or another process has taken the run over.
         """
+        self.before_seal()
+        if isinstance(self._lock, Lease):
+            self._lock.beat()
+        if self._lost():
+            raise OSError(self._lost())
         path = self.directory / str(self._saving)
         lost = self._names - orbax.stored_arrays(path)
         if lost:
             raise OSError(f"Orbax has not stored {len(lost)} arrays, among them {min(lost)}")
         (path / ARRAYS).write_text(json.dumps(self._arrays, indent=1) + "\n")
         # Orbax still adds the time of the commit to its metadata, which restoring does not need.
-        files = [f for f in sorted(path.rglob("*")) if f.is_file() and f.name != METADATA]
-        for entry in (*files, *{file.parent for file in files}):
+        there = store.listing(path)
+        names = [name for name in sorted(there, key=Path) if Path(name).name != METADATA]
+        for entry in {path / name: None for name in names} | {
+            (path / n).parent: None for n in names
+        }:
             sync(entry)
-        seal = Seal(
-            self._saving, self._about, {str(f.relative_to(path)): _fingerprint(f) for f in files}
-        )
-        write_seal(path, seal)
+        files = {
+            name: (there[name].size, there[name].digest or file_digest(path / name))
+            for name in names
+        }
+        write_seal(path, Seal(self._saving, self._about, files))
 
 
 def check_path(directory: Path) -> None:
     """Raise a ValueError if checkpoints in this folder could not be read back."""
-    local(directory)
-    if set(str(directory.absolute())) & set(orbax.UNREADABLE):
+    path = store.as_path(directory).absolute()
+    if set(str(path)) & set(orbax.UNREADABLE):
         raise ValueError(
-            f"{directory.absolute()}: Orbax cannot read a path with any of {orbax.UNREADABLE}; "
+            f"{path}: Orbax cannot read a path with any of {orbax.UNREADABLE}; "
             "choose another --workdir"
         )
 
@@ -276,8 +328,8 @@ def list_checkpoints(directory: Path) -> list[Path]:
     """The finished checkpoints in a folder, sound or not, oldest first."""
     # Interrupted saves and foreign folders have neither file. A checkpoint with a seal is complete
     # even if the process was killed before Orbax committed it.
-    steps = [p for p in directory.absolute().glob("*") if p.name.isdecimal()]
-    ours = [p for p in steps if (p / SEAL).is_file() or (p / COMMITTED).is_file()]
+    found = [p.parent for name in (SEAL, COMMITTED) for p in directory.absolute().glob(f"*/{name}")]
+    ours = {path for path in found if path.name.isdecimal()}
     return sorted(ours, key=lambda path: int(path.name))
 
 
@@ -289,7 +341,8 @@ def read(path: Path, *fields: str) -> dict[str, Any]:
       fields: the fields of `TrainState` to read; all of them by default.
     """
     reader = ocp.PyTreeCheckpointer()
-    saved: Any = reader.metadata(path / "default").item_metadata
+    folder = store.native(path / "default")
+    saved: Any = reader.metadata(folder).item_metadata
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
@@ -297,7 +350,7 @@ def read(path: Path, *fields: str) -> dict[str, Any]:
     )
     how = ocp.checkpoint_utils.construct_restore_args(like)
     args = ocp.args.PyTreeRestore(like, how, partial_restore=True)
-    return reader.restore(path / "default", args=args)
+    return reader.restore(folder, args=args)
 
 
 def write_seal(path: Path, seal: Seal) -> None:
@@ -330,7 +383,7 @@ def read_seal(path: Path) -> Seal:
 
 
 def _sealed(name, value):
-    """The size and the SHA-256 of a file inside the checkpoint."""
+    """The size and the digest of a file inside the checkpoint."""
     parts = Path(name).parts
     if not parts or name[0] == "/" or {"..", "\0"} & {*parts, *name} or max(map(len, parts)) > 200:
         raise parsing.mismatch("the name of a file", name, "a path inside the checkpoint")
@@ -341,8 +394,13 @@ def _sealed(name, value):
     return value[0], value[1]
 
 
-def damage_of(path: Path) -> str | None:
+def damage_of(path: Path, deep: bool = False) -> str | None:
     """What is wrong with a finished checkpoint, or None if every file is as its seal says.
+
+    Args:
+      path: one of `list_checkpoints`.
+      deep: read every file; False: believe the hashes that a store keeps of its objects, so that
+        one listing is enough.
 
     Raises:
       OSError: if a file exists and cannot be read, which does not show that it is damaged.
@@ -353,10 +411,15 @@ def damage_of(path: Path) -> str | None:
         return str(error)
     if seal.step is not None and path.name != str(seal.step):
         return f"it is the checkpoint of step {seal.step}"
-    for name, fingerprint in seal.files.items():
-        if not (path / name).is_file():
+    there = store.listing(path)
+    for name, (size, digest) in seal.files.items():
+        if name not in there:
             return f"{name} is missing"
-        if _fingerprint(path / name) != fingerprint:
+        has = there[name]
+        known = has.digest is not None and digest.startswith("md5:") and not deep
+        if has.size != size or digest != (
+            has.digest if known else file_digest(path / name, like=digest)
+        ):
             return f"{name} has changed"
     return None if ARRAYS in seal.files else f"{SEAL} does not list {ARRAYS}"
 
@@ -382,8 +445,7 @@ def set_damaged_aside(directory: Path) -> None:
         )
     for path, damage in damaged.items():
         renamed = path.with_name(f"damaged-{path.name}")
-        shutil.rmtree(renamed, ignore_errors=True)
-        path.rename(renamed)
+        store.rename(path, renamed)
         print(f"{path} is damaged: {damage}; renamed to {renamed.name}", flush=True)
 
 
@@ -395,12 +457,10 @@ def _text_digest(tree):
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def _fingerprint(file):
-    return file.stat().st_size, file_digest(file)
-
-
 def _identity(folder):
     """What stays the same while nobody renames or replaces a folder or the one around it."""
+    if store.is_remote(folder):
+        return None  # which has no folders
     with contextlib.suppress(OSError):
         return [(found.st_dev, found.st_ino) for found in (folder.stat(), folder.parent.stat())]
     return None

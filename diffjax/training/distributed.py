@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 
 from ..extras import install
+from . import store
 from .output import tolerated
 
 GRACE = 8.0
@@ -64,14 +65,16 @@ def setup(distributed: Distributed, batch_size: int | None = None, accumulate: i
 
     Raises:
       ValueError: if `distributed` is given in part, or makes no sense; if the environment says
-        that there are other processes, which JAX does not find; or if there is no device of a
-        platform that the user has chosen (`JAX_PLATFORMS`).
+        that there are other processes, which JAX does not find; if there is no device of a platform
+        that the user has chosen (`JAX_PLATFORMS`); or if the place for compiled programs is on a
+        store that cannot be used.
       RuntimeError: if the others cannot be reached.
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache()))
         if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    store.reach(jax.config.values["jax_compilation_cache_dir"])
     if not _join(distributed):
         _make_cores_devices(batch_size, accumulate)
     _start()

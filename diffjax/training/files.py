@@ -4,10 +4,9 @@ import contextlib
 import datetime
 import hashlib
 import os
-import re
 import secrets
 import socket
-import urllib.parse
+import tempfile
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,24 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-
-def local(path: Path | str) -> Path:
-    """A path as it is, or the path of a URL `file:///PATH`, on this machine.
-
-    Raises:
-      ValueError: if it is the URL of another place.
-
-    >>> local("file:///home/a%20run")
-    PosixPath('/home/a run')
-    """
-    scheme = re.match("([A-Za-z][A-Za-z0-9+.-]+):/+", str(path))  # a Path has one slash of two
-    if scheme is None:
-        return Path(path)
-    if scheme[1].lower() != "file":
-        raise ValueError(
-            f"{path} is not on this machine: give a path, or mount the store {scheme[1]}://"
-        )
-    return Path("/" + urllib.parse.unquote(str(path)[scheme.end() :]))
+from . import store
 
 
 @contextlib.contextmanager
@@ -43,7 +25,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Yields:
       The temporary path, NAME.*.tmp. It is another one each time, so that of two processes that
       write at once each replaces the file by a whole one. A kill may leave it behind; nothing reads
-      it.
+      it. If `path` is on a store, the file is on this machine, and is uploaded at the end.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "numbers.txt"
@@ -52,6 +34,11 @@ def replacing(path: Path) -> Iterator[Path]:
     >>> path.read_text(), [file.name for file in path.parent.iterdir()]
     ('1 2 3', ['numbers.txt'])
     """
+    if store.is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="diffjax-") as folder:
+            yield (new := Path(folder) / path.name)
+            store.upload(new, path)
+        return
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
@@ -70,6 +57,8 @@ def write_text(path: Path, text: str) -> None:
 
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of files, would survive a power cut."""
+    if store.is_remote(path):
+        return  # it has confirmed the write
     with contextlib.suppress(PermissionError):  # Windows opens no folders
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -99,9 +88,14 @@ class Lock:
             raise ValueError(f"{folder} is in use by {holder}") from error
         except (ImportError, OSError) as error:
             print(f"{folder} cannot be locked against a second process: {error}", flush=True)
-        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         os.ftruncate(file, 0)
-        os.write(file, f"process {os.getpid()} on {socket.gethostname()} since {now}\n".encode())
+        os.write(file, f"{this_process()}\n".encode())
+
+
+def this_process() -> str:
+    """This process in words, with the time, for whoever finds what it holds."""
+    now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    return f"process {os.getpid()} on {socket.gethostname()} since {now}"
 
 
 def digest(tree: Any) -> str:
@@ -121,10 +115,12 @@ def digest(tree: Any) -> str:
     return found.hexdigest()
 
 
-def file_digest(path: Path) -> str:
-    """The SHA-256 of a file."""
+def file_digest(path: Path, like: str = "") -> str:
+    """The SHA-256 of a file; or, if it is to be compared with a digest `md5:...`, its MD5."""
+    kind = "md5" if like.startswith("md5:") else "sha256"
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        found = hashlib.file_digest(file, kind).hexdigest()
+    return found if kind == "sha256" else f"{kind}:{found}"
 
 
 def unequal(has: dict[str, Any], wanted: dict[str, Any], message: str) -> dict[str, str]:

@@ -5,7 +5,6 @@ All of it was seen with orbax-checkpoint 0.12; a version without these faults ne
 
 import contextlib
 import logging
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -13,6 +12,8 @@ from pathlib import Path
 
 import orbax.checkpoint as ocp
 import tensorstore
+
+from . import store
 
 ATTEMPTS, PAUSE = 20, 0.1  # of `remove_failed_save`; seconds
 
@@ -51,8 +52,9 @@ def stored_arrays(folder: Path) -> set[str]:
 
     Orbax's own metadata lists the arrays that it was given, whether or not it has stored them.
     """
-    store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder / 'default'}/"}}
-    keys = tensorstore.KvStore.open(store).result().list().result()
+    base = store.key_value_store(folder / "default")
+    opened = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    keys = opened.list().result()
     names = (key.decode().rpartition("/") for key in keys)
     return {name for name, _, file in names if file == ".zarray"}
 
@@ -72,7 +74,7 @@ def remove_failed_save(folder: Path, committed: Path) -> None:
     for _ in range(ATTEMPTS):
         if committed.exists():
             return
-        shutil.rmtree(folder, ignore_errors=True)
+        store.remove(folder)
         time.sleep(PAUSE)
         if not folder.exists():
             return

@@ -22,6 +22,7 @@ from rich.text import Text
 from . import metrics
 from .files import replacing, write_text
 from .metrics import Window
+from .mirror import Mirror
 from .telemetry import Meter
 from .writers import WRITERS, Writer
 
@@ -121,8 +122,9 @@ class Writers:
 class Recorder:
     """Records what a run reports; use as a context manager.
 
-    Rows are on disk as soon as they are written, or, on a full disk, when it has space again. Of
-    several processes only the first records anything.
+    Rows are on disk as soon as they are written, or, on a full disk, when it has space again; on a
+    store within half a minute (`mirror.EVERY`). Of several processes only the first records
+    anything.
 
     Args:
       workdir: the run's directory.
@@ -130,18 +132,30 @@ class Recorder:
         removed.
       steps: the step at which the run ends, for the time that is left.
       writers: names in `WRITERS`, which also get the rows and pictures.
+      moved: folders of files that are written once, for `Mirror`.
 
     Attributes:
+      folder: where this process writes what is not a checkpoint: the run's directory, or, if that
+        is on a store, a folder whose files are uploaded to it in the background.
       skipped: the number of batches that the rows report as skipped.
       meter: measures what the run spends; each row includes its reading.
     """
 
-    def __init__(self, workdir: Path, step: int, steps: int, writers: Sequence[str] = ()) -> None:
-        self.workdir, self.steps = workdir, steps
+    def __init__(
+        self,
+        workdir: Path,
+        step: int,
+        steps: int,
+        writers: Sequence[str] = (),
+        moved: tuple[str, ...] = (),
+    ) -> None:
+        self.steps = steps
         self.first = jax.process_index() == 0
         self.terminal = Terminal(quiet=not self.first)
         self.writers = Writers(writers if self.first else (), self.say)
-        self.rows = Appender(workdir / metrics.ROWS)
+        self.mirror = Mirror(workdir, self.say, moved, active=self.first)
+        self.folder = self.mirror.folder
+        self.rows = Appender(self.folder / metrics.ROWS)
         self.meter = Meter()
         self.began = self.at = step, time.perf_counter()
         rows = [row for row in metrics.read(workdir) if row["step"] <= step]
@@ -151,7 +165,7 @@ class Recorder:
 
     def __enter__(self) -> "Recorder":
         self.meter.__enter__()
-        self.writers.open(self.workdir, self.began[0])
+        self.writers.open(self.folder, self.began[0])
         self.terminal.__enter__()
         return self
 
@@ -159,6 +173,7 @@ class Recorder:
         if self.rows.waiting:
             self.attempt(self.rows.append, b"")
         self.writers.each(lambda writer: writer.close())
+        self.mirror.close()
         self.terminal.__exit__()
         self.meter.__exit__()
 
@@ -236,7 +251,7 @@ class Recorder:
         def write():
             image = draw(*args)
             self.writers.each(lambda writer: writer.picture(step, f"pictures/{name}", image))
-            with replacing(self.workdir / f"{name}.png") as new:
+            with replacing(self.folder / f"{name}.png") as new:
                 image.save(new, format="PNG")
 
         self.attempt(write)

@@ -1,0 +1,108 @@
+"""What a run writes beside its checkpoints, on this machine first and then on a store.
+
+Files that grow, pictures and traces need a disk. A run on a store writes them into a folder of this
+machine, and a thread uploads those that have changed, whole. So a store that is slow or away never
+stops training, and what it has not taken yet waits.
+"""
+
+import contextlib
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from . import store
+
+EVERY = 30.0
+"""Seconds between two uploads. A store takes one write of an object per second at most."""
+READ = ("config.json", "wandb.id")
+"""Files of a run that writers of metrics read (`writers`)."""
+
+
+class Mirror:
+    """A folder whose files go to a run's directory on a store; on a disk, the directory itself.
+
+    Args:
+      workdir: the run's directory.
+      say: prints a line.
+      moved: folders in it whose files are written once; they are deleted here when they are there.
+      active: False: the folder of a process that writes nothing.
+
+    Attributes:
+      folder: where to write.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        say: Callable[[str], None],
+        moved: tuple[str, ...] = (),
+        active: bool = True,
+    ) -> None:
+        self.workdir, self._say, self._moved = workdir, say, moved
+        self.folder = workdir
+        self._sent: dict[str, tuple[int, int]] = {}
+        self._waiting: list[str] = []
+        self._uploading, self._ended = threading.Lock(), threading.Event()
+        self._active = active and store.is_remote(workdir)
+        if self._active:
+            self.folder = Path(tempfile.mkdtemp(prefix="diffjax-run-"))
+            for name in READ:
+                with contextlib.suppress(FileNotFoundError):
+                    (self.folder / name).write_bytes((workdir / name).read_bytes())
+                    self._sent[name] = _state(self.folder / name)
+            threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self):
+        while not self._ended.wait(EVERY):
+            self.settle()
+
+    def settle(self) -> bool:
+        """Upload what has changed, and wait for it; whether all of it is there.
+
+        Whatever a store fails at is said once, and is tried again the next time.
+        """
+        if not self._active:
+            return True
+        with self._uploading:
+            before, self._waiting = self._waiting, []
+            states = {}
+            for file in sorted(self.folder.rglob("*")):
+                with contextlib.suppress(FileNotFoundError):  # it was a temporary one
+                    if file.is_file() and file.suffix != ".tmp":
+                        states[file.relative_to(self.folder).as_posix()] = _state(file)
+            changed = [name for name, state in states.items() if self._sent.get(name) != state]
+            for i, name in enumerate(changed):
+                try:
+                    self._send(name)
+                except OSError as error:
+                    self._waiting = changed[i:]
+                    if not before:
+                        self._say(f"not uploaded, and tried again: {error}")
+                    break
+                self._sent[name] = states[name]
+            return not self._waiting
+
+    def _send(self, name):
+        if name.startswith(tuple(f"{folder}/" for folder in self._moved)):
+            store.upload(self.folder / name, self.workdir / name)
+            (self.folder / name).unlink()
+        else:  # read at once, because it may grow meanwhile
+            (self.workdir / name).write_bytes((self.folder / name).read_bytes())
+
+    def close(self) -> None:
+        """Upload the rest; what the store does not take stays here, and a line says where."""
+        self._ended.set()
+        if not self._active:
+            return
+        if self.settle():
+            shutil.rmtree(self.folder, ignore_errors=True)
+        else:
+            names = ", ".join(self._waiting[:5]) + ", ..." * (len(self._waiting) > 5)
+            self._say(f"not uploaded: {names}; they are in {self.folder}")
+
+
+def _state(file):
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
