@@ -1,10 +1,10 @@
 """The lock of a run's directory, on a disk or on a store.
 
 A disk's lock ends with its process (`files.Lock`). A store has no such lock, so a lease is an
-object that its holder rewrites every `BEAT` seconds. A process that finds one waits: a lease that is
-rewritten meanwhile is held, and one that is not for `PATIENCE` seconds was left behind by a process
-that was killed, and is taken over. No clocks are compared. One that a dead process of the same
-machine left behind is taken over at once.
+object that its holder rewrites every `BEAT` seconds. A process that finds one waits: a lease that
+is rewritten meanwhile is held, and one that is not for `PATIENCE` seconds was left behind by a
+process that was killed, and is taken over. No clocks are compared. One that a dead process of the
+same machine left behind is taken over at once.
 """
 
 import contextlib
