@@ -118,7 +118,7 @@ def crop(pad: float = 4.0) -> Augmentation:
     return Augmentation(draw, 2)
 
 
-def window(side: int) -> Augmentation:
+def window(side: int | float) -> Augmentation:
     """A random square window of a larger image, and where it is.
 
     The numbers are the position of its centre, (down, right) from that of the image in halves of
@@ -133,15 +133,15 @@ def window(side: int) -> Augmentation:
     """
     if side < 1 or side != int(side):
         raise ValueError(f"side={side}: must be a whole number of at least 1")
-    side = int(side)
+    n = int(side)
 
     def draw(key: Key, image: Image) -> tuple[Drawn, Told]:
         around = jnp.array(image.shape[:2])
-        corner = jax.random.randint(key, (2,), 0, around - side + 1)
-        cut = jax.lax.dynamic_slice(image, (*corner, 0), (side, side, image.shape[2]))
-        return cut, ((2 * corner + side) / around - 1).astype(image.dtype)
+        corner = jax.random.randint(key, (2,), 0, around - n + 1)
+        cut = jax.lax.dynamic_slice(image, (*corner, 0), (n, n, image.shape[2]))
+        return cut, ((2 * corner + n) / around - 1).astype(image.dtype)
 
-    return Augmentation(draw, 2, side)
+    return Augmentation(draw, 2, n)
 
 
 AUGMENTATIONS: dict[str, Callable[..., Augmentation]] = {

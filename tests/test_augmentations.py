@@ -86,6 +86,7 @@ def test_what_is_told_is_what_was_done():
         np.testing.assert_allclose(x[..., 0][near], expected[near], atol=0.04)
 
 
+@pytest.mark.faults
 def test_each_happens_as_often_as_it_should():
     told = jax.vmap(lambda key: edm(p=0.25).draw(key, jnp.zeros((2, 2, 1)))[1])(
         jax.random.split(jax.random.key(0), 4000)
@@ -132,6 +133,7 @@ CONFIG = Config(
 )
 
 
+@pytest.mark.faults
 def test_training_is_told_and_samples_and_held_out_losses_are_of_images_as_they_are():
     e = resolve(CONFIG)
     batch = data.train_batch(data.load("digits").train, 0, 0, 8)

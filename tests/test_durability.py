@@ -376,6 +376,7 @@ def test_every_signal_that_asks_to_stop_is_caught(name):
     assert signal.getsignal(number) == before
 
 
+@pytest.mark.faults
 def test_a_signal_during_the_last_drawing_ends_the_run_at_once(tmp_path, monkeypatch):
     """Everything is saved by then, and the same command draws again."""
     monkeypatch.setattr(

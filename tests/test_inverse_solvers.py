@@ -182,6 +182,7 @@ def populations(walk, schedule, groups, particles, steps, key=0):
     return np.asarray(draw(x_1))
 
 
+@pytest.mark.faults
 @some_schedules
 def test_tds_converges_to_the_posterior_as_particles_are_added(schedule):
     """With a twist that is much too wide, so that it guides late, and most particles are lost."""

@@ -111,6 +111,7 @@ for _ in range(600 if attempt == 0 else 3):
     assert status == 0 and "process 1 of 2 made no step for 2 s" in out
 
 
+@pytest.mark.faults
 def test_it_gives_up_after_the_allowed_restarts(launched, tmp_path):
     status, out = launched("sys.exit(70)", "--restarts=2")
     assert status == 70 and attempts(tmp_path) == 3 and "launch: giving up" in out

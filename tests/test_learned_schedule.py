@@ -132,6 +132,7 @@ def test_the_ends_follow_the_closed_form_of_the_bound_and_the_inside_does_not_en
         assert (error < 0.02).all()
 
 
+@pytest.mark.faults
 def test_the_schedule_that_is_learned_has_nearly_the_least_variance():
     """The least is that of a curve whose slope is the inverse of the error, sigmoid(l + B)."""
     n, dims, ends = 512, 16, (-8.0, 8.0)
@@ -242,6 +243,7 @@ def by_hand(config, params):
     return diffjax.monotone(inside, own["log_snr_min"], own["log_snr_max"])
 
 
+@pytest.mark.faults
 def test_what_is_drawn_and_evaluated_is_on_the_schedule_of_the_parameters(learned):
     config, params = learned
     params = params | {"schedule": params["schedule"] | {"log_snr_max": np.float32(5.0)}}

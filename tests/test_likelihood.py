@@ -231,6 +231,7 @@ def test_cells_far_out_in_either_tail_keep_their_digits():
     np.testing.assert_allclose(got, [inner, inner, outer, outer], rtol=1e-4)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("steps", [None, 1000])
 def test_the_estimate_is_unbiased_and_its_error_honest(steps):
     """Many estimates of one bound: their mean is its value, their spread what they say it is."""
@@ -272,6 +273,7 @@ def test_in_continuous_time_there_is_one_variance():
         )
 
 
+@pytest.mark.faults
 def test_the_bound_on_a_model_that_is_wrong_is_above_that_of_the_right_one():
     schedule = diffjax.cosine()
     x_0 = oracles.gaussian(schedule, [MEAN], STD**2).sample(jax.random.key(0), 500)

@@ -85,6 +85,7 @@ def test_draws_differ_between_examples(alone):
     assert 2 < len(set(label)) <= 11 and len(set(dropped)) > 8
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("name", "devices", "accumulate"),
     [("pmap", 8, 1), ("two axes", 4, 2)],
@@ -138,6 +139,7 @@ def test_in_batches_takes_batches_of_any_length(name):
         np.testing.assert_array_equal(got, 2 * np.arange(n))
 
 
+@pytest.mark.faults
 def test_a_step_on_split_state_is_compiled_once(monkeypatch):
     on(monkeypatch, 8)
     traced, runner = [], runners.sharded(0)

@@ -565,7 +565,8 @@ def test_nothing_but_evaluate_reads_the_data_again(finished, tmp_path, monkeypat
     assert settings["shape"] == [8, 8, 1]
 
 
-@pytest.mark.parametrize("source", ["digits", *slow("FILE")])
+@pytest.mark.faults
+@pytest.mark.parametrize("source", ["digits", "FILE"])
 def test_samples_of_what_is_no_run(source, finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if source == "FILE":
@@ -580,6 +581,7 @@ def test_samples_of_what_is_no_run(source, finished, tmp_path, monkeypatch):
     assert (home / "evaluation.json").is_file()
 
 
+@pytest.mark.faults
 def test_any_number_of_devices_evaluates_any_batch(finished, tmp_path):
     """Of 12 in a batch of 16, as bits do not depend on who counts them; padding changes none."""
     results = []
@@ -655,6 +657,7 @@ def test_widths_are_compared(tracked, capsys, names):
         assert np.asarray(drawn).std() > 1
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -790,6 +793,7 @@ def test_fid_by_a_reference_of_ones_own(finished, drawn, weights, tmp_path, caps
         evaluate_run(run, **options, samples=drawn[0], reference=str(stats))
 
 
+@pytest.mark.faults
 def test_samples_that_were_drawn_are_measured_alike(evaluated, drawn, tmp_path):
     again = shutil.copytree(evaluated, tmp_path / "run")
     result = evaluate_run(again, samples=drawn[0], held_out=0)

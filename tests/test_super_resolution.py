@@ -317,6 +317,7 @@ def enlarger(tmp_path_factory):
     return file
 
 
+@pytest.mark.faults
 def test_sample_draws_a_cascade_of_runs_with_the_classes_of_its_first(enlarger, tmp_path):
     """The digits that come with diffjax have classes, and the run that enlarges them has none."""
     argv = [f"--workdir={enlarger}", "--cascade=digits", "--n=12", f"--out={tmp_path}/a.npz"]

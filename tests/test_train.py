@@ -996,7 +996,7 @@ def test_every_command_suggests_and_takes_local_urls(tmp_path):
     assert command_line.parse([f"--workdir=file://{tmp_path}/a%20b"]).workdir == tmp_path / "a b"
 
 
-@pytest.mark.parametrize("url", ["gs://bucket/run", "s3://bucket/run", "hf://a/b"])
+@pytest.mark.parametrize("url", ["s3://bucket/run", "hf://a/b"])
 def test_paths_of_other_machines_are_refused_before_anything_starts(url, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     commands = (

@@ -31,7 +31,7 @@ def parse_with_run(
     default: Any = kind()
     workdir, _ = take(argv, "--workdir")
     sampler, rest = take(argv, "--sampler")
-    walk = walk_defaults(run_walk(as_path(workdir or default.workdir)), sampler)
+    walk = walk_defaults(run_walk(workdir or default.workdir), sampler)
     drawing = dataclasses.replace(default.drawing, walk=walk)
     args: Any = read_flags(kind, rest, description, dataclasses.replace(default, drawing=drawing))
     # An option on the command line is added to those of the run.
@@ -40,9 +40,9 @@ def parse_with_run(
     return dataclasses.replace(args, drawing=dataclasses.replace(args.drawing, walk=walk))
 
 
-def run_walk(source: Path) -> Walk:
+def run_walk(source: Path | str) -> Walk:
     """The walk of a run's config, or the default if there is no run, which the command reports."""
     try:
-        return read_config(source).sampling
+        return read_config(as_path(source)).sampling
     except (ValueError, OSError):
         return Walk()
