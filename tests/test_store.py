@@ -437,13 +437,12 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(remote, tmp_path):
     run(*argv, f"--workdir={disk}")
     for _ in range(3):
         command = [sys.executable, *argv, f"--workdir={remote}"]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        for line in process.stdout:
-            if line.startswith("compiled"):
-                break
-        time.sleep(rng.uniform(0.1, 6.0))
-        process.kill()
-        process.wait()
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout:
+                if line.startswith("compiled"):
+                    break
+            time.sleep(rng.uniform(0.1, 6.0))
+            process.kill()
     run(*argv, f"--workdir={remote}")
     assert rows(remote) == rows(disk)
     same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, dict(a), dict(b))
@@ -457,20 +456,17 @@ def test_a_store_that_hangs_for_a_while_loses_nothing(tmp_path):
     run(*argv, f"--workdir={disk}")
     environment = os.environ | buckets.environment(port)
     with buckets.running(port) as server:
-        process = subprocess.Popen(
-            [sys.executable, *argv, f"--workdir={BUCKET}/run"],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for line in process.stdout:
-            if line.startswith("compiled"):
-                break
-        server.send_signal(signal.SIGSTOP)
-        time.sleep(20)
-        server.send_signal(signal.SIGCONT)
-        out, _ = process.communicate(timeout=300)
+        command = [sys.executable, *argv, f"--workdir={BUCKET}/run"]
+        with subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+        ) as process:
+            for line in process.stdout:
+                if line.startswith("compiled"):
+                    break
+            server.send_signal(signal.SIGSTOP)
+            time.sleep(20)
+            server.send_signal(signal.SIGCONT)
+            out, _ = process.communicate(timeout=300)
         assert process.returncode == 0 and "step 400/400" in out
         code = f"print(as_path('{BUCKET}/run/metrics.jsonl').read_text())"
         code = f"from diffjax.training.store import as_path; {code}"
