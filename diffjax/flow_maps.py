@@ -212,10 +212,10 @@ def flow_map_loss(
 def check(
     identity: str,
     velocity: str | Denoiser | FlowMap,
-    first: float | None = None,
-    diagonal: float = 0.0,
-    to_data: float = 0.0,
-    normalise: float = 0.0,
+    first: int | float | None = None,
+    diagonal: int | float = 0.0,
+    to_data: int | float = 0.0,
+    normalise: int | float = 0.0,
 ) -> None:
     """Raise a ValueError unless `flow_map_loss` accepts these options."""
     taught = callable(velocity)

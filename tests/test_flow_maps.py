@@ -721,6 +721,12 @@ def test_bad_input_is_named(options, error, message):
         flow_map_loss(jax.random.key(0), NETWORK, diffjax.cosine(), x_0=X, **options)
 
 
+@pytest.mark.parametrize("field", ["first", "diagonal", "to_data", "normalise"])
+def test_whole_numbers_of_a_config_are_numbers(field):
+    with pytest.raises(ValueError, match=f"{field}=-1000000000000"):
+        FlowMap(**{field: -(10**12)}).check()
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_networks_that_cannot_be_of_two_times_are_refused(name):
     config = TINY[name][0]
