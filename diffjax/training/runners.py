@@ -98,7 +98,7 @@ def pmap(fsdp: int = 1) -> Runner:
 
         return jax.tree.map(to_devices, batch)
 
-    # XLA counts the operations of one device.
+    # The program that is mapped is that of one device.
     return Runner("pmap", init, step, map_, slots, put, telemetry.flops, AXIS)
 
 
@@ -158,7 +158,7 @@ def sharded(fsdp: int = 1) -> Runner:
         return jax.tree.map(to_devices, batch)
 
     def flops(*args):
-        return telemetry.flops(*args) / len(devices)  # XLA counts the operations of all devices
+        return telemetry.flops(*args) / len(devices)  # of all devices
 
     return Runner("sharded", init, step, map_, slots, put, flops)
 
