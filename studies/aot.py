@@ -33,6 +33,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import train
+from diffjax import models
 from diffjax.evaluation import sampling
 from diffjax.experiment import Config, Optimizer, Sampling, resolve
 from diffjax.experiment.functions import initial_state
@@ -87,6 +88,7 @@ class Program(NamedTuple):
       count: how many of these devices.
       layout: a runner and its `fsdp`.
       walk: whether it draws.
+      cast_ahead: whether it casts its parameters before it begins to draw, as it does.
     """
 
     network: str
@@ -95,6 +97,7 @@ class Program(NamedTuple):
     count: int = 1
     layout: tuple[str, int] = ("sharded", 1)
     walk: bool = False
+    cast_ahead: bool = True
 
 
 PROGRAMS = {
@@ -104,6 +107,7 @@ PROGRAMS = {
     "dit": Program("dit", 256),
     "dit-dots": Program("dit-dots", 256),
     "walk": Program("ddpm", 64, walk=True),
+    "walk-cast-each": Program("ddpm", 64, walk=True, cast_ahead=False),
     "pmap-8": Program("ddpm", 1024, count=8, layout=("pmap", 1)),
     "fsdp-8": Program("ddpm", 1024, count=8, layout=("sharded", 0)),
     "ddpm-v5e": Program("ddpm", 128, device="v5e"),
@@ -156,10 +160,13 @@ def pretended(program: Program) -> Iterator[list[Any]]:
     """The devices of a program, which are there for whoever asks."""
     device = DEVICES[program.device]
     devices = list(device.describe(program.count).devices)[: program.count]
+    unchanged = lambda network, params, *inputs: params
+    cast_ahead = models.cast_ahead if program.cast_ahead else unchanged
     cudnn = "jax._src.cudnn.fused_attention_stablehlo."
     with (
         mock.patch.object(runners, "_devices", return_value=devices),
         mock.patch.object(jax, "default_backend", return_value=device.backend),
+        mock.patch.object(models, "cast_ahead", cast_ahead),
         mock.patch(cudnn + "check_cudnn_version", return_value=91000),
         mock.patch(cudnn + "check_compute_capability", return_value=True),
     ):
@@ -373,7 +380,8 @@ def title(program: Program) -> str:
     many = f"{program.count} {DEVICES[program.device].name}"
     layout = f", {runner}{', fsdp=0' if fsdp == 0 else ''}" if program.count > 1 else ""
     what = "a step of drawing " if program.walk else ""
-    return f"{what}{NETWORKS[program.network].name}, batch {program.batch:,}, {many}{layout}"
+    how = "" if program.cast_ahead else ", casting parameters at each step"
+    return f"{what}{NETWORKS[program.network].name}, batch {program.batch:,}, {many}{layout}{how}"
 
 
 PAGE_TEXT = """\

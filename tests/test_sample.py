@@ -19,14 +19,15 @@ from PIL import Image
 import evaluate
 import sample
 from catalogue import slow
-from diffjax import GUIDANCES, checkpoint, data, plots, samplers
+from diffjax import GUIDANCES, checkpoint, data, models, plots, samplers
 from diffjax.averages import Snapshot
 from diffjax.evaluation import comparison, distances, features, sampling, widths
 from diffjax.evaluation.sampling import Drawing
 from diffjax.experiment import Config, Sampling, Walk, command_line, dataset, resolve, run_directory
 from diffjax.experiment.config import to_json
 from diffjax.experiment.dataset import load_data
-from diffjax.models import UNetConfig
+from diffjax.experiment.functions import initial_state
+from diffjax.models import DiTConfig, UNetConfig
 from diffjax.published import export
 from diffjax.training import averaging, runners
 from diffjax.training.files import digest, file_digest
@@ -342,6 +343,35 @@ def test_a_guidance_of_the_step_is_drawn_with_the_rest_of_the_chain():
     # Outside of the interval there is the condition, without guidance.
     x, _ = drawn_with("cfg_plus_plus:weight=0", "within:low=50,high=99")
     np.testing.assert_array_equal(x, drawn_with()[0])
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        DiTConfig(width=16, blocks=2, heads=2, labels=3, bfloat16=True),
+        *slow(UNetConfig(8, (1, 2), 1, attention=(4,), groups=4, labels=3, bfloat16=True)),
+    ],
+)
+def test_a_walk_in_bfloat16_casts_its_parameters_before_it_begins(model, monkeypatch):
+    shape, batch = (8, 8, 3), {"index": np.arange(4), "label": np.arange(4) % 3}
+    e = resolve(Config(model=model, sampling=Sampling("ddim", steps=3)))
+    rng = np.random.default_rng(0)
+    normal = lambda x: rng.standard_normal(x.shape).astype(np.float32) / 4
+    params = jax.tree.map(normal, jax.eval_shape(initial_state(e, shape)).params)
+    drawn_by = lambda: jax.jit(sampling.make_generate(e, shape))(params, batch)
+
+    seen = []
+    cast_ahead = models.cast_ahead
+    monkeypatch.setattr(
+        models, "cast_ahead", lambda *args: seen.append(cast_ahead(*args)) or seen[0]
+    )
+    x = drawn_by()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(seen[0]):
+        exact = re.search(r"norm|double'\]\['kernel", jax.tree_util.keystr(path))
+        assert leaf.dtype == (jnp.float32 if exact else jnp.bfloat16), path
+    monkeypatch.setattr(models, "cast_ahead", lambda network, params, *_: params)
+    np.testing.assert_array_equal(x, drawn_by())
+    assert np.ptp(x) > 0.1
 
 
 def test_samples_are_drawn_by_the_runner_of_the_run(finished, drawn, tmp_path, monkeypatch):
