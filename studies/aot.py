@@ -20,7 +20,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -145,14 +145,18 @@ def v5e(count: int) -> Any:
 
 
 class Device(NamedTuple):
-    """A kind of device, and the backend that JAX has on it."""
+    """A kind of device: JAX's backend for it, the package that has its compiler, and a topology."""
 
     name: str
-    describe: Any
     backend: str
+    package: str
+    describe: Callable[[int], Any]
 
 
-DEVICES = {"h100": Device("H100", h100, "gpu"), "v5e": Device("TPU v5e", v5e, "tpu")}
+DEVICES = {
+    "h100": Device("H100", "gpu", "jax-cuda12-plugin", h100),
+    "v5e": Device("TPU v5e", "tpu", "libtpu", v5e),
+}
 
 
 @contextlib.contextmanager
@@ -293,7 +297,7 @@ def compiled(name: str) -> dict[str, Any]:
     text, memory = after.as_text(), after.memory_analysis()
     KEPT.mkdir(parents=True, exist_ok=True)
     (KEPT / f"{name}.hlo").write_text(text)
-    packages = ("jax", *{"h100": ["jax-cuda12-plugin"], "v5e": ["libtpu"]}[program.device])
+    packages = "jax", DEVICES[program.device].package
     return {
         "date": datetime.date.today().isoformat(),
         "versions": {package: version(package) for package in packages},
@@ -329,19 +333,18 @@ def program_rows(found: dict[str, Any]) -> Iterator[list[Any]]:
 
 def time_rows(found: dict[str, Any]) -> Iterator[list[Any]]:
     """Rows of the modelled time of each program for H100s."""
+    peak = telemetry.PEAK_FLOPS["NVIDIA H100"]
     for name, row in found.items():
         program = PROGRAMS[name]
         if program.device == "h100":
-            peak = telemetry.PEAK_FLOPS["NVIDIA H100"]
-            taken = [row["seconds"][name] for name in ("high", "middle", "low")]
-            mfu = [row["flops"] / each / peak for each in taken]
-            fast, middle, slow = (f"{each * 1e3:.1f}" for each in taken)
+            slow, middle, fast = (row["seconds"][efficiency] for efficiency in EFFICIENCY)
+            mfu = lambda taken, flops=row["flops"]: f"{flops / taken / peak:.0%}"
             yield [
                 title(program),
                 f"{row['flops'] / program.batch * program.count / 1e9:.1f}",
                 f"{row['flops'] / 1e12:.2f}",
-                f"{middle} ({fast} to {slow})",
-                f"{mfu[1]:.0%} ({mfu[2]:.0%} to {mfu[0]:.0%})",
+                f"{middle * 1e3:.1f} ({fast * 1e3:.1f} to {slow * 1e3:.1f})",
+                f"{mfu(middle)} ({mfu(slow)} to {mfu(fast)})",
             ]
 
 
@@ -417,7 +420,20 @@ bfloat16 peak that the manufacturer states, as in the metrics of a run.
 {times}
 ## Where the time goes
 
+A part is found by the names of the lines of the model that a kernel computes, and a kernel that
+computes several belongs to the first of them in this list: {order}.
+
 {parts}
+## What follows
+
+- A U-Net moves most of its bytes outside of convolutions, for norms and activations first of all.
+- A transformer whose blocks are scanned saves, for each block, all that its backward pass reads:
+  for GELU alone these are six arrays of four times the width. `remat=dots` saves what products
+  return and computes the rest again, which moves fewer bytes and needs a fraction of the memory;
+  `configs/dit_imagenet256.py` sets it.
+- XLA does not move the casts of parameters to bfloat16 out of the loop of a walk, so that sampling
+  casts them before it begins. The samples are the same bit for bit.
+
 ## What devices send each other
 
 {sent}
@@ -447,6 +463,7 @@ def page(found: dict[str, Any]) -> str:
         times=table(
             ["program", "GFLOP an example", "TFLOP", "modelled, ms", "MFU"], time_rows(found)
         ),
+        order=", ".join(dict.fromkeys([name for name, _ in PARTS] + [OTHER])),
         parts="\n".join(
             f"{title(PROGRAMS[name])}:\n\n{table(of_parts, part_rows(row))}"
             for name, row in found.items()

@@ -117,7 +117,7 @@ def _bytes(dtype, shape):
 
 
 def kernels(text: str) -> list[Kernel]:
-    """All that a program launches, in order."""
+    """All that a program launches, in order; what tests whether a loop goes on is left out."""
     computations, entry = parse(text)
     return list(_launches(computations, entry, 1))
 

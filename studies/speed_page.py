@@ -233,7 +233,8 @@ CPU only. A narrower version of ADM's network was converted to PyTorch there (3,
 outputs within 2.8e-6). `tests/test_gpu_program.py` checks the program that XLA would compile for a
 GPU: every convolution is in bfloat16 and takes images in the layout they have, no image is
 transposed, statistics are in float32, attention and its gradient use cuDNN's kernel, the state is
-donated, and nothing calls the host.
+donated, and nothing calls the host. [Programs for accelerators](accelerators.md) has what that
+program reads, writes and computes, and the time that a model gives.
 
 """
 
