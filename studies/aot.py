@@ -1,7 +1,7 @@
 """Compile training steps for accelerators that are not there, and say what the programs would do.
 
     make aot                                    # in an environment with XLA's compilers for them
-    make aot ARGS="ddpm --again"                # one program, though it is on record
+    make aot ARGS="--only ddpm --again"         # one program, though it is on record
 
 XLA compiles ahead of time for a device that is described to it. The result is the program that the
 device would run: its kernels, the memory that they read and write, what is kept, and what devices
@@ -480,14 +480,14 @@ def page(found: dict[str, Any]) -> str:
 def main() -> None:
     """Compile what is not on record, and write the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("programs", nargs="*", help="by default all: " + ", ".join(PROGRAMS))
+    parser.add_argument("--only", nargs="*", choices=PROGRAMS, default=list(PROGRAMS))
     parser.add_argument("--again", action="store_true", help="also compile what is on record")
     parser.add_argument("--compile", choices=PROGRAMS, help="this one, in this process")
     args = parser.parse_args()
     if args.compile:
-        found = on_record() | {args.compile: compiled(args.compile)}
-        return RECORD.write_text(json.dumps(found, indent=1) + "\n")
-    for name in args.programs or PROGRAMS:
+        args.only, found = [], compiled(args.compile)
+        RECORD.write_text(json.dumps(on_record() | {args.compile: found}, indent=1) + "\n")
+    for name in args.only:
         if args.again or name not in on_record():
             print(f"compiling {name} ...", flush=True)
             command = [sys.executable, __file__, "--compile", name]
