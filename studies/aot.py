@@ -19,7 +19,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -290,7 +289,6 @@ def described(program: Program, text: str) -> dict[str, Any]:
 def compiled(name: str) -> dict[str, Any]:
     """Compile a program, and return what it says."""
     program = PROGRAMS[name]
-    began = time.perf_counter()
     with pretended(program) as devices:
         before, flops = lowered(program, devices)
         after = before.compile()
@@ -301,7 +299,6 @@ def compiled(name: str) -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "versions": {package: version(package) for package in packages},
-        "compile": time.perf_counter() - began,
         "flops": flops / (DDIM_STEPS if program.walk else 1),
         "temporary": memory.temp_size_in_bytes,
         "arguments": memory.argument_size_in_bytes,
@@ -327,7 +324,6 @@ def program_rows(found: dict[str, Any]) -> Iterator[list[Any]]:
             f"{outside / 1e9:.1f}",
             f"{row['temporary'] / 1e9:.2f}",
             f"{row['arguments'] / 1e9:.2f}",
-            f"{row['compile']:.0f}",
         ]
 
 
@@ -390,11 +386,12 @@ def title(program: Program) -> str:
 PAGE_TEXT = """\
 # Programs for accelerators
 
-Written by `make aot`, which runs `studies/aot.py`. **Nothing here was run on an accelerator.** XLA
-compiled these programs ahead of time, on a CPU, for devices that were only described to it: with
-{versions}, on {date}. Kernels, bytes, memory and communication are read from the optimised
-programs; times follow from a model, stated below. Kernels are chosen without trying them
-(no autotuning), so that a real program can differ from these. What was measured, on a CPU, is in
+Written by `make aot`, which runs `studies/aot.py`, on {date}, with {versions}.
+
+**Nothing here was run on an accelerator.** XLA compiled these programs ahead of time, on a CPU, for
+devices that were only described to it. Kernels, bytes, memory and communication are read from the
+optimised programs; times follow from a model, stated below. XLA chose algorithms without trying
+them (autotuning), so that a program on a real device can differ. What was measured, on a CPU, is in
 [performance](performance.md).
 
 ## What the programs do
@@ -403,10 +400,10 @@ Each is the whole training step in bfloat16: noise, network, gradients, clipping
 moving average. The step of drawing is one of the {steps} of a walk by `ddim`.
 
 {programs}
-A kernel is one launch; the number in brackets counts those that move less than {small:.0f} MB, for
-which starting them takes longest. Bytes are those that kernels read and write in main memory, each
-operand and each result once. Temporaries are the memory of one device beside the arguments, which
-are the state and the batch.
+All numbers are those of one device. A kernel is one launch; the number in brackets counts those that
+move less than {small:.0f} MB. Bytes are those that kernels read and write in main memory, each
+operand and each result once, and of a slice only the slice. Temporaries are the memory beside the
+arguments, which are the state and the batch.
 
 ## The time that a model gives
 
@@ -428,7 +425,7 @@ computes several belongs to the first of them in this list: {order}.
 
 - A U-Net moves most of its bytes outside of convolutions, for norms and activations first of all.
 - A transformer whose blocks are scanned saves, for each block, all that its backward pass reads:
-  for GELU alone these are six arrays of four times the width. `remat=dots` saves what products
+  around GELU alone these are six arrays of four times the width. `remat=dots` saves what products
   return and computes the rest again, which moves fewer bytes and needs a fraction of the memory;
   `configs/dit_imagenet256.py` sets it.
 - XLA does not move the casts of parameters to bfloat16 out of the loop of a walk, so that sampling
@@ -447,7 +444,7 @@ def page(found: dict[str, Any]) -> str:
     found = {name: found[name] for name in PROGRAMS if name in found}
     versions = {f"{p} {v}" for row in found.values() for p, v in row["versions"].items()}
     head = ["program", "kernels (small)", "GB", "GB outside convolutions"]
-    head += ["temporary, GB", "arguments, GB", "compiled in, s"]
+    head += ["temporary, GB", "arguments, GB"]
     of_parts = ["part", "kernels", "GB", "TFLOP", "modelled, ms"]
     left = [title(p) for name, p in PROGRAMS.items() if name not in found]
     return PAGE_TEXT.format(
@@ -463,7 +460,7 @@ def page(found: dict[str, Any]) -> str:
         times=table(
             ["program", "GFLOP an example", "TFLOP", "modelled, ms", "MFU"], time_rows(found)
         ),
-        order=", ".join(dict.fromkeys([name for name, _ in PARTS] + [OTHER])),
+        order="; ".join(dict.fromkeys([name for name, _ in PARTS] + [OTHER])),
         parts="\n".join(
             f"{title(PROGRAMS[name])}:\n\n{table(of_parts, part_rows(row))}"
             for name, row in found.items()
