@@ -231,10 +231,10 @@ PARTS = (
     ("attention", r"fmha|attention/|bqc|bqk|softmax"),
     ("products", r"^\S+ product"),
     (
-        "norms, activations and modulation, backward",
+        "norms and activations, backward",
         r"transpose\(jvp.*(norm_|silu|gelu|modulation)",
     ),
-    ("norms, activations and modulation, forward", r"norm_|silu|gelu|modulation"),
+    ("norms and activations, forward", r"norm_|silu|gelu|modulation"),
     ("rest of the network", r"UNet|DiT"),
 )
 """Parts of a program, each with a pattern of a kernel's operation and paths: the first counts."""
@@ -400,8 +400,8 @@ Each is the whole training step in bfloat16: noise, network, gradients, clipping
 moving average. The step of drawing is one of the {steps} of a walk by `ddim`.
 
 {programs}
-All numbers are those of one device. A kernel is one launch; the number in brackets counts those that
-move less than {small:.0f} MB. Bytes are those that kernels read and write in main memory, each
+All numbers are those of one device. A kernel is one launch; the number in brackets counts those
+that move less than {small:.0f} MB. Bytes are those that kernels read and write in main memory, each
 operand and each result once, and of a slice only the slice. Temporaries are the memory beside the
 arguments, which are the state and the batch.
 
@@ -417,8 +417,8 @@ bfloat16 peak that the manufacturer states, as in the metrics of a run.
 {times}
 ## Where the time goes
 
-A part is found by the names of the lines of the model that a kernel computes, and a kernel that
-computes several belongs to the first of them in this list: {order}.
+A kernel belongs to a part by the names of the lines of the model that it computes; if it computes
+several, to the first of these: {order}.
 
 {parts}
 ## What follows
