@@ -98,8 +98,12 @@ def pmap(fsdp: int = 1) -> Runner:
 
         return jax.tree.map(to_devices, batch)
 
-    # The program that is mapped is that of one device.
-    return Runner("pmap", init, step, map_, slots, put, telemetry.flops, AXIS)
+    def flops(f, params, batch):
+        # The count is of one device. To be traced, a mapped function is given this process' part.
+        part = lambda x: jax.ShapeDtypeStruct((len(local), *x.shape[1:]), x.dtype)
+        return telemetry.flops(f, params, jax.tree.map(part, batch))
+
+    return Runner("pmap", init, step, map_, slots, put, flops, AXIS)
 
 
 def sharded(fsdp: int = 1) -> Runner:
