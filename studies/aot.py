@@ -226,8 +226,7 @@ PARTS = (
     (CONVOLUTION, r"^__cudnn\$conv|^convolution"),
     ("random bits", r"threefry|_bernoulli|_uniform|random_bits"),
     (OTHER, r"opt_state|ema_params|global_norm"),
-    ("copies of the state", r"^copy $"),
-    ("zeros, for what a loop saves", r"^fusion $"),
+    ("without a name", r"^(copy|fusion) $"),
     ("attention", r"fmha|attention/|bqc|bqk|softmax"),
     ("products", r"^\S+ product"),
     (
@@ -252,7 +251,7 @@ SMALL = 3e6
 
 def described(program: Program, text: str) -> dict[str, Any]:
     """What the text of an optimised program says."""
-    kernels = hlo.kernels(text)
+    kernels = [k for k in hlo.kernels(text) if not k.op.startswith(hlo.COLLECTIVES)]
     if program.walk:  # one step of the walk, not what comes before and after the loop
         kernels = [k._replace(times=1) for k in kernels if k.times == DDIM_STEPS]
     parts: dict[str, dict[str, float]] = {}
@@ -419,6 +418,7 @@ bfloat16 peak that the manufacturer states, as in the metrics of a run.
 
 A kernel belongs to a part by the names of the lines of the model that it computes; if it computes
 several, to the first of these: {order}.
+Those without a name copy and transpose the state, and fill with zeros what a loop saves into.
 
 {parts}
 ## What follows
