@@ -25,7 +25,7 @@ from diffjax.evaluation import distances, pixels, reference, sampling
 from diffjax.experiment import Config, Experiment, dataset, resolve, with_parameters
 from diffjax.experiment.command_line import error_exit, parse
 from diffjax.experiment.functions import initial_state
-from diffjax.experiment.run_directory import SNAPSHOTS, open_run
+from diffjax.experiment.run_directory import SNAPSHOTS, open_run, with_runner
 from diffjax.published import trained
 from diffjax.training import (
     Batch,
@@ -135,6 +135,7 @@ def train(
     # Everything that is wrong with the input is reported before anything is compiled.
     with error_exit():
         store.reach(workdir)
+        config = with_runner(workdir, config)
         e = resolve(config)
         accumulate = config.optimizer.accumulate
         setup(distributed, config.batch_size, accumulate)

@@ -232,8 +232,9 @@ class RemotePath(PurePosixPath):
             folder = tensorstore.KvStore.open(key_value_store(cast(Path, self.parent))).result()
             try:
                 return getattr(folder, verb)(self.name, *args, **options).result(timeout=SOON)
-            except ValueError as error:  # which is about the store, too
-                raise OSError(str(error)) from error
+            except (ValueError, TimeoutError) as error:
+                why = str(error).partition("\n")[0] or f"no answer within {SOON} s"
+                raise StoreError(f"{self}: {why:.300}") from error
 
     def touch(self) -> None:
         if not self.exists():
