@@ -25,7 +25,7 @@ from diffjax.evaluation import distances, pixels, reference, sampling
 from diffjax.experiment import Config, Experiment, dataset, resolve, with_parameters
 from diffjax.experiment.command_line import error_exit, parse
 from diffjax.experiment.functions import initial_state
-from diffjax.experiment.run_directory import SNAPSHOTS, open_run
+from diffjax.experiment.run_directory import SNAPSHOTS, open_run, with_runner
 from diffjax.published import trained
 from diffjax.training import (
     Batch,
@@ -48,6 +48,7 @@ from diffjax.training.distributed import (
     setup,
 )
 from diffjax.training.files import write_text
+from diffjax.training.lease import TakenOverError
 from diffjax.training.recorder import Recorder
 from diffjax.training.runners import choose, in_batches
 from diffjax.training.step import several_steps
@@ -134,6 +135,7 @@ def train(
     # Everything that is wrong with the input is reported before anything is compiled.
     with error_exit():
         store.reach(workdir)
+        config = with_runner(workdir, config)
         e = resolve(config)
         accumulate = config.optimizer.accumulate
         setup(distributed, config.batch_size, accumulate)
@@ -204,7 +206,9 @@ def train(
         state = checkpoints.restore(state) or state
         start = int(state.step)
         steps = dataset.make_steps(config, start)
-        recorder = Recorder(workdir, start, config.steps, config.writers, moved=(SNAPSHOTS,))
+        recorder = Recorder(
+            workdir, start, config.steps, config.writers, (SNAPSHOTS,), checkpoints.hold
+        )
         checkpoints.before_seal = recorder.mirror.settle
     make_batch = dataset.make_batch(config, train_set, runner.slots(config.batch_size))
     made = data.in_order(make_batch, steps, config.data.workers)
@@ -212,7 +216,7 @@ def train(
     describe = functools.partial(dataset.describe_step, e, len(train_set.x))
     window = metrics.load_window(workdir, start)  # metrics stay on the devices between log points
 
-    errors = error_exit(FloatingPointError, UnwrittenError, data.UnreadableError)
+    errors = error_exit(FloatingPointError, UnwrittenError, TakenOverError, data.UnreadableError)
     traced = telemetry.traced(recorder.folder / "profile", range(start + 10, start + 10 + profile))
     with errors, checkpoints, recorder, traced as trace, preemption.watch() as should_stop:
         count = sum(x.size for x in jax.tree.leaves(state.params))
@@ -228,6 +232,7 @@ def train(
             recorder.say("compiling ...")
 
         for taken, batch in zip(steps, recorder.meter.waited(batches), strict=True):
+            checkpoints.check_lock()
             if should_stop(taken // steps.step):
                 recorder.check_finite(window, taken, config.skip_nonfinite, describe)
                 recorder.attempt(metrics.save_window, recorder.folder, taken, window)

@@ -1,4 +1,4 @@
-"""A server of Google's storage protocol on this machine: python tests/buckets.py PORT."""
+"""A server of Google's storage protocol on this machine."""
 
 import contextlib
 import os
@@ -9,12 +9,19 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from http import HTTPStatus
+from threading import Lock
 
 BUCKET = "bucket"
 
 
-def serve(port: int) -> None:
-    """Serve one empty bucket, which lives in memory."""
+def serve(port: int, folder: str | None = None, delay: float = 0.0) -> None:
+    """Serve one bucket.
+
+    Args:
+      port: of this machine.
+      folder: where objects are kept, for another server to go on with; None: in memory.
+      delay: seconds that each request waits, beside others.
+    """
     from gcp_storage_emulator.handlers import objects
 
     plain = objects.download
@@ -26,10 +33,42 @@ def serve(port: int) -> None:
             found = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
             response["x-goog-generation"] = found["generation"]
 
-    objects.download = download
-    from gcp_storage_emulator import server  # which makes a table of such functions
+    def conditional(change):
+        """The emulator ignores the precondition of a write, which Google's service keeps."""
 
-    server.create_server("127.0.0.1", port, in_memory=True, default_bucket=BUCKET).run()
+        def checked(request, response, storage, *args, **kwargs):
+            bucket, name = request.params["bucket_name"], request.params.get("object_id")
+            name = name or (request.query.get("name") or [(request.data or {})["meta"]["name"]])[0]
+            has = storage.objects.get(bucket, {}).get(name, {"generation": "0"})["generation"]
+            if request.query.get("ifGenerationMatch", [has]) == [has]:
+                return change(request, response, storage, *args, **kwargs)
+            response.status = HTTPStatus.PRECONDITION_FAILED
+            request.data  # noqa: B018, which has to be read before the connection is closed
+
+        return checked
+
+    objects.download = download
+    objects.insert, objects.delete = conditional(objects.insert), conditional(objects.delete)
+    from gcp_storage_emulator import server, storage  # which has a table of such functions
+
+    write, handle, one_at_a_time = storage._FileStore.write_bytes, server.Router.handle, Lock()
+
+    def whole(self, name, content):
+        """The emulator's list of objects would be cut off by a kill."""
+        if folder is None:
+            return write(self, name, content)
+        write(self, f"{name}.new", content)
+        self._disk_path(f"{name}.new").replace(self._disk_path(name))
+
+    def late(self, method):
+        time.sleep(delay)
+        with one_at_a_time:
+            handle(self, method)
+
+    storage._FileStore.write_bytes, server.Router.handle = whole, late
+    server.server.HTTPServer = server.server.ThreadingHTTPServer
+    options = {"in_memory": folder is None, "data_dir": folder, "default_bucket": BUCKET}
+    server.create_server("127.0.0.1", port, **options).run()
 
 
 def environment(port: int) -> dict[str, str]:
@@ -50,10 +89,10 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running(port: int) -> Iterator[subprocess.Popen]:
-    """A server in a process of its own."""
+def running(port: int, folder: object = "", delay: float = 0.0) -> Iterator[subprocess.Popen]:
+    """A server in a process of its own; the arguments are those of `serve`."""
     process = subprocess.Popen(
-        [sys.executable, __file__, str(port)],
+        [sys.executable, __file__, str(port), str(folder), str(delay)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env={k: v for k, v in os.environ.items() if k not in environment(port)},
@@ -71,4 +110,4 @@ def running(port: int) -> Iterator[subprocess.Popen]:
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]))
+    serve(int(sys.argv[1]), sys.argv[2] or None, float(sys.argv[3]))

@@ -185,6 +185,17 @@ def test_a_run_recovers_when_one_of_two_processes_is_killed(
     assert rows_of(two_processes[name]) == rows_of(tmp_path / "run")
 
 
+def test_the_default_runner_is_that_of_the_processes(tmp_path, environment):
+    """Sharded among two, pmap in one; a run that never asked for one follows its processes."""
+    argv = ["train.py", *TINY, *STEADY, f"--workdir={tmp_path / 'run'}"]
+    status, out = finish(launched(environment, *argv, "--config.steps=10"))
+    assert status == 0 and "2 x 4 cpu devices by sharded" in out, out
+    alone = environment | {"JAX_NUM_CPU_DEVICES": "8"}
+    status, out = finish(start(alone, *argv, "--config.steps=20"))
+    assert status == 0 and "1 x 8 cpu devices by pmap" in out, out
+    assert "resumed from the checkpoint of step 10" in out
+
+
 def alive(pid):
     try:
         os.kill(pid, 0)

@@ -150,10 +150,17 @@ def test_impossible_conversions_are_refused(tmp_path, monkeypatch):
         (["two_moons", "--encoding=gif"], "unknown encoding 'gif': one of raw, png, jpeg"),
         (["two_moons", "--shard=0"], "shard=0: must be at least 1"),
         (["two_moons", "--workers=-1"], "workers=-1: must be at least 0"),
+        (["tar", "--path=gs://b/x"], "gs://b/x is not on this machine: copy it to a disk first"),
+        (["tar", "--path=s3://b/x"], "s3://b/x is not on this machine: give a path"),
     ):
         with pytest.raises(SystemExit, match=message):
             run(*argv)
-    (tmp_path / "out").mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    upload = "gs://b/x is not on this machine: convert to a disk, then `gcloud storage cp -r"
+    with pytest.raises(SystemExit, match=upload):
+        convert.main(["two_moons", "gs://b/x"])
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").touch()
     with pytest.raises(SystemExit, match="is not empty"):
         run("two_moons")

@@ -1,12 +1,16 @@
 """Runs on a store, by a server of Google's protocol on this machine, beside runs on a disk."""
 
 import ast
+import concurrent.futures
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -18,7 +22,9 @@ import pytest
 from diffjax import checkpoint
 from diffjax.data import convert, load
 from diffjax.experiment import copies
+from diffjax.experiment.run_directory import list_checkpoints
 from diffjax.training import files, lease, store
+from diffjax.training.checkpoints import Checkpoints
 from diffjax.training.mirror import Mirror
 from diffjax.training.store import StoreError, as_path
 
@@ -243,6 +249,24 @@ def test_what_is_missing_is_said_before_anything_is_compiled(tmp_path):
 def quick(monkeypatch):
     monkeypatch.setattr(lease, "BEAT", 0.05)
     monkeypatch.setattr(lease, "PATIENCE", 0.6)
+    monkeypatch.setattr(lease, "APART", 0.0)
+
+
+ELSEWHERE = "process 1 of elsewhere\nanother world\n00\n"
+
+
+def test_an_object_is_written_only_in_place_of_the_version_that_was_read(remote):
+    path = remote / "x"
+    absent, data = path.read_version()
+    assert data is None
+    first = path.write_version(absent, b"1")
+    assert first and path.write_version(absent, b"2") is None
+    assert path.read_version() == (first, b"1")
+    path.write_bytes(b"3")
+    assert path.write_version(first, b"2") is None and path.write_version(first, None) is None
+    version, data = path.read_version()
+    assert data == b"3" and path.write_version(version, None)
+    assert not path.exists()
 
 
 def test_a_second_writer_of_a_run_is_refused_until_the_first_has_ended(home, quick):
@@ -254,7 +278,7 @@ def test_a_second_writer_of_a_run_is_refused_until_the_first_has_ended(home, qui
 
 
 def test_a_lease_that_was_left_behind_is_taken_over(remote, quick, capsys):
-    (remote / "lock").write_text("process 1 of elsewhere\nanother world\n00\n")
+    (remote / "lock").write_text(ELSEWHERE)
     held = lease.lock(remote)
     assert "is in use by process 1 of elsewhere, or was: waiting" in capsys.readouterr().out
     assert held.lost is None
@@ -262,13 +286,92 @@ def test_a_lease_that_was_left_behind_is_taken_over(remote, quick, capsys):
     assert not (remote / "lock").exists()
 
 
+@pytest.mark.parametrize("left", [True, False])
+def test_of_two_newcomers_one_gets_the_lease(remote, quick, monkeypatch, left):
+    """Both have waited, and write at the same moment; the other is refused, and told by whom."""
+    if left:
+        (remote / "lock").write_text(ELSEWHERE)
+    write, both = store.RemotePath.write_version, threading.Barrier(2)
+
+    def together(self, version, data):
+        with contextlib.suppress(threading.BrokenBarrierError):  # at later writes there is one
+            both.wait(5)
+        return write(self, version, data)
+
+    monkeypatch.setattr(store.RemotePath, "write_version", together)
+    monkeypatch.setattr(lease, "this_process", lambda: f"process of {threading.get_ident()}")
+
+    def take(_):
+        try:
+            return lease.lock(remote)
+        except ValueError as error:
+            return str(error)
+        finally:
+            both.abort()
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(take, range(2)))
+    (held,) = [x for x in found if isinstance(x, lease.Lease)]
+    (why,) = [x for x in found if isinstance(x, str)]
+    holder = (remote / "lock").read_text().partition("\n")[0]
+    assert why == f"{remote} is in use by {holder}" and held.lost is None
+    held.release()
+
+
 def test_who_loses_a_lease_learns_of_it_and_leaves_the_other_alone(remote, quick):
     held = lease.lock(remote)
-    (remote / "lock").write_text("process 2 of elsewhere\nanother world\n00\n")
-    held.beat()
-    assert held.lost == "process 2 of elsewhere"
+    (remote / "lock").write_text(ELSEWHERE)
+    for ask in (held.beat, held.check):
+        with pytest.raises(lease.TakenOverError, match=f"{remote} was taken over by process 1 of"):
+            ask()
     held.release()
-    assert (remote / "lock").exists()
+    assert (remote / "lock").read_text() == ELSEWHERE
+
+
+def test_an_answer_that_was_lost_loses_no_lease(remote, quick):
+    """The request was sent again, and met what it had written."""
+    held = lease.lock(remote)
+    held._path.write_version(held._version, held._text)
+    held.beat()
+    assert held.lost is None
+    held.release()
+
+
+def test_a_lease_is_written_once_a_second_at_most(remote, monkeypatch):
+    held = lease.lock(remote)
+    version = held._path.read_version()
+    held.beat()
+    assert held._path.read_version() == version
+    monkeypatch.setattr(lease, "APART", 0.0)
+    held.beat()
+    assert held._path.read_version() != version
+    held.release()
+
+
+def test_a_run_that_was_taken_over_writes_nothing_more(remote, quick, monkeypatch):
+    """Neither a checkpoint nor anything beside it, and it deletes nothing."""
+    monkeypatch.setattr(lease, "BEAT", 1e6)  # so that only the writes themselves can notice
+    state, said, before = {"x": jax.numpy.arange(3.0)}, [], {}
+
+    def go_on():
+        with Checkpoints(remote / "c", lock=lease.lock(remote)) as run:
+            mirror = Mirror(remote, said.append, hold=run.hold)
+            run.before_seal = mirror.settle
+            run.save(1, state)
+            run.require()
+            (remote / "lock").write_text(ELSEWHERE)
+            before.update(store.listing(remote))
+            (mirror.folder / "rows").write_text("1\n")
+            assert not mirror.settle() and f"{remote} was taken over by process 1" in said[0]
+            run.save(2, state)
+            assert "was taken over by process 1 of elsewhere" in run.failed
+            mirror.close()
+            shutil.rmtree(mirror.folder)
+            run.check_lock()
+
+    with pytest.raises(lease.TakenOverError, match="was taken over by process 1 of elsewhere"):
+        go_on()
+    assert store.listing(remote) == before
 
 
 # What a run writes beside its checkpoints.
@@ -305,6 +408,49 @@ def test_a_store_that_fails_is_tried_again_and_said_once(remote, monkeypatch):
     mirror.close()
     assert said[-1] == f"not uploaded: picture; they are in {mirror.folder}"
     shutil.rmtree(mirror.folder)
+
+
+def test_folders_of_dead_processes_are_deleted_and_those_of_others_kept(
+    remote, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = f"""
+import os, pathlib, signal
+from diffjax.training import mirror, store
+made = mirror.Mirror(store.as_path("{remote}"), print)
+(made.folder / "rows").write_text("1")
+print(made.folder, flush=True)
+signal.pause()
+"""
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+
+    def start():
+        command = [sys.executable, "-c", code]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        return process, Path(process.stdout.readline().strip())
+
+    with contextlib.ExitStack() as stack:
+        (killed, left), (alive, held) = start(), start()
+        for process in (killed, alive):
+            stack.callback(process.communicate)
+            stack.callback(process.kill)
+        killed.kill()
+        killed.wait()
+        other = Mirror(remote / "other", print)  # another run
+        assert left.exists()
+        mine = Mirror(remote, print)
+        assert not left.exists() and (held / "rows").exists()
+        for mirror in (other, mine):
+            mirror.close()
+    # What a store has not taken is kept: the run has said where it is.
+    failing = Mirror(remote, print)
+    (failing.folder / "rows").write_text("1")
+    with monkeypatch.context() as patch:
+        away = lambda self, data: (_ for _ in ()).throw(StoreError("away"))
+        patch.setattr(store.RemotePath, "write_bytes", away)
+        failing.close()
+    Mirror(remote, print).close()
+    assert [path.name for path in failing.folder.iterdir()] == ["rows"] and not held.exists()
 
 
 def test_on_a_disk_the_directory_of_a_run_is_written_itself(tmp_path):
@@ -472,3 +618,170 @@ def test_a_store_that_hangs_for_a_while_loses_nothing(tmp_path):
         code = f"from diffjax.training.store import as_path; {code}"
         (tmp_path / "metrics.jsonl").write_text(run("-c", code, env=environment).stdout.strip())
     assert rows(tmp_path) == rows(disk)
+
+
+def quickly(path, *argv, **constants):
+    """The words of a command that runs a script with other constants of modules."""
+    lines = [
+        f"import {name.rpartition('.')[0]} as m; m.{name.rpartition('.')[2]} = {value}"
+        for name, value in constants.items()
+    ]
+    lines += [f"import sys; sys.argv = {[path, *map(str, argv)]}"]
+    lines += [f"import runpy; runpy.run_path({path!r}, run_name='__main__')"]
+    return "-c", "\n".join(lines)
+
+
+@contextlib.contextmanager
+def started(*argv, until="compiled", **environment):
+    """A process that has printed a line that begins with these words, and what it has printed."""
+    process = subprocess.Popen(
+        [sys.executable, "-u", *map(str, argv)],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        lines = []
+        while until and not (lines and lines[-1].startswith(until)):
+            lines.append(process.stdout.readline())
+            assert lines[-1], lines
+        yield process, "".join(lines)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.faults
+def test_a_holder_that_wakes_after_it_was_taken_over_ends_its_run(remote, tmp_path):
+    """It was stopped for longer than a lease is waited for; the run of the other is unharmed."""
+    disk, leases = tmp_path / "run", {"diffjax.training.lease.BEAT": 0.5}
+    leases["diffjax.training.lease.PATIENCE"] = 3.0
+    argv = *TINY, "--config.steps=300", "--config.save_every=100"
+    run("train.py", *argv, f"--workdir={disk}")
+    command = quickly("train.py", *argv, f"--workdir={remote}", **leases)
+    with started(*command) as (first, _):
+        first.send_signal(signal.SIGSTOP)
+        with started(*command) as (second, said):
+            assert f"{remote} is in use by process {first.pid}" in said
+            first.send_signal(signal.SIGCONT)
+            out, _ = first.communicate(timeout=60)
+            assert first.returncode == 1, out
+            assert f"error: {remote} was taken over by process {second.pid}" in out
+            out, _ = second.communicate(timeout=120)
+            assert second.returncode == 0, out
+    assert rows(remote) == rows(disk)
+    same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, dict(a), dict(b))
+    same(checkpoint.load(disk)[1], checkpoint.load(str(remote))[1])
+
+
+@pytest.mark.faults
+def test_a_store_that_dies_in_the_middle_of_a_save_loses_nothing(tmp_path):
+    """The save is reported, training goes on, and a later save to its successor succeeds."""
+    port, disk, there = buckets.free_port(), tmp_path / "run", tmp_path / "there"
+    argv = *TINY, "--config.steps=300", "--config.save_every=50"
+    run("train.py", *argv, f"--workdir={disk}")
+    words = *argv, f"--workdir={BUCKET}/run"
+    command = quickly("train.py", *words, **{"diffjax.training.checkpoints.LIMIT": 5.0})
+    here = buckets.environment(port)
+    with buckets.running(port, there, 0.05) as server, started(*command, **here) as (process, _):
+        while not list(there.rglob("checkpoints/50/*")):
+            time.sleep(0.01)
+        server.kill()
+        server.wait()
+        for line in process.stdout:
+            if "checkpoint 50 could not be written" in line:
+                break
+        with buckets.running(port, there):
+            out, _ = process.communicate(timeout=120)
+        assert process.returncode == 0 and "step 300/300" in out, out
+    (kept,) = there.rglob("bucket/run")  # objects are files
+    assert rows(kept) == rows(disk)
+    same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, dict(a), dict(b))
+    same(checkpoint.load(disk)[1], checkpoint.load(kept)[1])
+    steps = lambda workdir: [path.name for path in list_checkpoints(workdir)]
+    assert steps(kept) == steps(disk)
+
+
+@pytest.mark.faults
+def test_a_store_that_hangs_for_good_holds_training_up_for_a_stated_time(tmp_path):
+    """Once for the save that is on its way, and for one request at each save after it."""
+    port, constants = buckets.free_port(), {"diffjax.training.checkpoints.LIMIT": 6.0}
+    constants["diffjax.training.store.SOON"] = 2
+    argv = *TINY, "--config.steps=150", "--config.save_every=50", f"--workdir={BUCKET}/run"
+    command = quickly("train.py", *argv, **constants)
+    here = buckets.environment(port)
+    with buckets.running(port) as server, started(*command, **here) as (process, _):
+        server.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 1 and "step 150/150" in out, out
+        assert "error: checkpoint 150 could not be written" in out
+        assert out.count("could not be written") == 4
+        # Each request to write the lock may wait for another of the thread that does so too.
+        assert time.monotonic() - began < 6 + 5 * (2 + 2) + 45
+
+
+@contextlib.contextmanager
+def two_processes(workdir, *argv):
+    """Two processes of one device each that train."""
+    at, environment = f"127.0.0.1:{buckets.free_port()}", {"JAX_NUM_CPU_DEVICES": "1"}
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                started(
+                    "train.py",
+                    *(*argv, f"--workdir={workdir}", f"--distributed.coordinator={at}"),
+                    *("--distributed.processes=2", f"--distributed.process={index}"),
+                    until="",
+                    **environment,
+                )
+            )[0]
+            for index in (1, 0)
+        ]
+
+
+@pytest.mark.faults
+def test_two_processes_on_a_store_go_on_bit_for_bit_after_a_kill(remote, tmp_path):
+    disk = tmp_path / "run"
+    argv = *TINY, "--config.steps=120", "--config.save_every=20"
+
+    def finish(workdir):
+        with two_processes(workdir, *argv) as processes:
+            said = [process.communicate(timeout=200)[0] for process in processes]
+            assert [process.returncode for process in processes] == [0, 0], said
+        return said[-1]
+
+    finish(disk)
+    with two_processes(remote, *argv) as processes:
+        committed = remote / "checkpoints" / "40" / "commit_success.txt"
+        while not committed.is_file():
+            assert processes[0].poll() is None, processes[0].communicate()
+            time.sleep(0.05)
+        for process in processes:
+            process.kill()
+    assert "resumed from the checkpoint of step" in finish(remote)
+    assert rows(remote) == rows(disk)
+    same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, dict(a), dict(b))
+    same(checkpoint.load(disk)[1], checkpoint.load(str(remote))[1])
+
+
+@pytest.mark.faults
+def test_compiled_programs_are_read_from_a_store(remote):
+    code = """
+import jax
+from diffjax.training import distributed
+events = []
+jax.monitoring.register_event_listener(lambda name, **_: events.append(name))
+distributed.setup(distributed.ALONE)
+jax.jit(lambda x: x @ x + 1)(jax.numpy.ones((3, 3)))
+print(events.count("/jax/compilation_cache/cache_hits"))
+"""
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{remote}"}
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    start = lambda: int(run("-c", code, env=environment).stdout.split()[-1])
+    assert start() == 0
+    compiled = {name for name in store.listing(remote) if name.endswith("-cache")}
+    assert compiled and start() == len(compiled)
+    assert {name for name in store.listing(remote) if name.endswith("-cache")} == compiled

@@ -313,6 +313,24 @@ def test_a_resumed_run_may_change_how_steps_are_run(finished, tmp_path):
     assert counts[0] == counts[1]
     work = [[row["tflop_per_s"] / row["img_per_s"] for row in each] for each in rows]
     np.testing.assert_allclose(*work, rtol=0.05)
+    run(parts, *TINY, "--config.steps=45", "--config.steps_per_call=5")
+    assert run_directory.read_config(parts).parallel == "sharded"
+
+
+def test_a_resumed_run_keeps_its_runner_until_another_is_asked_for(copied, monkeypatch):
+    file = copied / "config.json"
+    file.write_text(file.read_text().replace('"parallel": null', '"parallel": "sharded"'))
+    chosen = []
+
+    def choose(*args):
+        chosen.append(args)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(train, "choose", choose)
+    for words in ([], ["--config.parallel=pmap"]):
+        with pytest.raises(SystemExit, match="enough"):
+            run(copied, *TINY, "--config.steps=40", *words)
+    assert chosen == [("sharded", 1), ("pmap", 1)]
 
 
 @pytest.mark.faults

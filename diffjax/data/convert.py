@@ -99,7 +99,12 @@ def main(argv: Sequence[str]) -> None:
         if a.name not in SOURCES:
             raise ValueError(f"unknown data set {a.name!r}: one of {', '.join(SOURCES)}")
         a = _by_preset(a)
-        a = dataclasses.replace(a, dest=local(a.dest, "convert to a disk, and copy the folder"))
+        # A bucket is copied from and to by a tool that verifies, resumes and runs in parallel.
+        upload = "convert to a disk, then `gcloud storage cp -r FOLDER URL`"
+        download = "copy it to a disk first, by `gcloud storage cp -r URL FOLDER`"
+        a = dataclasses.replace(
+            a, dest=local(a.dest, upload), path=a.path and local(a.path, download)
+        )
         check_workers(a.workers)
         check_installed()
         require(

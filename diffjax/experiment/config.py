@@ -600,7 +600,8 @@ class Config:
     """Training steps in all."""
     parallel: Annotated[str | None, one_of(RUNNERS)] = None
     """What maps the step over the devices: pmap, or sharded, which is jax.jit over a mesh. None:
-    pmap in one process, and sharded among several or with fsdp."""
+    what a run that is resumed has; else pmap in one process, and sharded among several or with
+    fsdp."""
     fsdp: int = 1
     """Devices that share one copy of the state, which pmap cannot do; 0: all of them."""
     steps_per_call: int = 1

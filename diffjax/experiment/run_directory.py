@@ -1,6 +1,7 @@
 """The directory of a run: `config.json`, `checkpoints/<step>/`, `snapshots/`, metrics, pictures."""
 
 import contextlib
+import dataclasses
 import warnings
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,22 @@ def read_config(workdir: Path) -> Config:
             print(f"{why}; read from {checkpoint} instead", flush=True)
             return config
     raise why
+
+
+def with_runner(workdir: Path, config: Config) -> Config:
+    """The config with the runner that a run in the directory has, unless it names one itself.
+
+    So a run that is resumed keeps its runner until it is asked for another.
+
+    Raises:
+      ValueError: as `read_config`.
+    """
+    if config.parallel is not None:
+        return config
+    try:
+        return dataclasses.replace(config, parallel=read_config(workdir).parallel)
+    except FileNotFoundError:
+        return config
 
 
 def _is_whole(path):

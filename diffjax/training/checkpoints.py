@@ -26,13 +26,15 @@ from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
 from . import orbax, parsing, store
 from .files import Lock, file_digest, sync, unequal, write_text
-from .lease import Lease
+from .lease import Lease, TakenOverError
 
 SEAL = "seal.json"
 ARRAYS = "arrays.json"
 # A checkpoint counts once Orbax's commit file is there, not because its name is a number.
 COMMITTED = "commit_success.txt"
 METADATA = "_CHECKPOINT_METADATA"
+LIMIT = 600.0
+"""Seconds after which a save that is not complete has failed, so that training goes on."""
 ATOMICITY = AtomicityOptions(mode=AtomicityMode.COMMIT_FILE)
 
 orbax.silence_logs()
@@ -73,8 +75,8 @@ class Checkpoints:
 
     Attributes:
       failed: why the last save failed, or None.
-      before_seal: called before a checkpoint is sealed, in a thread of Orbax's: what a run that is
-        resumed from it relies on has to be written by then.
+      before_seal: called before a checkpoint is sealed, in a thread of Orbax's; whether what a run
+        that is resumed from it relies on is written.
     """
 
     def __init__(
@@ -92,12 +94,13 @@ class Checkpoints:
         self._known: int | None = None  # the step that this run has restored or written last
         self.failed: str | None = None
         self._saving: int | None = None
+        self._opened: object = None  # tells a manager's saves from those of one that was given up
         self._arrays: dict[str, str] = {}
         self._names: set[str] = set()
         self._failed_saves: set[Path] = set()
         self._context = contextlib.ExitStack()
         self._lock = lock
-        self.before_seal: Callable[[], Any] = lambda: None
+        self.before_seal: Callable[[], bool] = lambda: True
         if lock is not None:
             self._context.callback(lock.release)
         self._policies: list[policy.PreservationPolicy] = [policy.LatestN(keep)]
@@ -113,12 +116,13 @@ class Checkpoints:
         if jax.process_count() > 1:
             # The first process may have set damaged checkpoints aside: wait until it has.
             multihost_utils.sync_global_devices("checkpoints")
+        self._opened = opened = object()
         options = ocp.CheckpointManagerOptions(
             best_fn=_loss,  # so that Orbax stores the loss
             preservation_policy=policy.AnyPreservationPolicy(self._policies),
             cleanup_tmp_directories=True,
             atomicity_options=ATOMICITY,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            async_options=ocp.AsyncOptions(post_finalization_callback=lambda: self._seal(opened)),
         )
         return ocp.CheckpointManager(store.native(self.directory), options=options)
 
@@ -187,20 +191,16 @@ class Checkpoints:
           loss: a held-out loss or a distance, by which `keep_best` chooses the lowest.
         """
         self.wait()
-        self._remove_failed_saves()
         if step == self._known:
             return
         self.failed = None
+        self._reporting(step, self._check_folder)
+        if self._has_failed(step):
+            return
+        self._remove_failed_saves()
         if self._manager is None:
             self._reopen(step)
         if self._manager is None:
-            return
-        if _any_process(_identity(self.directory) != self._identity):
-            # Orbax would create the folder again, where nobody looks for it.
-            self._fail(step, f"{self.directory} has been renamed, removed or replaced")
-            return
-        if _any_process(self._lost() is not None):
-            self._fail(step, self._lost() or "another process uses the run's directory")
             return
         if step in self._manager.all_steps():
             self._fail(step, f"{self.directory / str(step)} exists, and is not of this run")
@@ -224,17 +224,17 @@ class Checkpoints:
         if self._saving is None or self._manager is None:
             return
         step, manager = self._saving, self._manager
-        self._reporting(step, manager.wait_until_finished)
+        self._reporting(step, lambda: orbax.wait(manager, LIMIT))
         self._saving = None
-        if not _any_process(self.failed is not None):
+        if not self._has_failed(step):
             self._known = step
         else:
-            self.failed = self.failed or f"checkpoint {step} failed in another process"
             # This manager would fail again, and has lost its list of checkpoints to delete.
             orbax.close_failed(manager)
             self._failed_saves.add(folder := self.directory / str(step))
             if store.is_remote(folder):
-                self._manager = None  # the next save tries again, because each try takes a while
+                # The next save opens another one, because each try takes a while.
+                self._manager = self._opened = None
                 return
             if jax.process_index() == 0:
                 orbax.remove_failed_save(folder, folder / COMMITTED)
@@ -247,15 +247,16 @@ class Checkpoints:
             self._manager = self._open()
 
         self._reporting(step, open_again)
-        if _any_process(self._manager is None):
-            self.failed = self.failed or f"checkpoint {step} failed in another process"
+        if self._has_failed(step) and self._manager is not None:
+            orbax.close_failed(self._manager)
             self._manager = None
         self._remove_failed_saves()
 
     def _remove_failed_saves(self) -> None:
         # Repeated at every save: the threads of a failed save may create its folder again later.
         if jax.process_index() == 0 and self._manager is not None:
-            with contextlib.suppress(store.StoreError):
+            with contextlib.suppress(store.StoreError, TakenOverError):
+                self.check_lock()
                 for path in self._failed_saves:
                     if path.exists():
                         orbax.remove_failed_save(path, path / COMMITTED)
@@ -266,11 +267,33 @@ class Checkpoints:
         if self.failed:
             raise UnwrittenError(self.failed)
 
-    def _lost(self) -> str | None:
-        """Who has taken the run's directory over, in words, or None."""
-        if isinstance(self._lock, Lease) and self._lock.lost is not None:
-            return f"{self._lock.folder} was taken over by {self._lock.lost}"
-        return None
+    def check_lock(self) -> None:
+        """Raise a TakenOverError if it is known that another process has the run's directory."""
+        if isinstance(self._lock, Lease):
+            self._lock.check()
+
+    def hold(self) -> None:
+        """Make sure that the run's directory is still this run's; a store is asked.
+
+        Raises:
+          TakenOverError: if another process has taken it over.
+          StoreError: if the store cannot be reached.
+        """
+        if isinstance(self._lock, Lease):
+            self._lock.beat()
+
+    def _check_folder(self) -> None:
+        """Raise an OSError unless the directory is the one that was opened, and this run's."""
+        self.hold()
+        if _identity(self.directory) != self._identity:
+            # Orbax would create the folder again, where nobody looks for it.
+            raise OSError(f"{self.directory} has been renamed, removed or replaced")
+
+    def _has_failed(self, step: int) -> bool:
+        """Whether a save has failed, in this process or in another."""
+        if _any_process(self.failed is not None):
+            self.failed = self.failed or f"checkpoint {step} failed in another process"
+        return self.failed is not None
 
     def _reporting(self, step: int, write: Callable[[], Any]) -> None:
         try:
@@ -284,17 +307,18 @@ class Checkpoints:
         self.failed = f"checkpoint {step} could not be written: {why}"
         print(self.failed, flush=True)
 
-    def _seal(self) -> None:
+    def _seal(self, opened: object) -> None:
         """Called by Orbax when all files are there, before it commits them.
 
         Raises:
-          OSError: if an array cannot be read back, or another process has taken the run over.
+          OSError: if the save was given up, something that the run relies on is not written or
+            cannot be read back, or another process has taken the run over.
         """
-        self.before_seal()
-        if isinstance(self._lock, Lease):
-            self._lock.beat()
-        if self._lost():
-            raise OSError(self._lost())
+        if opened is not self._opened:
+            raise OSError("it has been given up")
+        if not self.before_seal():
+            raise OSError("what was written beside it could not be uploaded")
+        self.hold()
         path = self.directory / str(self._saving)
         lost = self._names - orbax.stored_arrays(path)
         if lost:

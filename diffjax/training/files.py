@@ -67,6 +67,10 @@ def sync(path: Path) -> None:
             os.close(descriptor)
 
 
+LOCK = "lock"
+"""The file in a folder by which it is locked."""
+
+
 class Lock:
     """An exclusive lock on a folder, which the kernel releases when the process ends.
 
@@ -77,7 +81,7 @@ class Lock:
     """
 
     def __init__(self, folder: Path) -> None:
-        file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         self.release = weakref.finalize(self, os.close, file)
         try:
             import fcntl  # not on Windows

@@ -5,6 +5,10 @@ object that its holder rewrites every `BEAT` seconds. A process that finds one w
 is rewritten meanwhile is held, and one that is not for `PATIENCE` seconds was left behind by a
 process that was killed, and is taken over. No clocks are compared. One that a dead process of the
 same machine left behind is taken over at once.
+
+Every write names the version of the object that it replaces, and the store refuses it if another
+process has written since. So of several processes that take a lease over one succeeds, and a holder
+that was stopped for longer than `PATIENCE` seconds learns at its next write that it has lost it.
 """
 
 import contextlib
@@ -18,20 +22,25 @@ from pathlib import Path
 from typing import Any
 
 from . import store
-from .files import Lock, this_process
+from .files import LOCK, Lock, this_process
 
 BEAT = 10.0
 """Seconds between two writes of a lease."""
 PATIENCE = 40.0
 """Seconds without a write after which a lease counts as left behind."""
+APART = 1.0
+"""Seconds between two writes at least: a store takes one write of an object per second."""
+
+
+class TakenOverError(OSError):
+    """Another process has taken the run's directory over, so this one may not write to it."""
 
 
 class Lease:
     """An exclusive lease of a folder on a store; it ends with the process, or at `release`.
 
-    Two processes that start in the same moment are told apart by the store, which creates an object
-    only once. A process that cannot reach the store for `PATIENCE` seconds may lose its lease to
-    another; it learns of that at the next write.
+    A process that cannot reach the store for `PATIENCE` seconds may lose its lease to another; it
+    learns of that at the next write.
 
     Attributes:
       lost: who has taken it, or None.
@@ -41,42 +50,57 @@ class Lease:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.path = folder, folder / "lock"
-        self.text = f"{this_process()}\n{_world()}\n{secrets.token_hex(8)}\n".encode()
+        self.folder = folder
+        self._path: Any = folder / LOCK
+        self._text = f"{this_process()}\n{_world()}\n{secrets.token_hex(8)}\n".encode()
         self.lost: str | None = None
-        self._acquire()
+        self._writing = threading.Lock()
+        self._version = self._wait()
+        self._write()
+        if self.lost:
+            raise ValueError(f"{folder} is in use by {self.lost}")
         ended = threading.Event()
-        self.release = weakref.finalize(self, _end, ended, self.path, self.text)
+        self.release = weakref.finalize(self, _end, ended, self._path, self._text)
         threading.Thread(target=_beat, args=(weakref.ref(self), ended), daemon=True).start()
 
-    def _acquire(self):
-        first, began = _read(self.path), time.monotonic()
-        if first and not _is_left(first[1]):
-            print(f"{self.folder} is in use by {_name(first[1])}, or was: waiting", flush=True)
-        while (found := _read(self.path)) is not None:
-            if first and found != first:
-                raise ValueError(f"{self.folder} is in use by {_name(found[1])}")
-            first = first or found
-            if _is_left(found[1]) or time.monotonic() - began > PATIENCE:
-                self.path.unlink(missing_ok=True)
-                break
+    def _wait(self):
+        """The version of the object once no process holds it."""
+        version, text = self._path.read_version()
+        began = time.monotonic()
+        if text is not None and not _is_left(text):
+            print(f"{self.folder} is in use by {_name(text)}, or was: waiting", flush=True)
+        while text is not None and not _is_left(text) and time.monotonic() - began <= PATIENCE:
             time.sleep(min(1.0, BEAT / 4))
-        try:
-            path: Any = self.path
-            path.create(self.text)
-        except FileExistsError:
-            now = _read(self.path)
-            if now is None or now[1] != self.text:  # else an answer was lost, and it was sent again
-                other = _name(now[1]) if now else "another process"
-                raise ValueError(f"{self.folder} is in use by {other}") from None
+            before, (version, text) = version, self._path.read_version()
+            if text is not None and version != before:
+                raise ValueError(f"{self.folder} is in use by {_name(text)}")
+        return version
+
+    def _write(self):
+        """Write the object, unless another process has since this one did."""
+        version = self._path.write_version(self._version, self._text)
+        if version is None:
+            version, text = self._path.read_version()
+            if text != self._text:  # else an answer was lost, and the request was sent again
+                self.lost = "whoever deleted its lock" if text is None else _name(text)
+        self._version, self._written = version, time.monotonic()
 
     def beat(self) -> None:
-        """Write the lease again, or learn that it is lost."""
-        found = self.path.read_bytes()
-        if found != self.text:
-            self.lost = _name(found)
-        else:
-            self.path.write_bytes(self.text)
+        """Write the lease again, unless that was less than `APART` seconds ago.
+
+        Raises:
+          TakenOverError: if another process has taken it.
+          StoreError: if the store cannot be reached.
+        """
+        with self._writing:
+            if self.lost is None and time.monotonic() - self._written >= APART:
+                self._write()
+        self.check()
+
+    def check(self) -> None:
+        """Raise a TakenOverError if it is known that another process has taken the lease."""
+        if self.lost is not None:
+            raise TakenOverError(f"{self.folder} was taken over by {self.lost}")
 
 
 def lock(folder: Path) -> Lock | Lease:
@@ -87,28 +111,17 @@ def lock(folder: Path) -> Lock | Lease:
 def _beat(holder, ended):
     """Write a lease again and again, until it is released, lost or forgotten."""
     while not ended.wait(BEAT) and (lease := holder()) is not None and lease.lost is None:
-        try:
+        with contextlib.suppress(OSError):  # the store is away, or `lost` says who has taken it
             lease.beat()
-        except FileNotFoundError:
-            lease.lost = "whoever deleted its lock"
-        except OSError:
-            pass  # the store is away
         del lease
 
 
 def _end(ended, path, text):
     ended.set()
     with contextlib.suppress(OSError):
-        if path.read_bytes() == text:
-            path.unlink()
-
-
-def _read(path):
-    """The version and the content of a lease, or None."""
-    try:
-        return path.info().get("generation"), path.read_bytes()
-    except FileNotFoundError:
-        return None
+        version, found = path.read_version()
+        if found == text:
+            path.write_version(version, None)
 
 
 def _name(text):

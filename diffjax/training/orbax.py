@@ -3,9 +3,11 @@
 All of it was seen with orbax-checkpoint 0.12; a version without these faults needs none of it.
 """
 
+import concurrent.futures
 import contextlib
 import logging
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ import tensorstore
 from . import store
 
 ATTEMPTS, PAUSE = 20, 0.1  # of `remove_failed_save`; seconds
+CLOSING = 5.0  # of `close_failed`; seconds
 
 
 def silence_logs() -> None:
@@ -59,10 +62,38 @@ def stored_arrays(folder: Path) -> set[str]:
     return {name for name, _, file in names if file == ".zarray"}
 
 
+def wait(manager: ocp.CheckpointManager, seconds: float) -> None:
+    """Wait for a manager's save, and raise its error; Orbax itself waits for as long as it takes.
+
+    Raises:
+      TimeoutError: if it was not complete after so many seconds; its threads then go on.
+    """
+    _within(seconds, manager.wait_until_finished)
+
+
 def close_failed(manager: ocp.CheckpointManager) -> None:
-    """Close a manager whose save failed; it raises the error of that save again."""
+    """Close a manager whose save failed, unless its threads go on; it raises the error again."""
     with contextlib.suppress(Exception):
-        manager.close()
+        _within(CLOSING, manager.close)
+
+
+def _within(seconds, function):
+    """Call a function in a thread, which is left to itself after so many seconds."""
+    done: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+    def call():
+        try:
+            done.set_result(function())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    try:
+        done.result(seconds)
+    except TimeoutError as error:
+        if done.done():  # it has raised one itself
+            raise
+        raise TimeoutError(f"it was not complete after {seconds:.0f} s") from error
 
 
 def remove_failed_save(folder: Path, committed: Path) -> None:

@@ -133,6 +133,7 @@ class Recorder:
       steps: the step at which the run ends, for the time that is left.
       writers: names in `WRITERS`, which also get the rows and pictures.
       moved: folders of files that are written once, for `Mirror`.
+      hold: called before each upload, for `Mirror`.
 
     Attributes:
       folder: where this process writes what is not a checkpoint: the run's directory, or, if that
@@ -148,12 +149,13 @@ class Recorder:
         steps: int,
         writers: Sequence[str] = (),
         moved: tuple[str, ...] = (),
+        hold: Callable[[], None] = lambda: None,
     ) -> None:
         self.steps = steps
         self.first = jax.process_index() == 0
         self.terminal = Terminal(quiet=not self.first)
         self.writers = Writers(writers if self.first else (), self.say)
-        self.mirror = Mirror(workdir, self.say, moved, active=self.first)
+        self.mirror = Mirror(workdir, self.say, moved, hold, active=self.first)
         self.folder = self.mirror.folder
         self.rows = Appender(self.folder / metrics.ROWS)
         self.meter = Meter()

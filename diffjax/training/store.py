@@ -30,6 +30,8 @@ from ..extras import install
 
 TIMEOUT = 60
 """Seconds after which a request that is not answered has failed."""
+SOON = 20
+"""The same, of a request whose answer is of no use later, about the version of a small object."""
 
 
 class StoreError(OSError):
@@ -210,9 +212,29 @@ class RemotePath(PurePosixPath):
     def write_text(self, text: str) -> None:
         self.write_bytes(text.encode())
 
-    def create(self, data: bytes) -> None:
-        """Write an object; raise a FileExistsError if there is one, which the store decides."""
-        self._ask("pipe_file", data, mode="create")
+    def read_version(self) -> tuple[bytes, bytes | None]:
+        """The version of an object, and its content, or None if there is none."""
+        found = self._compare("read")
+        return found.stamp.generation, found.value if found.state == "value" else None
+
+    def write_version(self, version: bytes, data: bytes | None) -> bytes | None:
+        """Write an object, or delete it, if it is still of this version, which the store decides.
+
+        Returns:
+          The new version; None if nothing was written, because the object is of another version.
+        """
+        return self._compare("write", data, if_equal=version).generation or None
+
+    def _compare(self, verb: str, *args: Any, **options: Any) -> Any:
+        """What a verb of TensorStore returns: fsspec does not write on a condition."""
+        with errors(cast(Path, self)):
+            tensorstore = importlib.import_module("tensorstore")
+            folder = tensorstore.KvStore.open(key_value_store(cast(Path, self.parent))).result()
+            try:
+                return getattr(folder, verb)(self.name, *args, **options).result(timeout=SOON)
+            except (ValueError, TimeoutError) as error:
+                why = str(error).partition("\n")[0] or f"no answer within {SOON} s"
+                raise StoreError(f"{self}: {why:.300}") from error
 
     def touch(self) -> None:
         if not self.exists():
@@ -380,4 +402,5 @@ def key_value_store(folder: Path) -> dict[str, str]:
     if not isinstance(folder, RemotePath):
         return {"driver": "file", "path": f"{folder}/"}
     scheme, bucket, *names = folder.parts
+    _filesystem(scheme[:-1])  # which looks for credentials, and prepares the environment
     return {"driver": SCHEMES[scheme[:-1]].driver, "bucket": bucket, "path": f"{'/'.join(names)}/"}
