@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # XLA allocates large buffers at every step, which glibc by default returns to the kernel each time.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1
 
-.PHONY: train test test-faults test-peers notebooks reproduce pod docs bench bench-gpu lint clean
+.PHONY: train test test-faults test-peers notebooks reproduce pod docs bench bench-gpu aot aot-test lint clean
 
 train: $(VENV)/plots.stamp
 	$(BIN)/python train.py $(ARGS)
@@ -64,6 +64,17 @@ bench-gpu: $(VENV)/cuda12.stamp
 	$(MAKE) VENV=.venv-peers .venv-peers/lucidrains.stamp
 	$(BIN)/python studies/speed.py --device=gpu $(ARGS)
 	$(BIN)/python studies/speed_page.py
+
+# Compile training steps for GPUs and TPUs that are not there, in an environment of their compilers.
+# On two cores a program for a GPU takes minutes, and that for a TPU half an hour.
+aot:
+	$(MAKE) VENV=.venv-aot .venv-aot/cuda12,tpu.stamp
+	PYTHONPATH=. .venv-aot/bin/python studies/aot.py $(ARGS)
+
+# Compile the training step of DDPM's network for an H100, and hold it to bounds.
+aot-test:
+	$(MAKE) VENV=.venv-aot .venv-aot/cuda12,tpu,test.stamp
+	.venv-aot/bin/python -m pytest -m faults tests/test_gpu_program.py $(ARGS)
 
 # lucidrains' package requires torchvision, which not every build of PyTorch has; its network does
 # not need it.

@@ -20,7 +20,8 @@ from diffjax.models.dit import dit_config
 
 
 def get_config(variant: str = "") -> Config:
-    model = dit_config("XL", 2, labels=1000, null_label=True, out_channels=8, log_snr_scale=1.0)
+    options = dict(labels=1000, null_label=True, out_channels=8, log_snr_scale=1.0)
+    model = dit_config("XL", 2, **options, remat="dots")  # docs/accelerators.md has what it saves
     config = Config(
         data=Data("records", latents="sd"),
         target="eps",

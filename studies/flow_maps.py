@@ -2,18 +2,20 @@
 
     python studies/flow_maps.py plane                       # five Gaussians, 6,000 steps each
     python studies/flow_maps.py plane --steps=200 --seeds 0 # in a minute, to see that it works
-    python studies/flow_maps.py fashion --minutes=15        # Fashion-MNIST, by train.py
+    python studies/flow_maps.py fashion --seeds 0 --only "denoiser" "lagrangian, distilled"
+    python studies/flow_maps.py page                        # the table of docs/howto/few_steps.md
 
-`plane` prints the energy distance to exact samples, times 1,000. `fashion` trains a denoiser, maps
-that learn from it, and maps that learn from data alone, each for equally many minutes, draws from
-all of them, and prints the Frechet distance beside those of samplers of the denoiser. Both keep
-what they have measured in runs/flow_maps/, and a second call continues.
+`plane` prints the energy distance to exact samples, times 1,000. `fashion` trains a denoiser of
+Fashion-MNIST, maps that learn from it, and maps that learn from data alone, and measures the
+Frechet distance of their samples beside those of samplers of the denoiser. What is measured is kept
+in studies/results/flow_maps.json, and a second call measures what is missing.
 """
 
 import dataclasses
 import functools
 import itertools
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -33,6 +35,9 @@ from diffjax import models, oracles
 from diffjax.training import init_state, train_step
 from markdown_table import table
 
+ROOT = Path(__file__).parents[1]
+RECORD = ROOT / "studies" / "results" / "flow_maps.json"
+PAGE = ROOT / "docs" / "howto" / "few_steps.md"
 HOME = Path("runs/flow_maps")
 STEPS = (1, 2, 4, 8)
 ROWS: dict[str, dict[str, Any]] = {
@@ -60,14 +65,17 @@ class Plane:
 
 @dataclasses.dataclass(frozen=True)
 class Fashion:
-    """Maps of Fashion-MNIST, by train.py, sample.py and evaluate.py."""
+    """Maps of Fashion-MNIST, by train.py and evaluate.py."""
 
-    minutes: float = 15.0
-    """Time to train each network, by the speed of its first steps."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds; the table has their mean and standard deviation."""
-    n: int = 5000
-    """Samples of which the distance is measured."""
+    only: tuple[str, ...] = ()
+    """The networks to train, by their names in `NETWORKS`; none: all of them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """Write the table of what is on record into docs/howto/few_steps.md."""
 
 
 SCHEDULE = diffjax.rectified_flow()
@@ -126,13 +134,15 @@ def in_plane(seed: int, steps: int, row: str) -> dict[str, float]:
     return {str(n): float(energy(draw(n), exact)) for n in STEPS} | {"s": seconds}
 
 
-def kept(name: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+def kept(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What was measured under this name, now or before."""
-    path = HOME / f"{name.replace(' ', '_').replace(',', '')}.json"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(measure()))
-    return json.loads(path.read_text())
+    read = lambda: json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    if name not in read():
+        found = measure()
+        RECORD.write_text(
+            json.dumps(dict(sorted((read() | {name: found}).items())), indent=1) + "\n"
+        )
+    return read()[name]
 
 
 def spread(values: list[float]) -> str:
@@ -167,82 +177,100 @@ def plane(args: Plane) -> None:
 
 
 BASE = ["--config=fashion_mnist", "--config.target=v", "--config.model.embedding=angle"]
-BASE += ["--config.weighting=unit", "--config.eval_every=1000000"]
-MAPS = {
-    f"{identity}, {how}": [
-        *("--config.objective=flow_map", "--config.model.two_times=True"),
-        *("--config.sampling.sampler=jump", "--config.sampling.steps=1"),
-        *("--config.sampling.guidance", f"--config.flow_map.identity={identity}", *more),
-    ]
+BASE += ["--config.weighting=unit", "--config.save_every=250"]
+MAP = ["--config.objective=flow_map", "--config.model.two_times=True", "--config.steps=1500"]
+MAP += ["--config.sampling.sampler=jump", "--config.sampling.steps=1", "--config.sampling.guidance"]
+DISTILLED = ["--config.flow_map.velocity=TEACHER", "--config.flow_map.start=TEACHER"]
+DISTILLED += ["--config.flow_map.guidance", "1.5"]
+NETWORKS = {"denoiser": ["--config.steps=2500"]} | {
+    f"{identity}, {how}": [*MAP, f"--config.flow_map.identity={identity}", *more]
     for identity in ("semigroup", "eulerian", "lagrangian")
-    for how, more in {
-        "from data": [],
-        "distilled": [
-            *("--config.flow_map.velocity=TEACHER", "--config.flow_map.start=TEACHER"),
-            *("--config.flow_map.guidance", "1.5"),
-        ],
-    }.items()
+    for how, more in (("from data", []), ("distilled", DISTILLED))
 }
-"""Flags of train.py for the maps of Fashion-MNIST; TEACHER is the denoiser of the same seed."""
-BESIDE = {"ddim": (1, 2, 4, 8, 20, 50), "dpm_solver_pp_2m": (1, 2, 4, 8, 20, 50)}
+"""Flags of train.py by network; TEACHER is the denoiser of the same seed."""
+DENOISER = {name: (1, 2, 4, 8, 20, 50) for name in ("ddim", "dpm_solver_pp_2m")}
+WALKS = {name: DENOISER if name == "denoiser" else {"jump": (1, 2, 4)} for name in NETWORKS}
+"""Samplers by network, with the numbers of their steps."""
+SAMPLES = 5000
 
 
-def run(script: str, *argv: str) -> None:
-    """Run a script of the repository."""
+def run(script: str, *argv: str) -> float:
+    """Run a script of the repository; the CPU-seconds that it takes."""
     print("flow_maps: python", script, *argv, flush=True)
-    subprocess.run([sys.executable, script, *argv], check=True)
+    spent = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    before = spent()
+    subprocess.run([sys.executable, str(ROOT / script), *argv], check=True)
+    return spent() - before
 
 
-def trained(name: str, flags: list[str], seed: int, minutes: float) -> Path:
-    """The directory of a run of about so many minutes, which is trained unless it is there."""
-    workdir = HOME / "fashion" / f"{name.replace(', ', '_').replace(' ', '_')}_{seed}"
-    teacher = HOME / "fashion" / f"denoiser_{seed}"
-    flags = [flag.replace("TEACHER", str(teacher)) for flag in flags]
-    fixed = [*BASE, *flags, f"--config.seed={seed}", f"--workdir={workdir}"]
-    if not (workdir / "samples.png").exists():
-        run("train.py", *fixed, "--config.steps=100", "--config.save_every=50")
-        rows = (workdir / "metrics.jsonl").read_text().splitlines()
-        speed = json.loads(rows[-1])["img_per_s"]
-        steps = max(200, int(60 * minutes * speed / 64) // 50 * 50)
-        run("train.py", *fixed, f"--config.steps={steps}", "--config.save_every=50")
-    return workdir
-
-
-def distance(workdir: Path, sampler: str, steps: int, n: int) -> float:
-    """The Frechet distance of samples in the features of a classifier."""
-    out = workdir / f"{sampler}_{steps}.json"
-    if not out.exists():
+def in_images(name: str, seed: int) -> dict[str, Any]:
+    """Train a network, and measure the distances of its samples by sampler and steps."""
+    at = lambda network: HOME / f"{network.replace(', ', '_').replace(' ', '_')}_{seed}"
+    workdir = at(name)
+    flags = [flag.replace("TEACHER", str(at("denoiser"))) for flag in NETWORKS[name]]
+    cpu = run("train.py", *BASE, *flags, f"--config.seed={seed}", f"--workdir={workdir}")
+    found: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "cpu_s": round(cpu)}
+    for sampler, counts in WALKS[name].items():
         guidance = [] if sampler == "jump" else ["1.5"]
-        walk = [f"--sampler={sampler}", f"--steps={steps}", "--guidance", *guidance]
-        common = [f"--workdir={workdir}", f"--n={n}", "--features=fashion_classifier"]
-        run("evaluate.py", *common, *walk, "--held_out=0", f"--result={out}")
-    return json.loads(out.read_text())["frechet"]
+        for n in counts:
+            out = workdir / f"{sampler}_{n}.json"
+            walk = [f"--sampler={sampler}", f"--steps={n}", "--guidance", *guidance]
+            common = [f"--workdir={workdir}", f"--n={SAMPLES}", "--features=fashion_classifier"]
+            run("evaluate.py", *common, *walk, "--held_out=0", f"--result={out}")
+            measured = json.loads(out.read_text())
+            found.setdefault(sampler, {})[str(n)] = measured["frechet"]
+    return found
 
 
 def fashion(args: Fashion) -> None:
     """Train and measure the denoiser and every map."""
-    found: dict[str, list[dict[str, float]]] = {}
-    for seed in args.seeds:
-        denoiser = trained("denoiser", [], seed, args.minutes)
-        for sampler, counts in BESIDE.items():
-            measured = {str(n): distance(denoiser, sampler, n, args.n) for n in counts}
-            found.setdefault(sampler, []).append(measured)
-        for name, flags in MAPS.items():
-            workdir = trained(name, flags, seed, args.minutes)
-            measured = {str(n): distance(workdir, "jump", n, args.n) for n in STEPS[:3]}
-            found.setdefault(name, []).append(measured)
-    print(report({name: [{"s": 0.0, **m} for m in runs] for name, runs in found.items()}))
+    for name in args.only:
+        if name not in NETWORKS:
+            sys.exit(f"error: unknown network {name!r}: one of {'; '.join(NETWORKS)}")
+    for seed, name in itertools.product(args.seeds, args.only or NETWORKS):
+        found = kept(f"fashion/{name}/{seed}", functools.partial(in_images, name, seed))
+        print(name, seed, found, flush=True)
+
+
+def of_fashion(record: dict[str, Any]) -> str:
+    """The table of what is on record of Fashion-MNIST."""
+    rows = []
+    for name, walks in WALKS.items():
+        runs = [run for key, run in record.items() if key.startswith(f"fashion/{name}/")]
+        for sampler in walks if runs else ():
+            columns = [str(n) for n in DENOISER["ddim"]]
+            cells = [
+                spread([run[sampler][n] for run in runs]) if n in runs[0][sampler] else ""
+                for n in columns
+            ]
+            cpu = spread([run["cpu_s"] for run in runs])
+            rows.append([name, sampler, *cells, cpu, str(len(runs))])
+    counts = [f"{n} steps" if n > 1 else "1 step" for n in DENOISER["ddim"]]
+    return table(["network", "sampler", *counts, "CPU-seconds", "seeds"], rows)
+
+
+MARKS = "<!-- flow_maps.py -->", "<!-- end -->"
+
+
+def page(_: Page) -> None:
+    """Write the table into the page, between the marks."""
+    before, rest = PAGE.read_text().split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    found = of_fashion(json.loads(RECORD.read_text()))
+    PAGE.write_text(f"{before}{MARKS[0]}\n{found}\n{MARKS[1]}{after}")
 
 
 def main() -> None:
     """The command."""
+    commands = {Plane: plane, Fashion: fashion, Page: page}
     chosen = tyro.cli(
         Annotated[Plane, tyro.conf.subcommand("plane")]
-        | Annotated[Fashion, tyro.conf.subcommand("fashion")],
+        | Annotated[Fashion, tyro.conf.subcommand("fashion")]
+        | Annotated[Page, tyro.conf.subcommand("page")],
         description=__doc__,
         use_underscores=True,
     )
-    plane(chosen) if isinstance(chosen, Plane) else fashion(chosen)
+    commands[type(chosen)](chosen)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 It takes ten minutes, 12 GB of memory and 5 GB of disk.
 
-Step times, bytes and seconds are measured here. What a pod would do is arithmetic on the compiler's
-operation counts and on published hardware figures, as the page says.
+Step times, bytes and seconds are measured here. What a pod would do is arithmetic on counts of
+operations and on published hardware figures, as the page says.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from diffjax import data
 from diffjax.experiment import command_line, resolve, run_directory
 from diffjax.experiment.functions import initial_state
 from diffjax.models import UNet, UNetConfig, apply
-from diffjax.training import checkpoints as checkpoints_lib, distributed, runners
+from diffjax.training import checkpoints as checkpoints_lib, distributed, runners, telemetry
 from markdown_table import table
 
 ROOT = Path(__file__).parents[1]
@@ -223,7 +223,7 @@ EFFICIENCY = 0.35
 
 
 def work(model: UNetConfig, shape: tuple[int, ...]) -> tuple[float, int]:
-    """Operations to train on one image, as XLA counts them, and the number of parameters."""
+    """Operations to train on one image, and the number of parameters."""
     module, x = UNet(model), jnp.zeros((1, *shape))
     cond = {"label": jnp.zeros(1, jnp.int32)}
     init = lambda: module.init(jax.random.key(0), x, jnp.zeros(1), cond)["params"]
@@ -232,8 +232,8 @@ def work(model: UNetConfig, shape: tuple[int, ...]) -> tuple[float, int]:
     def loss(params, x):
         return jnp.sum(apply(module, params, x, jnp.zeros(1), cond))
 
-    analysis = jax.jit(jax.grad(loss)).lower(params, x).cost_analysis()
-    return analysis["flops"], sum(int(np.prod(p.shape)) for p in jax.tree.leaves(params))
+    count = sum(int(np.prod(p.shape)) for p in jax.tree.leaves(params))
+    return telemetry.flops(jax.grad(loss), params, x), count
 
 
 def all_reduce(pod: Pod, size: float) -> float:
@@ -305,9 +305,10 @@ its programs.
 {start}
 ## What a pod would do: arithmetic, not measurement
 
-Nothing here was run. The number of operations for one image, forward and backward, is XLA's count
-of the lowered program. The assumptions are {efficiency:.0%} of the peak in bfloat16 (unmeasured),
-and gradients in float32 that are summed by rings and not overlapped with computation. The hardware
+Nothing here was run. The number of operations for one image, forward and backward, is that of
+convolutions and matrix products (`telemetry.flops`). The assumptions are {efficiency:.0%} of the
+peak in bfloat16 (unmeasured), and gradients in float32 that are summed by rings and not overlapped
+with computation. The hardware
 figures are the makers': 197 TFLOP/s, 16 GB and 1,600 Gbit/s to its neighbours for a v5e chip; 989
 TFLOP/s, 80 GB, 450 GB/s each way to seven others by NVLink and 400 Gbit/s to other nodes for an
 H100. Gradients are summed within each node first, so that every chip sends an eighth of them over

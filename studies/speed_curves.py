@@ -20,7 +20,7 @@ import train
 from diffjax.experiment import Config, Optimizer, resolve
 from diffjax.experiment.functions import initial_state
 from diffjax.models import UNetConfig
-from diffjax.training import distributed, runners
+from diffjax.training import distributed, runners, telemetry
 
 HERE = Path(__file__).parent
 BASE = dict(size=16, batch=64, width=32, blocks=1, remat=False)
@@ -56,7 +56,7 @@ def point(size: int, batch: int, width: int, blocks: int, remat: bool) -> dict[s
         "step": min(taken[1:]),
         "compile": compiling,
         "temporary": compiled.memory_analysis().temp_size_in_bytes,
-        "gflop": (lowered.cost_analysis() or {})["flops"] * jax.device_count() / 1e9,
+        "gflop": telemetry.flops(step, state, data) * jax.device_count() / 1e9,
     }
 
 

@@ -10,6 +10,7 @@ import json
 import statistics
 from pathlib import Path
 
+from diffjax.training import telemetry
 from markdown_table import table
 
 HERE = Path(__file__).parent
@@ -66,7 +67,7 @@ def load_rows(found):
 
 
 def rate_rows(found):
-    """Rows of the speed of our training steps, relative to what the hardware can do."""
+    """Rows of the speed of our training steps, beside what the hardware can do."""
     for name, part in found["workloads"].items():
         n = part["workload"]["batch"]
         for label, row in part["rows"].items():
@@ -75,12 +76,13 @@ def rate_rows(found):
             step = statistics.median(row["train"])
             speed = row["gflop_per_image"] * n / step / 1e3
             moved = row["gbyte_per_step"] / step
+            peak = telemetry.peak_flops(row["devices"][0])
             yield [
                 f"{name}, {label.removeprefix('diffjax ')}",
                 f"{row['gflop_per_image']:.2f}",
                 f"{speed:.3g}",
+                f"{speed * 1e12 / peak / len(row['devices']):.0%}" if peak else "",
                 f"{row['product_tflop_per_s']:.3g}",
-                f"{speed / row['product_tflop_per_s']:.0%}",
                 f"{moved:.3g}",
                 f"{row['copy_gb_per_s']:.3g}",
             ]
@@ -117,7 +119,7 @@ def compared(device):
         ),
         checks=table(["workload", "parameters on both sides", "difference"], checks(found)),
         rates=table(
-            ["", "GFLOP an image", "TFLOP/s", "a product's", "of it", "GB/s", "a copy's"],
+            ["", "GFLOP an image", "TFLOP/s", "MFU", "a product's", "GB/s", "a copy's"],
             rate_rows(found),
         ),
         start=table(["workload", "", "first step", "first images"], start_rows(found)),
@@ -231,7 +233,8 @@ CPU only. A narrower version of ADM's network was converted to PyTorch there (3,
 outputs within 2.8e-6). `tests/test_gpu_program.py` checks the program that XLA would compile for a
 GPU: every convolution is in bfloat16 and takes images in the layout they have, no image is
 transposed, statistics are in float32, attention and its gradient use cuDNN's kernel, the state is
-donated, and nothing calls the host.
+donated, and nothing calls the host. [Programs for accelerators](accelerators.md) has what that
+program reads, writes and computes, and the time that a model gives.
 
 """
 
@@ -250,10 +253,13 @@ architecture, except lucidrains', which has its own. With our parameters, PyTorc
 from ours, relative to the largest output, by:
 
 {checks}
-The next table compares the speed of a training step with that of a product of two large matrices,
-and of a copy, on the same cores or device. Operations are XLA's count of the program before it
-optimises it, which may leave fewer to do. Bytes are XLA's count of what the fused operations read
-and write; it ignores caches, so that a step may be faster than a copy:
+The next table has the speed of a training step, and beside it that of a product of two large
+matrices, and of a copy, on the same cores or device. Operations are those of convolutions and
+matrix products (`telemetry.flops`); records of before 2026-11-26 have XLA's count of the whole
+program before it optimises it. MFU is their fraction of the dense bfloat16 operations per second
+that the manufacturer states (`telemetry.PEAK_FLOPS`), in float32 too, as in the metrics of a run;
+there is no such figure of a CPU. Bytes are XLA's count of what the fused operations read and write;
+it ignores caches, so that a step may be faster than a copy:
 
 {rates}
 The times to start are from the start of the process to the end of the first step, imports included,
@@ -321,11 +327,13 @@ is the memory that the compiled step needs on one device beside its state. [Scal
 the cost against the number of devices.
 
 {rows}
-Time and memory grow no faster than the number of operations, except at a batch of 256, where a
-fifth of the speed is lost. Small batches, images and widths leave the cores idle. The time to
-compile grows with the number of blocks, but only from 15 s to 36 s for eight times as many, so that
-the network does not scan over equal blocks. Rematerialisation (of blocks, four to a level) takes
-1.3 times as long and saves no memory on this CPU. It was not tried on GPUs and TPUs.
+GFLOP are those of convolutions and matrix products; records of before 2026-11-26 have XLA's count
+of the whole program, recomputation included. Time and memory grow no faster than the number of
+operations, except at a batch of 256, where a fifth of the speed is lost. Small batches, images and
+widths leave the cores idle. The time to compile grows with the number of blocks, but only from 15 s
+to 36 s for eight times as many, so that the network does not scan over equal blocks.
+Rematerialisation (of blocks, four to a level) takes 1.3 times as long and saves no memory on this
+CPU. It was not tried on GPUs and TPUs.
 """
 
 

@@ -42,6 +42,7 @@ def slow(*cases):
 
 
 def each(table, *quick):
-    """The rows of a table as cases of one argument; `make test` runs the quick ones only."""
+    """The rows of a table as cases; `make test` runs the quick ones only."""
     mark = lambda name: () if name in quick else pytest.mark.faults
-    return [pytest.param(row, id=name, marks=mark(name)) for name, row in table.items()]
+    values = lambda row: row if type(row) is tuple else (row,)  # of several arguments
+    return [pytest.param(*values(row), id=name, marks=mark(name)) for name, row in table.items()]

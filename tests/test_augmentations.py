@@ -160,6 +160,7 @@ WINDOWS = dataclasses.replace(
 )
 
 
+@pytest.mark.faults
 def test_a_run_on_windows_is_told_where_they_are_and_draws_whole_images():
     e = resolve(WINDOWS)
     batch = data.train_batch(data.load("digits").train, 0, 0, 8)
@@ -188,6 +189,7 @@ def test_a_run_on_windows_has_the_parameters_of_a_window():
     assert shapes((4, 4, 1)) == shapes((64, 32, 1))
 
 
+@pytest.mark.faults
 def test_a_network_reads_what_it_is_told():
     e = resolve(CONFIG)
     params = e.init(jax.random.key(0), (8, 8, 1))

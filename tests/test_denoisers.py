@@ -241,6 +241,7 @@ def test_the_exact_classifier_makes_the_mixture_its_class(x64, name):
             np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.faults
 def test_classifier_free_guidance_is_guidance_by_the_implicit_classifier(x64):
     """Ho & Salimans 2022, section 3.2; and autoguidance is the same mix of two denoisers."""
     schedule, t, weight = diffjax.cosine(), 0.4, jnp.array([0.0, 1.0, 2.0, 3.5, -1.0])
@@ -258,6 +259,7 @@ def test_classifier_free_guidance_is_guidance_by_the_implicit_classifier(x64):
         np.testing.assert_allclose(c, a, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.faults
 def test_guidance_in_an_interval_of_log_snr():
     schedule = diffjax.cosine()
     both, each, _ = two_classes(schedule)

@@ -106,6 +106,7 @@ def test_rotated_queries_and_keys_see_only_how_far_apart_they_are(x64):
     np.testing.assert_allclose(jnp.linalg.norm(everywhere(query), axis=-1), jnp.linalg.norm(query))
 
 
+@pytest.mark.faults
 def test_stacked_blocks_are_blocks_one_after_another():
     params, rng = init(OLD)["blocks"], np.random.default_rng(3)
     h, emb = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((2, 6, 16), (2, 16)))

@@ -224,7 +224,7 @@ def spoil(parts, how):
 
 
 @pytest.mark.parametrize(
-    "how", ["flipped", "nothing", *slow("cut", "deleted", "renamed", "no manifest")]
+    "how", ["nothing", *slow("flipped", "cut", "deleted", "renamed", "no manifest")]
 )
 def test_parts_that_do_not_tile_are_drawn_again(
     finished, drawn, tmp_path, monkeypatch, capsys, how
@@ -294,6 +294,7 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(finished, tmp_path,
     assert len(sampling.read(out)[0].x) == 20
 
 
+@pytest.mark.faults
 def test_a_finished_file_is_checked_wherever_it_is_read(finished, drawn, tmp_path):
     out = tmp_path / "a.npz"
     draw(finished, out)
@@ -447,6 +448,7 @@ def test_the_launcher_survives_the_loss_of_its_progress_file(tmp_path, monkeypat
     assert launched(tmp_path, code, monkeypatch) == 0
 
 
+@pytest.mark.faults
 def test_restarts_are_counted_by_time(tmp_path, monkeypatch, capsys):
     """Three in a run's life would be few for a month, and many for a minute."""
     code = (

@@ -136,6 +136,7 @@ def test_it_computes_the_numbers_of_the_published_network():
     np.testing.assert_allclose(found, expected, atol=3e-6)
 
 
+@pytest.mark.faults
 def test_magnitudes_are_near_one_at_the_start():
     config = EDM2UNetConfig(64, (1, 2), 2, (4,), labels=3)
     x, log_snr, cond = inputs(4)
@@ -152,6 +153,7 @@ def test_magnitudes_are_near_one_at_the_start():
     assert min(rms) > 0.7 and max(rms) < 1.05, rms
 
 
+@pytest.mark.faults
 def test_only_the_directions_of_filters_matter():
     params = init(TINY)
     f = jax.jit(lambda p: apply(EDM2UNet(TINY), p, *inputs()))
@@ -222,6 +224,7 @@ def test_sums_and_concatenations_keep_the_root_mean_square_and_halves_contribute
     assert float((both[:, 4:] ** 2).sum(-1).mean()) == pytest.approx(2.5, abs=0.05)
 
 
+@pytest.mark.faults
 def test_every_input_matters_and_no_other_example_does():
     params, (x, log_snr, cond) = init(TINY), inputs()
     f = jax.jit(functools.partial(apply, EDM2UNet(TINY), params))
@@ -237,6 +240,7 @@ def test_every_input_matters_and_no_other_example_does():
     np.testing.assert_allclose(alone, base[:1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.faults
 def test_learned_uncertainty_is_the_logarithm_of_the_mean_loss():
     """An exact denoiser of data N(0, 0.5^2) has loss 1 with EDM's weight, so u = 0 everywhere."""
     e = resolve(Config(model=MLPConfig(), learned_uncertainty=True))

@@ -82,7 +82,7 @@ def test_every_residual_of_the_exact_map_of_a_mixture_is_zero(x64):
 
 
 @identities
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["v", *slow(*(t for t in TARGETS if t != "v"))])
 def test_the_loss_of_the_exact_map_is_zero_as_every_target(x64, identity, target):
     """By way of a network and its decoding, for each convention of scales."""
     for scales in SCALES.values():
@@ -219,9 +219,9 @@ TEACHER = lambda oracle: oracle
 @pytest.mark.parametrize(
     ("identity", "velocity"),
     [
-        *((identity, "own") for identity in IDENTITIES if identity != "progressive"),
-        ("lagrangian", TEACHER),
+        ("lagrangian", "own"),
         ("progressive", TEACHER),
+        *slow(("semigroup", "own"), ("eulerian", "own"), ("lagrangian", TEACHER)),
     ],
 )
 def test_at_the_exact_map_nothing_moves(x64, identity, velocity):
@@ -239,6 +239,7 @@ def test_a_gradient_through_the_residual_of_the_pair_is_seen(x64, monkeypatch):
     assert bias(gradients("eulerian", "pair")) > 10
 
 
+@pytest.mark.faults
 def test_a_normaliser_with_the_velocity_of_the_pair_is_seen(x64, monkeypatch):
     """Its noise is skewed, as that of data that are no Gaussian is.
 
@@ -620,6 +621,7 @@ def map_of(run, of_model=None, **options):
     return resolve(dataclasses.replace(config, model=model, sampling=sampling, **options))
 
 
+@pytest.mark.faults
 def test_a_teacher_is_the_guided_denoiser_of_its_run(finished):
     e = map_of(finished, velocity=str(finished), guidance=("classifier_free:weight=2",))
     with pytest.raises(ValueError, match="unknown velocity"):
@@ -670,6 +672,7 @@ def test_a_map_starts_with_the_parameters_of_a_run(finished, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params, dict(trained.load(finished)[1]))
 
 
+@pytest.mark.faults
 def test_images_of_a_jump_stay_in_range_through_the_clip():
     """The best prediction of two times is a mean of those along the path, so it has their range."""
     e = map_of("digits")

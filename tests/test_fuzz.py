@@ -255,7 +255,7 @@ def unclear(kind, count, folder):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_changed_files_are_read_or_refused_by_name(tmp_path, kind, capsys):
-    assert unclear(kind, 300, tmp_path) == []
+    assert unclear(kind, 150, tmp_path) == []
 
 
 @pytest.mark.faults

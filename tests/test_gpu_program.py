@@ -1,7 +1,13 @@
-"""The program that a GPU would get, which XLA can lower on a machine without a GPU."""
+"""The program that a GPU would get, which XLA can lower on a machine without a GPU.
+
+Where its compiler for GPUs is installed, it can optimise the program too: `make aot-test`.
+"""
 
 import collections
+import importlib
 import re
+from importlib.util import find_spec
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -77,3 +83,16 @@ def test_the_state_is_donated(program):
     state = head.count("tensor<") - head.split("->")[1].count("tensor<")
     given = head.count("tf.aliasing_output") + head.count("jax.buffer_donor")
     assert given >= state - 4, (given, state)  # batch and key are not
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(not find_spec("jax_cuda12_plugin"), reason="needs jax[cuda12]")
+def test_the_optimised_step_of_ddpm_stays_within_bounds(monkeypatch):
+    """For an H100, at a batch of 128: what docs/accelerators.md has, and a tenth more."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "studies")
+    found = importlib.import_module("aot").compiled("ddpm")
+    assert found["kernels"] < 2500
+    assert sum(part["bytes"] for part in found["parts"].values()) < 35e9
+    assert found["temporary"] < 3.4e9
+    computed = sum(part["flops"] for part in found["parts"].values())
+    assert 0.95 < computed / found["flops"] < 1.05

@@ -202,6 +202,7 @@ def test_tds_converges_to_the_posterior_as_particles_are_added(schedule):
     assert many[0] < 0.005 and many[1] < 0.003, (few, many)
 
 
+@pytest.mark.faults
 def test_tds_takes_a_likelihood_that_is_not_linear():
     """|x|^2 is measured: the posterior is a ring, whose moments are integrals over the plane."""
     noise, seen, particles, groups = 0.2, 0.5, 32, 256

@@ -204,6 +204,7 @@ def test_images_that_do_not_halve_are_refused(tmp_path):
         pixels.encoded(Examples(np.zeros((2, 8, 8, 3), np.uint8)), found, "sd")
 
 
+@pytest.mark.faults
 def test_edm2_gives_its_autoencoder_images_in_zero_to_one(tmp_path):
     found = autoencoder_kl.load(write_diffusers(tmp_path))
     x = np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 1)).astype(np.float32)
@@ -257,6 +258,7 @@ def test_an_autoencoder_of_other_latents_is_refused(tmp_path):
         pixels.read(folder, (4, 4, 4))
 
 
+@pytest.mark.faults
 def test_encoding_is_of_what_is_indexed(autoencoder):
     found, train_set = autoencoder_kl.load(autoencoder), data.load("digits").train
     encoded = pixels.encoded(train_set, found, "sd")
@@ -273,6 +275,7 @@ def test_encoding_is_of_what_is_indexed(autoencoder):
     data.checked(encoded.x[:9], encoded.label[:9])
 
 
+@pytest.mark.faults
 def test_latents_are_converted_to_records(autoencoder, tmp_path):
     x = np.random.default_rng(0).integers(0, 256, (70, 8, 8, 1), np.uint8)
     np.savez(tmp_path / "x.npz", x_train=x, x_test=x[:3])

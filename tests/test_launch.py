@@ -152,6 +152,7 @@ def test_a_signal_is_passed_on_and_the_run_can_be_resumed(tmp_path, number):
     assert attempts(tmp_path) == 1
 
 
+@pytest.mark.faults
 def test_a_process_that_does_not_end_within_the_grace_is_killed(tmp_path):
     body = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + "time.sleep(60)"
     process = start(tmp_path, body, "--grace=1")

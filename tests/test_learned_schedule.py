@@ -49,6 +49,7 @@ def loss_of(params, ends, x_0, t, network=exact, **options):
     return diffjax.continuous_bound_loss(key, network, schedule, "eps", x_0, t=t, **options)
 
 
+@pytest.mark.faults
 def test_the_gradients_are_those_of_the_bound_and_of_the_mean_square(x64):
     """One backward pass gives what naive passes give: of the network and the ends, through the
     sum of the three terms; of the inside, through the square of the diffusion loss."""

@@ -164,6 +164,7 @@ def test_remat_changes_memory_and_nothing_else():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, remat)
 
 
+@pytest.mark.faults
 def test_the_network_of_vdm_starts_as_the_identity_at_every_noise_level():
     """Its parameters are the paper's, without 4 x 128 of a conditioning that is always zero."""
     config = command_line.from_file("configs/vdm_cifar10.py")
@@ -309,6 +310,7 @@ def test_they_are_edms_networks_for_cifar_10(config, parameters):
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameters
 
 
+@pytest.mark.faults
 def test_every_input_of_ncsnpp_matters_and_its_frequencies_stay():
     x, log_snr = inputs((8, 8, 1))
     label, keys = jnp.array([0, 1]), jax.random.split(jax.random.key(3), 2)

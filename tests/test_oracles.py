@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import diffjax
-from catalogue import SCHEDULES
+from catalogue import SCHEDULES, each
 from diffjax import oracles
 
 COV = np.array([[1.0, 0.3], [0.3, 0.2]])
@@ -23,7 +23,7 @@ SOME = {
     name: SCHEDULES[name]
     for name in ("cosine", "log_uniform", "rectified_flow", "zero_terminal_snr")
 }
-some_schedules = pytest.mark.parametrize("schedule", SOME.values(), ids=SOME)
+some_schedules = pytest.mark.parametrize("schedule", each(SOME, "cosine", "log_uniform"))
 
 
 @some_schedules
@@ -59,6 +59,7 @@ def test_the_prediction_is_the_posterior_mean_and_the_density_is_one(x64):
     np.testing.assert_allclose(oracle.log_density(x_t[:, None], t), np.log(total), rtol=1e-8)
 
 
+@pytest.mark.faults
 def test_the_flow_of_a_mixture_keeps_its_cumulative_distribution(x64):
     """In one dimension the probability flow is the monotone map between two distributions."""
     weights, means, variances = np.array([0.3, 0.7]), np.array([-1.0, 0.8]), np.array([0.04, 0.25])

@@ -48,7 +48,7 @@ def test_draws_are_bitwise_equal_on_every_layout(monkeypatch, alone, name, devic
     np.testing.assert_array_equal(got, alone[0])
 
 
-@pytest.mark.parametrize("coupling", ["ot", "immiscible"])
+@pytest.mark.parametrize("coupling", ["immiscible", *slow("ot")])
 def test_examples_are_paired_over_the_whole_batch_on_every_layout(monkeypatch, coupling):
     losses = {}
     for name, devices in (("sharded", 1), ("pmap", 8), ("fsdp", 4)):

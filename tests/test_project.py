@@ -323,6 +323,12 @@ def test_the_page_on_performance_says_what_was_measured(monkeypatch):
     assert speed_page.text() == speed_page.PAGE.read_text()
 
 
+def test_the_page_on_accelerators_says_what_is_on_record(monkeypatch):
+    monkeypatch.syspath_prepend(STUDIES)
+    aot = importlib.import_module("aot")
+    assert aot.page(aot.on_record()) == aot.PAGE.read_text()
+
+
 @pytest.mark.parametrize("name", ["numerics", "samplers", "scaling"])
 def test_a_page_that_is_measured_has_the_words_of_its_study(name):
     """All that its template has between the numbers, which only the study itself could check."""

@@ -17,7 +17,7 @@ GRIDS = {
     "karras": diffjax.karras_times,
     "discrete": lambda schedule, n: diffjax.discrete_times(1000, n),
 }
-SOME = ("ancestral", "ddim", "dpm_solver_pp_2m", "edm", "unipc")
+SOME = ("ancestral", "dpm_solver_pp_2m", "edm")
 some_samplers = pytest.mark.parametrize("make", each(SAMPLERS, *SOME))
 
 
@@ -105,7 +105,9 @@ def measured_order(make):
     return np.log2(errors[0] / errors[1])
 
 
-@pytest.mark.parametrize(("make", "order"), ORDERS.values(), ids=ORDERS)
+@pytest.mark.parametrize(
+    ("make", "order"), each(ORDERS, "ddim", "heun", "dpm_solver_pp_3m", "unipc_2", "lms_4")
+)
 def test_order_of_convergence_on_a_mixture(x64, make, order):
     assert order - 0.3 < measured_order(make) < order + 0.5
 
@@ -185,7 +187,7 @@ def test_a_walk_depends_on_log_snr_alone_not_on_how_it_splits_into_scales(x64, m
     np.testing.assert_allclose(ends[2], ends[0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("make", DETERMINISTIC.values(), ids=DETERMINISTIC)
+@pytest.mark.parametrize("make", each(DETERMINISTIC, "ddim", "heun", "unipc"))
 def test_data_is_encoded_and_decoded_again(x64, make):
     """x_0 -> x_1 -> x_0, and x_1 is where the exact flow takes x_0."""
     schedule, oracle, x_1, x_0 = exact_walks()
@@ -302,6 +304,7 @@ def test_a_grid_of_a_steep_schedule_never_repeats_a_time(x64, grid):
         np.testing.assert_allclose(found, ts, rtol=1e-4)
 
 
+@pytest.mark.faults
 def test_the_times_of_a_grid_have_the_derivative_of_the_schedules_inverse(x64):
     """Against differences, where the noise at the end is learned."""
     times = lambda c: diffjax.karras_times(diffjax.log_uniform(0.01, c), 3)
@@ -335,7 +338,7 @@ def test_discrete_times_are_on_the_grid():
         diffjax.discrete_times(4, 8)
 
 
-@every_sampler
+@some_samplers
 def test_a_walk_keeps_the_precision_it_is_started_in(make):
     schedule = diffjax.cosine()
     network = lambda x_t, log_snr, cond: jnp.sin(x_t.astype(jnp.float32))
@@ -463,6 +466,7 @@ def test_third_order_dpm_solver_is_unipc_without_correction_and_2m_its_second_or
         np.testing.assert_allclose(state.x, expected, rtol=1e-7)
 
 
+@pytest.mark.faults
 def test_edms_churn_is_algorithm_2(x64):
     """Karras et al. 2022, Algorithm 2 in its own sigma, with the sampler's own noise."""
     schedule = diffjax.log_uniform(0.002, 80.0)
@@ -543,6 +547,7 @@ def test_a_correction_is_a_step_of_langevin_dynamics(x64):
     np.testing.assert_allclose(state.x, expected, rtol=1e-9)
 
 
+@pytest.mark.faults
 def test_long_steps_of_a_multistep_sampler_are_of_first_order(x64):
     """20 uniform steps of DDPM's table: its ends are steps many times the length of the others."""
     schedule = diffjax.from_betas(diffjax.linear_betas(1000))
@@ -602,7 +607,7 @@ def test_gradients_through_a_walk_are_finite_and_those_of_differences(x64, name)
         np.testing.assert_allclose(slope, difference, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["ancestral", "ddim_one", "edm_churn"])
+@pytest.mark.parametrize("name", ["ancestral", *slow("ddim_one", "edm_churn")])
 def test_gradients_from_the_very_ends_are_finite(name):
     """From t = 1, where EDM adds no noise, on a schedule whose first step keeps nothing of eps."""
     make = {"ddim_one": functools.partial(diffjax.ddim, eta=1.0)}.get(name) or SAMPLERS[name]
@@ -638,6 +643,7 @@ def test_solvers_in_sigma_lose_no_digits_where_it_is_huge(name):
     np.testing.assert_allclose(single, double, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.faults
 def test_options_may_be_traced_and_vmapped():
     schedule = diffjax.cosine()
     oracle = oracles.gaussian(schedule, [MEAN], STD**2)
@@ -659,6 +665,7 @@ def test_options_may_be_traced_and_vmapped():
         assert not jnp.allclose(many[0], many[1])
 
 
+@pytest.mark.faults
 def test_langevin_corrections_mend_what_a_coarse_predictor_got_wrong():
     """20 steps of DDIM from the wrong spread; corrections bring it back to the data's."""
     schedule = diffjax.cosine()
@@ -837,7 +844,9 @@ def test_a_sampler_knows_its_denoisers_schedule_and_refuses_another(name):
 
 @pytest.mark.parametrize("name", ["edm", "heun"])
 @pytest.mark.parametrize("times", ["uniform", "karras", "log_snr"])
-@pytest.mark.parametrize("make", [diffjax.cosine, diffjax.log_uniform, diffjax.rectified_flow])
+@pytest.mark.parametrize(
+    "make", [diffjax.cosine, *slow(diffjax.log_uniform, diffjax.rectified_flow)]
+)
 def test_one_step_of_a_second_order_method_lands_on_data_at_a_point(name, times, make):
     """The prediction is the point at every time, and one step of first order is exact."""
     schedule = make()

@@ -21,7 +21,7 @@ from test_images import draw_folder
 import evaluate
 import sample
 import train
-from catalogue import each
+from catalogue import each, slow
 from diffjax import TARGETS, checkpoint, data, plots, published
 from diffjax.data import conversion
 from diffjax.evaluation import distances, features, sampling
@@ -88,7 +88,7 @@ def interrupted(finished, workdir):
 CONFIGS = {p.stem: p.stem for p in sorted((ROOT / "configs").glob("*.py"))}
 
 
-@pytest.mark.parametrize("name", each(CONFIGS, "digits", "two_moons"))
+@pytest.mark.parametrize("name", each(CONFIGS, "two_moons"))
 def test_every_config_runs_its_smoke_variant(name, tmp_path, capsys):
     argv = [f"--config=configs/{name}.py:smoke"]
     if "fashion" in name:
@@ -126,10 +126,12 @@ def test_every_config_runs_its_smoke_variant(name, tmp_path, capsys):
         ("edm_cifar10", (32, 32, 3), 55_734_147 + 9 * 128, 200e6),  # with those of the augmentation
         # The table counts one more channel of the first and of the last convolution.
         ("edm2_imagenet64", (64, 64, 3), 280_212_709 - 2 * 9 * 192, 2**30),
-        ("edm2_imagenet64:XL", (64, 64, 3), 1_119_283_621 - 2 * 9 * 384, 640 * 2**20),
         ("dit_imagenet256", (32, 32, 4), 674_834_720, 7e6 * 256),
         ("jit_imagenet256", (256, 256, 3), 131_123_712, 600 * 1_281_167),
-        ("jit_imagenet256:L", (256, 256, 3), 458_877_664, 600 * 1_281_167),
+        *slow(
+            ("edm2_imagenet64:XL", (64, 64, 3), 1_119_283_621 - 2 * 9 * 384, 640 * 2**20),
+            ("jit_imagenet256:L", (256, 256, 3), 458_877_664, 600 * 1_281_167),
+        ),
     ],
 )
 def test_the_configs_of_papers_are_theirs(name, shape, parameters, images):
@@ -152,7 +154,8 @@ def test_the_published_dit_is_that_of_its_config():
     config = command_line.from_file("configs/dit_imagenet256.py")
     options = dict(width=1152, blocks=28, heads=16, patch=2, labels=1000, null_label=True)
     theirs = published.dit.described("DiT", options, (32, 32, 4), learned=True)
-    assert (theirs.model, theirs.sampling.steps) == (config.model, config.sampling.steps)
+    assert dataclasses.replace(theirs.model, remat="dots") == config.model
+    assert theirs.sampling.steps == config.sampling.steps
     for name in ("target", "schedule", "schedule_options", "time_steps", "time_input"):
         assert getattr(theirs, name) == getattr(config, name)
     assert theirs.data.latents == config.data.latents == "sd"
@@ -349,6 +352,7 @@ def test_reading_a_run_leaves_it_alone(copied):
     assert in_flight.exists()
 
 
+@pytest.mark.faults
 def test_a_finished_run_draws_again_when_sampling_changes(copied):
     before = (copied / "samples.png").read_bytes()
     run(copied, *TINY, "--config.steps=40", "--config.sampling.steps=7")

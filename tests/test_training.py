@@ -273,6 +273,7 @@ def test_every_step_draws_anew():
     assert len(set(losses)) == 3
 
 
+@pytest.mark.faults
 def test_a_score_network_is_trained_as_the_eps_network_unless_it_is_raw():
     """Divided by sigma, its output is that of eps with the other sign, and so is each update."""
     base = command_line.from_file("configs/two_moons.py")
@@ -376,6 +377,7 @@ def test_a_step_under_shard_map_is_that_of_one_device(check_vma, accumulate, rem
             np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
+@pytest.mark.faults
 def test_the_held_out_times_are_spread_over_all_examples_held_out():
     """Whatever the size of a batch, they cover the interval: one time in each n-th of it."""
     e = resolve(Config(batch_size=32))

@@ -21,7 +21,7 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from .. import data, keys, samplers
+from .. import data, keys, models, samplers
 from ..data import limits
 from ..denoisers import schedule_of, with_schedule
 from ..experiment import (
@@ -197,13 +197,15 @@ def _make_generate(stage):
             params, other = params[0], _weaker_denoiser(weaker, params[1])
         now = with_parameters(e, params)
         cond = condition_of(now, key_cond, batch)
+        x_1 = prior_sample(keys_prior, now.schedule, (len(batch["index"]), *shape))
+        if getattr(e.config.model, "bfloat16", False):
+            params = models.cast_ahead(now.apply, params, x_1, jnp.zeros(len(x_1)), cond)
         denoise = now.denoiser(functools.partial(now.apply, params))
 
         def finish(guided):
             return functools.partial(now.clip(now.guide(denoise, guided, other)), cond=cond)
 
         ts = now.grid() if fixed is None else fixed
-        x_1 = prior_sample(keys_prior, now.schedule, (len(batch["index"]), *shape))
         return samplers.sample(keys_walk, now.sampler(denoise, finish), x_1, ts)[0]
 
     return generate

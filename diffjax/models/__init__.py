@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.extend.core import jaxprs_in_params
 
 from ..types import Array, Cond, Key
 from .dit import DiT, DiTConfig
@@ -100,6 +101,7 @@ __all__ = [
     "UNetConfig",
     "Uncertainty",
     "apply",
+    "cast_ahead",
     "make_module",
     "name_of",
     "start_from",
@@ -207,3 +209,43 @@ def start_from(fresh: Any, trained: Any) -> Any:
                 "have the model of the run that it starts from, beside two_times, guidance_weight"
             )
     return jax.tree_util.tree_map_with_path(lambda path, p: old.get(path, p), fresh)
+
+
+def cast_ahead(network: Callable, params: Any, *inputs: Any) -> Any:
+    """The parameters, those that a network only ever casts to one type in that type.
+
+    network(params, *inputs) is the same bit for bit. A network that computes in bfloat16 casts its
+    parameters at each call, and XLA does not move that out of the loop of a walk. Parameters that
+    it uses as they are, such as those of a normalisation, stay as they are.
+
+    >>> network = lambda params, x: params["kernel"].astype(jnp.bfloat16) * x + params["bias"]
+    >>> params = {"kernel": jnp.ones(3), "bias": jnp.ones(3)}
+    >>> jax.tree.map(lambda x: x.dtype.name, cast_ahead(network, params, jnp.ones(3)))
+    {'bias': 'float32', 'kernel': 'bfloat16'}
+    """
+    leaves, tree = jax.tree.flatten(params)
+    types = _types_of_uses(jax.make_jaxpr(network)(params, *inputs).jaxpr)[: len(leaves)]
+    cast = lambda x, types: x.astype(*types) if len(types) == 1 else x
+    return tree.unflatten(map(cast, leaves, types))
+
+
+def _types_of_uses(jaxpr):
+    """Of each input of a program, the types that it is cast to, or its own where it is not cast."""
+    types: dict[int, set[Any]] = {id(v): set() for v in jaxpr.invars}
+
+    def use(v, as_types):
+        types.get(id(v), set()).update(as_types)
+
+    for equation in jaxpr.eqns:
+        inside = list(jaxprs_in_params(equation.params))
+        if equation.primitive.name == "convert_element_type":
+            use(equation.invars[0], [equation.params["new_dtype"]])
+        elif len(inside) == 1 and len(inside[0].invars) == len(equation.invars):
+            for v, as_types in zip(equation.invars, _types_of_uses(inside[0]), strict=True):
+                use(v, as_types)
+        else:
+            for v in equation.invars:
+                use(v, [v.aval.dtype])
+    for v in jaxpr.outvars:
+        use(v, [v.aval.dtype])
+    return [types[id(v)] for v in jaxpr.invars]

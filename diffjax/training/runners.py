@@ -98,8 +98,12 @@ def pmap(fsdp: int = 1) -> Runner:
 
         return jax.tree.map(to_devices, batch)
 
-    # XLA counts the operations of one device.
-    return Runner("pmap", init, step, map_, slots, put, telemetry.flops, AXIS)
+    def flops(f, params, batch):
+        # The count is of one device. To be traced, a mapped function is given this process' part.
+        part = lambda x: jax.ShapeDtypeStruct((len(local), *x.shape[1:]), x.dtype)
+        return telemetry.flops(f, params, jax.tree.map(part, batch))
+
+    return Runner("pmap", init, step, map_, slots, put, flops, AXIS)
 
 
 def sharded(fsdp: int = 1) -> Runner:
@@ -158,7 +162,7 @@ def sharded(fsdp: int = 1) -> Runner:
         return jax.tree.map(to_devices, batch)
 
     def flops(*args):
-        return telemetry.flops(*args) / len(devices)  # XLA counts the operations of all devices
+        return telemetry.flops(*args) / len(devices)  # of all devices
 
     return Runner("sharded", init, step, map_, slots, put, flops)
 

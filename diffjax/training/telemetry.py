@@ -1,6 +1,7 @@
 """The cost of a run: operations, waiting, compiling and memory; and traces of its steps."""
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.monitoring
-from jax.extend.core import jaxpr_as_fun, jaxprs_in_params
+from jax.extend.core import jaxprs_in_params
 
 PEAK_FLOPS = {
     "NVIDIA H100": 989e12,
@@ -37,7 +38,7 @@ class Meter:
     """Measures what a run spends from one reading to the next; use as a context manager.
 
     Attributes:
-      flops: operations of one step on one device; 0 if unknown.
+      flops: operations of one step on one device, as `flops` counts them; 0 if unknown.
     """
 
     def __init__(self) -> None:
@@ -93,34 +94,71 @@ class Meter:
         self._waiting = 0.0
 
 
-def flops(step: Any, *args: Any) -> float:
-    """Operations of a compiled function, as XLA counts them before it optimises.
+def flops(f: Callable, *args: Any) -> float:
+    """Floating-point operations of the convolutions and matrix products of f(*args).
 
-    The count includes recomputation (`remat`) and what a fused kernel does, and every round of a
-    `scan`. It is 0 if unknown: if the function is not a compiled one, or XLA gives no count.
+    A multiplication and an addition are two operations. All rounds of a `scan` count; so does the
+    most expensive branch of a `cond`, and one round of a `while`, whose rounds are not known. What
+    `jax.checkpoint` recomputes does not count, and cuDNN's fused attention counts as the products
+    that it replaces: these are the operations that the mathematics needs, as the utilisation of
+    model FLOPs has them (MFU; Chowdhery et al. 2022, PaLM, section 4.1). Inside `pmap` and
+    `shard_map` they are those of one device, and under `jit` those of all.
+
+    f is traced and not compiled, and `args` may be `jax.ShapeDtypeStruct`.
+
+    >>> flops(jax.grad(lambda w, x: (x @ w).sum()), jax.numpy.ones((3, 4)), jax.numpy.ones((5, 3)))
+    240.0
     """
-    if not hasattr(step, "lower"):
-        return 0.0
-    once = _counted(step, *args)
-    return once and once + _of_further_rounds(jax.make_jaxpr(step)(*args).jaxpr)
+    return float(_of_all(jax.make_jaxpr(f)(*args).jaxpr))
 
 
-def _counted(step, *args):
-    return float((step.lower(*args).cost_analysis() or {}).get("flops", 0.0))
+def _of_all(jaxpr):
+    return sum(map(_of_one, jaxpr.eqns))
 
 
-def _of_further_rounds(jaxpr):
-    """Operations of the rounds of each scan but the first, the only one that XLA counts."""
-    count = 0.0
-    for equation in jaxpr.eqns:
-        inner = sum(_of_further_rounds(j) for j in jaxprs_in_params(equation.params))
-        if equation.primitive.name == "scan":
-            body, rounds = equation.params["jaxpr"], equation.params["length"]
-            like = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in body.in_avals]
-            first = _counted(jax.jit(jaxpr_as_fun(body)), *like)
-            inner = rounds * inner + (rounds - 1) * first
-        count += inner
-    return count
+def _of_one(equation):
+    name, params = equation.primitive.name, equation.params
+    if "rematted_computation" in str(equation.source_info.name_stack):  # JAX's mark
+        return 0
+    if name in PRODUCTS:
+        shapes = [v.aval.shape for v in (*equation.invars, equation.outvars[0])]
+        return 2 * PRODUCTS[name](params, *shapes)
+    inside = [_of_all(jaxpr) for jaxpr in jaxprs_in_params(params)]
+    if name == "cond":
+        return max(inside)
+    return sum(inside) * (params["length"] if name == "scan" else 1)
+
+
+def _of_product(params, left, right, out):
+    (contracted, _), _ = params["dimension_numbers"]
+    return math.prod(out) * math.prod(left[axis] for axis in contracted)
+
+
+def _of_convolution(params, image, kernel, out):
+    """The same for a convolution as for its gradients.
+
+    Each multiplication takes a pixel of the image and a tap of the kernel to a pixel of the output,
+    and two of these places determine the third. So along an axis there are at most as many as the
+    product of the two smaller of the three sizes.
+    """
+    i, k, o = params["dimension_numbers"]
+    spatial = ([x[axis] for axis in s[2:]] for x, s in ((image, i), (kernel, k), (out, o)))
+    places = math.prod(math.prod(sorted(sizes)[:2]) for sizes in zip(*spatial, strict=True))
+    return places * out[o[0]] * out[o[1]] * kernel[k[1]]
+
+
+def _of_attention(products):
+    """That many products of queries `[batch, tokens, heads, width]` and keys, or as large."""
+    return lambda params, query, key, *_: products * math.prod(query) * key[1]
+
+
+PRODUCTS: dict[str, Callable[..., int]] = {
+    "dot_general": _of_product,
+    "conv_general_dilated": _of_convolution,
+    "dot_product_attention_fwd_wrapper": _of_attention(2),
+    "dot_product_attention_bwd_wrapper": _of_attention(4),
+}
+"""The multiplications of each primitive that `flops` counts, by its parameters and shapes."""
 
 
 def peak_flops(kind: str) -> float | None:
