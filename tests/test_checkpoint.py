@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -20,7 +21,7 @@ import diffjax
 from diffjax import checkpoint
 from diffjax.experiment import command_line, inspect, resolve, run_directory
 from diffjax.schedules import time_at
-from diffjax.training import checkpoints, init_state, runners
+from diffjax.training import checkpoints, init_state, orbax, runners
 
 ROOT = Path(__file__).parents[1]
 CONFIG = dataclasses.replace(command_line.from_file("configs/digits.py:smoke"), keep=2)
@@ -218,6 +219,34 @@ def test_the_newest_every_kth_and_the_best_are_kept(tmp_path):
     save(tmp_path, *range(20, 160, 20), config=config, losses=losses)
     kept = [int(path.name) for path in run_directory.list_checkpoints(tmp_path)]
     assert kept == [40, 80, 120, 140]
+
+
+def test_a_save_that_hangs_is_given_up_and_never_sealed(tmp_path, monkeypatch):
+    released, ended = threading.Event(), threading.Event()
+
+    def hang():
+        released.wait(60)
+        ended.set()
+        return True
+
+    monkeypatch.setattr(orbax, "CLOSING", 0.1)
+    with run_directory.open_run(tmp_path, CONFIG) as opened:
+        opened.save(20, state_at(20))
+        opened.require()
+        opened.before_seal = hang
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints, "LIMIT", 0.4)
+            opened.save(40, state_at(40))
+            opened.wait()
+        assert opened.failed.endswith("40 could not be written: it was not complete after 0 s")
+        assert opened.newest() == 20
+        opened.before_seal = lambda: True
+        opened.save(60, state_at(60))
+        released.set()
+        opened.require()
+        ended.wait(60)
+    assert [path.name for path in run_directory.list_checkpoints(tmp_path)] == ["20", "60"]
+    equal(restored(tmp_path), state_at(60))
 
 
 def test_a_full_disk_is_reported_and_training_goes_on(tmp_path):

@@ -658,7 +658,7 @@ def test_a_holder_that_wakes_after_it_was_taken_over_ends_its_run(remote, tmp_pa
     """It was stopped for longer than a lease is waited for; the run of the other is unharmed."""
     disk, leases = tmp_path / "run", {"diffjax.training.lease.BEAT": 0.5}
     leases["diffjax.training.lease.PATIENCE"] = 3.0
-    argv = *TINY, "--config.steps=300", "--config.save_every=100"
+    argv = *TINY, "--config.steps=150", "--config.save_every=50"
     run("train.py", *argv, f"--workdir={disk}")
     command = quickly("train.py", *argv, f"--workdir={remote}", **leases)
     with started(*command) as (first, _):

@@ -225,16 +225,16 @@ class Checkpoints:
             return
         step, manager = self._saving, self._manager
         self._reporting(step, lambda: orbax.wait(manager, LIMIT))
-        self._saving = None
         if not self._has_failed(step):
-            self._known = step
+            self._saving, self._known = None, step
         else:
+            self._opened = self._saving = None
             # This manager would fail again, and has lost its list of checkpoints to delete.
             orbax.close_failed(manager)
             self._failed_saves.add(folder := self.directory / str(step))
             if store.is_remote(folder):
                 # The next save opens another one, because each try takes a while.
-                self._manager = self._opened = None
+                self._manager = None
                 return
             if jax.process_index() == 0:
                 orbax.remove_failed_save(folder, folder / COMMITTED)
@@ -314,16 +314,21 @@ class Checkpoints:
           OSError: if the save was given up, something that the run relies on is not written or
             cannot be read back, or another process has taken the run over.
         """
-        if opened is not self._opened:
-            raise OSError("it has been given up")
+
+        def check():
+            if opened is not self._opened:
+                raise OSError("it has been given up")
+
+        step, wanted, arrays = self._saving, self._names, self._arrays
+        check()
         if not self.before_seal():
             raise OSError("what was written beside it could not be uploaded")
         self.hold()
-        path = self.directory / str(self._saving)
-        lost = self._names - orbax.stored_arrays(path)
+        path = self.directory / str(step)
+        lost = wanted - orbax.stored_arrays(path)
         if lost:
             raise OSError(f"Orbax has not stored {len(lost)} arrays, among them {min(lost)}")
-        (path / ARRAYS).write_text(json.dumps(self._arrays, indent=1) + "\n")
+        (path / ARRAYS).write_text(json.dumps(arrays, indent=1) + "\n")
         # Orbax still adds the time of the commit to its metadata, which restoring does not need.
         there = store.listing(path)
         names = [name for name in sorted(there, key=Path) if Path(name).name != METADATA]
@@ -335,7 +340,8 @@ class Checkpoints:
             name: (there[name].size, there[name].digest or file_digest(path / name))
             for name in names
         }
-        write_seal(path, Seal(self._saving, self._about, files))
+        check()
+        write_seal(path, Seal(step, self._about, files))
 
 
 def check_path(directory: Path) -> None:
