@@ -302,7 +302,7 @@ def test_learned_variance_and_loss_aware_times_are_trained_resumed_and_evaluated
 @pytest.mark.faults
 def test_a_resumed_run_may_change_how_steps_are_run(finished, tmp_path):
     parts = interrupted(finished, tmp_path / "parts")
-    changes = "--config.parallel=sharded", "--config.steps_per_call=5"
+    changes = "--config.parallel=sharded", "--config.steps_per_call=5", "--config.model.remat=True"
     run(parts, *TINY, "--config.steps=40", *changes)
     rows = metrics.read(parts), metrics.read(finished)
     assert [row["step"] for row in rows[0]] == [10, 20, 30, 40]

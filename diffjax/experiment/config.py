@@ -653,6 +653,7 @@ class Config:
 
 CHANGEABLE = {
     "steps",
+    "model.remat",
     "parallel",
     "fsdp",
     "steps_per_call",
