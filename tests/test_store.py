@@ -745,7 +745,7 @@ def two_processes(workdir, *argv):
 @pytest.mark.faults
 def test_two_processes_on_a_store_go_on_bit_for_bit_after_a_kill(remote, tmp_path):
     disk = tmp_path / "run"
-    argv = *TINY, "--config.steps=120", "--config.save_every=20"
+    argv = *TINY, "--config.steps=60", "--config.save_every=10"
 
     def finish(workdir):
         with two_processes(workdir, *argv) as processes:
@@ -755,7 +755,7 @@ def test_two_processes_on_a_store_go_on_bit_for_bit_after_a_kill(remote, tmp_pat
 
     finish(disk)
     with two_processes(remote, *argv) as processes:
-        committed = remote / "checkpoints" / "40" / "commit_success.txt"
+        committed = remote / "checkpoints" / "20" / "commit_success.txt"
         while not committed.is_file():
             assert processes[0].poll() is None, processes[0].communicate()
             time.sleep(0.05)
