@@ -337,6 +337,23 @@ def test_an_answer_that_was_lost_loses_no_lease(remote, quick):
     held.release()
 
 
+def test_threads_that_ask_at_once_wait_for_a_store_that_hangs_once(remote, quick, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT", 1e6)
+    held, tries = lease.lock(remote), []
+
+    def hang(*_):
+        tries.append(time.sleep(0.5))
+        raise StoreError("no answer")
+
+    with monkeypatch.context() as patch, concurrent.futures.ThreadPoolExecutor(3) as pool:
+        patch.setattr(store.RemotePath, "write_version", hang)
+        asked = [pool.submit(held.beat) for _ in range(3)]
+        assert [str(each.exception()) for each in asked] == ["no answer"] * 3
+        assert len(tries) == 1
+    held.beat()
+    held.release()
+
+
 def test_a_lease_is_written_once_a_second_at_most(remote, monkeypatch):
     held = lease.lock(remote)
     version = held._path.read_version()
