@@ -23,7 +23,7 @@ from diffjax import checkpoint
 from diffjax.data import convert, load
 from diffjax.experiment import copies
 from diffjax.experiment.run_directory import list_checkpoints
-from diffjax.training import files, lease, store
+from diffjax.training import checkpoints, files, lease, orbax, store
 from diffjax.training.checkpoints import Checkpoints
 from diffjax.training.mirror import Mirror
 from diffjax.training.store import StoreError, as_path
@@ -389,6 +389,25 @@ def test_a_run_that_was_taken_over_writes_nothing_more(remote, quick, monkeypatc
     with pytest.raises(lease.TakenOverError, match="was taken over by process 1 of elsewhere"):
         go_on()
     assert store.listing(remote) == before
+
+
+def test_a_manager_that_only_some_processes_can_open_again_is_closed(remote, monkeypatch):
+    """After a failed save every process opens another one, or none has one."""
+    state, closed, close = {"x": jax.numpy.arange(3.0)}, [], orbax.close_failed
+    monkeypatch.setattr(orbax, "close_failed", lambda manager: closed.append(close(manager)))
+    with Checkpoints(remote / "c") as run:
+        run.before_seal = lambda: False
+        run.save(1, state)
+        run.wait()
+        assert "could not be uploaded" in run.failed and len(closed) == 1
+        run.before_seal = lambda: True
+        with monkeypatch.context() as patch:
+            others = iter([False, True])  # the other process can reach the store, and then cannot
+            patch.setattr(checkpoints, "_any_process", lambda here: here or next(others))
+            run.save(2, state)
+        assert run.failed == "checkpoint 2 failed in another process" and len(closed) == 2
+        run.save(3, state)
+    assert [path.name for path in checkpoints.list_checkpoints(remote / "c")] == ["3"]
 
 
 # What a run writes beside its checkpoints.
