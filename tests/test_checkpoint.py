@@ -221,6 +221,17 @@ def test_the_newest_every_kth_and_the_best_are_kept(tmp_path):
     assert kept == [40, 80, 120, 140]
 
 
+def test_a_checkpoint_is_not_sealed_before_what_was_written_beside_it(tmp_path):
+    with run_directory.open_run(tmp_path, CONFIG) as opened:
+        opened.before_seal = lambda: False
+        opened.save(20, state_at(20))
+        opened.wait()
+        assert opened.failed.endswith("what was written beside it could not be uploaded")
+        opened.before_seal = lambda: True
+        opened.save(40, state_at(40))
+    assert [path.name for path in run_directory.list_checkpoints(tmp_path)] == ["40"]
+
+
 def test_a_save_that_hangs_is_given_up_and_never_sealed(tmp_path, monkeypatch):
     released, ended = threading.Event(), threading.Event()
 

@@ -23,7 +23,7 @@ from diffjax import checkpoint
 from diffjax.data import convert, load
 from diffjax.experiment import copies
 from diffjax.experiment.run_directory import list_checkpoints
-from diffjax.training import files, lease, store
+from diffjax.training import checkpoints, files, lease, orbax, store
 from diffjax.training.checkpoints import Checkpoints
 from diffjax.training.mirror import Mirror
 from diffjax.training.store import StoreError, as_path
@@ -337,6 +337,23 @@ def test_an_answer_that_was_lost_loses_no_lease(remote, quick):
     held.release()
 
 
+def test_threads_that_ask_at_once_wait_for_a_store_that_hangs_once(remote, quick, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT", 1e6)
+    held, tries = lease.lock(remote), []
+
+    def hang(*_):
+        tries.append(time.sleep(0.5))
+        raise StoreError("no answer")
+
+    with monkeypatch.context() as patch, concurrent.futures.ThreadPoolExecutor(3) as pool:
+        patch.setattr(store.RemotePath, "write_version", hang)
+        asked = [pool.submit(held.beat) for _ in range(3)]
+        assert [str(each.exception()) for each in asked] == ["no answer"] * 3
+        assert len(tries) == 1
+    held.beat()
+    held.release()
+
+
 def test_a_lease_is_written_once_a_second_at_most(remote, monkeypatch):
     held = lease.lock(remote)
     version = held._path.read_version()
@@ -372,6 +389,25 @@ def test_a_run_that_was_taken_over_writes_nothing_more(remote, quick, monkeypatc
     with pytest.raises(lease.TakenOverError, match="was taken over by process 1 of elsewhere"):
         go_on()
     assert store.listing(remote) == before
+
+
+def test_a_manager_that_only_some_processes_can_open_again_is_closed(remote, monkeypatch):
+    """After a failed save every process opens another one, or none has one."""
+    state, closed, close = {"x": jax.numpy.arange(3.0)}, [], orbax.close_failed
+    monkeypatch.setattr(orbax, "close_failed", lambda manager: closed.append(close(manager)))
+    with Checkpoints(remote / "c") as run:
+        run.before_seal = lambda: False
+        run.save(1, state)
+        run.wait()
+        assert "could not be uploaded" in run.failed and len(closed) == 1
+        run.before_seal = lambda: True
+        with monkeypatch.context() as patch:
+            others = iter([False, True])  # the other process can reach the store, and then cannot
+            patch.setattr(checkpoints, "_any_process", lambda here: here or next(others))
+            run.save(2, state)
+        assert run.failed == "checkpoint 2 failed in another process" and len(closed) == 2
+        run.save(3, state)
+    assert [path.name for path in checkpoints.list_checkpoints(remote / "c")] == ["3"]
 
 
 # What a run writes beside its checkpoints.
@@ -745,7 +781,7 @@ def two_processes(workdir, *argv):
 @pytest.mark.faults
 def test_two_processes_on_a_store_go_on_bit_for_bit_after_a_kill(remote, tmp_path):
     disk = tmp_path / "run"
-    argv = *TINY, "--config.steps=120", "--config.save_every=20"
+    argv = *TINY, "--config.steps=60", "--config.save_every=10"
 
     def finish(workdir):
         with two_processes(workdir, *argv) as processes:
@@ -755,7 +791,7 @@ def test_two_processes_on_a_store_go_on_bit_for_bit_after_a_kill(remote, tmp_pat
 
     finish(disk)
     with two_processes(remote, *argv) as processes:
-        committed = remote / "checkpoints" / "40" / "commit_success.txt"
+        committed = remote / "checkpoints" / "20" / "commit_success.txt"
         while not committed.is_file():
             assert processes[0].poll() is None, processes[0].communicate()
             time.sleep(0.05)

@@ -197,7 +197,7 @@ class Checkpoints:
         self._reporting(step, self._check_folder)
         if self._has_failed(step):
             return
-        self._remove_failed_saves()
+        self._remove_failed_saves()  # before a new manager begins to delete the same objects
         if self._manager is None:
             self._reopen(step)
         if self._manager is None:
@@ -250,11 +250,10 @@ class Checkpoints:
         if self._has_failed(step) and self._manager is not None:
             orbax.close_failed(self._manager)
             self._manager = None
-        self._remove_failed_saves()
 
     def _remove_failed_saves(self) -> None:
         # Repeated at every save: the threads of a failed save may create its folder again later.
-        if jax.process_index() == 0 and self._manager is not None:
+        if jax.process_index() == 0:
             with contextlib.suppress(store.StoreError, TakenOverError):
                 self.check_lock()
                 for path in self._failed_saves:

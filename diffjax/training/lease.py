@@ -55,6 +55,7 @@ class Lease:
         self._text = f"{this_process()}\n{_world()}\n{secrets.token_hex(8)}\n".encode()
         self.lost: str | None = None
         self._writing = threading.Lock()
+        self._failure = 0.0, ""
         self._version = self._wait()
         self._write()
         if self.lost:
@@ -92,9 +93,17 @@ class Lease:
           TakenOverError: if another process has taken it.
           StoreError: if the store cannot be reached.
         """
+        asked = time.monotonic()
         with self._writing:
+            failed, why = self._failure
+            if failed > asked:  # what another thread has waited for need not be waited for again
+                raise store.StoreError(why)
             if self.lost is None and time.monotonic() - self._written >= APART:
-                self._write()
+                try:
+                    self._write()
+                except OSError as error:
+                    self._failure = time.monotonic(), str(error)
+                    raise
         self.check()
 
     def check(self) -> None:

@@ -375,7 +375,8 @@ def upload(file: Path, path: Path) -> None:
 def remove(folder: Path) -> None:
     """Delete a folder and what is in it, if it is there."""
     if isinstance(folder, RemotePath):
-        for name in folder.objects():  # fsspec's `rm` takes the name of a folder for a pattern
+        # One by one, because fsspec's `rm` takes "[" in a name for the beginning of a pattern.
+        for name in folder.objects():
             (folder / name).unlink(missing_ok=True)
     else:
         shutil.rmtree(folder, ignore_errors=True)
