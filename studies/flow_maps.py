@@ -136,7 +136,7 @@ def in_plane(seed: int, steps: int, row: str) -> dict[str, float]:
 
 def kept(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What was measured under this name, now or before."""
-    read = lambda: json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    read = lambda: json.loads(RECORD.read_text())
     if name not in read():
         found = measure()
         RECORD.write_text(

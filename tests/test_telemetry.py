@@ -134,8 +134,9 @@ def forward(config, *shape):
     """Operations of the network for a batch of images of this shape."""
     e, n = resolve(config), config.batch_size
     params = jax.eval_shape(initial_state(e, shape)).params
-    cond = {"label": like(int, n)} if config.model.labels else None
-    return telemetry.flops(e.apply, params, like(float, n, *shape), like(float, n), cond)
+    cond = {"label": like(jnp.int32, n)} if config.model.labels else None
+    x, log_snr = like(jnp.float32, n, *shape), like(jnp.float32, n)
+    return telemetry.flops(e.apply, params, x, log_snr, cond)
 
 
 def step(config, *shape, split=None, runner=None):
@@ -144,9 +145,9 @@ def step(config, *shape, split=None, runner=None):
     split, axis = split or (config.batch_size,), runner.axis if runner else None
     f = train.make_step(e, train.make_loss(e, None, axis_name=axis))
     batch = {
-        "x": like(float, *split, *shape),
-        "index": like(int, *split),
-        "label": like(int, *split),
+        "x": like(jnp.float32, *split, *shape),
+        "index": like(jnp.int32, *split),
+        "label": like(jnp.int32, *split),
     }
     args = jax.eval_shape(initial_state(e, shape)), batch
     return runner.flops(runner.step(f), *args) if runner else telemetry.flops(f, *args)
