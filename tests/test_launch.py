@@ -89,6 +89,7 @@ def test_processes_that_succeed_end_with_0(launched):
 )
 def test_when_one_dies_the_others_end_at_once_and_all_start_again(launched, tmp_path, death, why):
     body = f"""
+while not pathlib.Path("runs0").exists(): time.sleep(0.01)  # else its second attempt is its first
 if attempt == 0 and me == 1: {death}
 if attempt == 0: time.sleep(60)
 """
