@@ -429,7 +429,7 @@ Those without a name copy and transpose the state, and fill with zeros what a lo
   return and computes the rest again, which moves fewer bytes and needs a fraction of the memory;
   `configs/dit_imagenet256.py` sets it.
 - XLA does not move the casts of parameters to bfloat16 out of the loop of a walk, so that sampling
-  casts them before it begins. The samples are the same bit for bit.
+  casts them before it begins. On a CPU the samples are the same bit for bit.
 
 ## What devices send each other
 

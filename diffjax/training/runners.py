@@ -99,7 +99,7 @@ def pmap(fsdp: int = 1) -> Runner:
         return jax.tree.map(to_devices, batch)
 
     def flops(f, params, batch):
-        # The count is of one device. To be traced, a mapped function is given this process' part.
+        # JAX traces a mapped function for one device, given the part of the batch of this process.
         part = lambda x: jax.ShapeDtypeStruct((len(local), *x.shape[1:]), x.dtype)
         return telemetry.flops(f, params, jax.tree.map(part, batch))
 
@@ -162,7 +162,7 @@ def sharded(fsdp: int = 1) -> Runner:
         return jax.tree.map(to_devices, batch)
 
     def flops(*args):
-        return telemetry.flops(*args) / len(devices)  # of all devices
+        return telemetry.flops(*args) / len(devices)  # under jit it counts those of all devices
 
     return Runner("sharded", init, step, map_, slots, put, flops)
 
