@@ -2,8 +2,10 @@
 
     python train.py --config=configs/fashion_dit.py --workdir=runs/fashion_dit
 
-The data is Debian's package dataset-fashion-mnist, or --config.data.path. Not measured yet: the
-study `networks` of studies/results.py compares it with configs/fashion_mnist.py.
+The data is Debian's package dataset-fashion-mnist, or --config.data.path. The steps are
+as many as take about the CPU-seconds of configs/fashion_mnist.py. Not measured on a CPU yet: the
+study `networks` of studies/results.py compares the two. On 2026-11-27 one run on an H100, with 14
+other processes on that GPU, took 78 s in all, and ended at a held-out loss of 0.042.
 """
 
 import dataclasses
@@ -34,12 +36,12 @@ def get_config(variant: str = "") -> Config:
         schedule_options={"log_snr_min": -10.0, "log_snr_max": 10.0},
         weighting="min_snr",
         ema=0.995,
-        batch_size=64,
-        steps=1700,
+        batch_size=32,
+        steps=1570,
         log_every=50,
         eval_every=500,
         save_every=500,
-        sample_every=1700,
+        sample_every=1570,
         sampling=Sampling(
             "dpm_solver_pp_2m_sde",
             times="log_snr",

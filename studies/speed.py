@@ -32,9 +32,15 @@ PLANS = {
         "fashion": ["channels_last", "eager", "channels_last bf16", "compile", "lucidrains"],
         "32x32": ["channels_last", "channels_last bf16"],
     },
-    "gpu": {name: ["channels_last", "channels_last bf16", "compile bf16"] for name in GPU},
+    "gpu": {
+        name: ["channels_last bf16"]
+        + [f"compile bf16{how}" for how in ("", ", graphs", ", autotuned")]
+        for name in GPU
+    },
 }
-OURS = {"cpu": ["float32"], "gpu": ["float32", "bfloat16"]}
+OURS = {"cpu": ["float32"], "gpu": ["bfloat16"]}
+SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+"""Several processes share a GPU, of which JAX would otherwise take three quarters at its start."""
 SECONDS = 2.5
 """About how long a side works in one turn."""
 
@@ -49,7 +55,7 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
             cwd=HERE,
-            env={TUNABLES: ALLOCATOR} | os.environ | environment,
+            env={TUNABLES: ALLOCATOR} | SHARED | os.environ | environment,
         )
         self.ready = self._line()
 
@@ -94,7 +100,8 @@ def compare(name, device, python, cores, rounds):
         workers = {}
         for variant in OURS[device]:
             command = [*affinity, sys.executable, "speed_ours.py", name, variant, folder]
-            cold = {"JAX_COMPILATION_CACHE_DIR": folder + "/compiled", "PYTHONPATH": ".."}
+            paths = os.pathsep.join(["..", os.environ.get("PYTHONPATH", "")])
+            cold = {"JAX_COMPILATION_CACHE_DIR": folder + "/compiled", "PYTHONPATH": paths}
             first = Worker(command, cold)
             stack.callback(first.close)
             second = Worker(command, cold)
@@ -109,9 +116,10 @@ def compare(name, device, python, cores, rounds):
         for what in ("train", "sample"):
             for label, seconds in timed(workers, what, rounds).items():
                 rows[label][what] = seconds
-        pair = {k: w for k, w in workers.items() if k in ("diffjax float32", "torch channels_last")}
-        for label, seconds in timed(pair, "load", rounds).items():
-            rows[label]["load"] = seconds
+        if device == "cpu":
+            pair = {k: workers[k] for k in ("diffjax float32", "torch channels_last")}
+            for label, seconds in timed(pair, "load", rounds).items():
+                rows[label]["load"] = seconds
         if name == "digits":
             worker = workers["diffjax float32"]
             rows["diffjax float32"]["loop"] = [

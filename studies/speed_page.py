@@ -16,8 +16,11 @@ from markdown_table import table
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PAGE = HERE.parent / "docs" / "performance.md"
-AGAINST = "torch channels_last"
-"""The row that the others are compared with: PyTorch in float32, with its fastest layout."""
+
+
+def baseline(part):
+    """The row that the others are compared with: the first of PyTorch's, which is not compiled."""
+    return next(label for label in part["rows"] if label.startswith("torch"))
 
 
 def ratio(row, other, what):
@@ -31,7 +34,7 @@ def speed_rows(found):
     """Rows of images per second, seconds to sample, and memory."""
     for name, part in found["workloads"].items():
         n = part["workload"]["batch"]
-        other = part["rows"][AGAINST]
+        other = part["rows"][baseline(part)]
         for label, row in part["rows"].items():
             step, images = statistics.median(row["train"]), statistics.median(row["sample"])
             yield [
@@ -91,7 +94,7 @@ def rate_rows(found):
 def checks(found):
     """Rows of the difference between the outputs of both sides."""
     for name, part in found["workloads"].items():
-        row = part["rows"][AGAINST]
+        row = part["rows"][baseline(part)]
         yield [name, f"{row['parameters']:,}", f"{row['difference']:.1e}"]
 
 
@@ -110,8 +113,9 @@ def compared(device):
         python=found["python"],
         versions=", ".join(sorted({r["version"] for p in parts for r in p["rows"].values()})),
         rounds=" to ".join(
-            str(n) for n in sorted({len(p["rows"][AGAINST]["train"]) for p in parts})
+            str(n) for n in sorted({len(p["rows"][baseline(p)]["train"]) for p in parts})
         ),
+        baseline=", ".join(sorted({baseline(part) for part in parts})),
         busy=", ".join(f"{part['cores busy']:.1f}" for part in parts),
         speed=table(
             ["workload", "", "parameters", "train, img/s", "ratio", "64 images", "ratio", "memory"],
@@ -123,8 +127,9 @@ def compared(device):
             rate_rows(found),
         ),
         start=table(["workload", "", "first step", "first images"], start_rows(found)),
-        load=table(["workload", "", "img/s"], load_rows(found)),
     )
+    if loaded := list(load_rows(found)):
+        text += LOAD.format(load=table(["workload", "", "img/s"], loaded))
     pairs = found["workloads"].get("digits", {}).get("rows", {}).get("diffjax float32", {})
     if "loop" in pairs:
         each = sorted(bare / loop for bare, loop in pairs["loop"])
@@ -226,24 +231,25 @@ def grown():
 
 
 NOT_MEASURED = """\
-No GPU was available. `make bench-gpu` measures on a machine that has one: DDPM's network for
-CIFAR-10 at batches of 128, 512 and 1024 and ADM's for ImageNet 64, in float32 and bfloat16, beside
-PyTorch's channels_last in float32, with bfloat16 autocast, and compiled. The scripts were run on a
-CPU only. A narrower version of ADM's network was converted to PyTorch there (3,074,435 parameters,
+The speed of PyTorch on a GPU was not measured; [Programs for accelerators](accelerators.md) has
+what our training steps take on an H100. `make bench-gpu` compares both: DDPM's network for CIFAR-10
+at batches of 128, 512 and 1024 and ADM's for ImageNet 64, in bfloat16, with PyTorch's channels_last
+and autocast, plain and compiled, with CUDA graphs and autotuning too. That script was run on a CPU
+only. A narrower version of ADM's network was converted to PyTorch there (3,074,435 parameters,
 outputs within 2.8e-6). `tests/test_gpu_program.py` checks the program that XLA would compile for a
 GPU: every convolution is in bfloat16 and takes images in the layout they have, no image is
 transposed, statistics are in float32, attention and its gradient use cuDNN's kernel, the state is
-donated, and nothing calls the host. [Programs for accelerators](accelerators.md) has what that
-program reads, writes and computes, and the time that a model gives.
+donated, and nothing calls the host.
 
 """
 
 SPEED = """\
 Measured by `studies/speed.py`, which `make bench{suffix}` calls, on {date}: {processor}, {cores}
 cores, Python {python}, {versions}. The numbers are medians of {rounds} interleaved rounds. A ratio
-is the time of PyTorch in float32, channels_last, divided by that of the row in the same round, with
-the smallest and the largest in brackets; above 1 the row is faster. The numbers of cores that were
-busy at the same time, for each workload, including other work on the machine: {busy}.
+is the time of {baseline} divided by that of the row in the same round, with the smallest and the
+largest in brackets; above 1 the row is faster. Rows without bf16 are in float32. The numbers of
+cores that were busy at the same time, for each workload, including other work on the machine:
+{busy}.
 
 {speed}
 A step is the loss, its gradient, clipping, Adam and the moving average (in PyTorch: fused Adam, and
@@ -266,7 +272,9 @@ The times to start are from the start of the process to the end of the first ste
 and from there to the first 64 images. "Again" is with the compilation cache that the first start
 has filled:
 
-{start}
+{start}"""
+
+LOAD = """
 Loading is of batches from 20,000 uint8 images, shuffled, flipped at random and scaled, on one
 thread:
 

@@ -12,6 +12,7 @@ import time
 BEGAN = time.perf_counter()
 
 import copy
+import functools
 import importlib.util
 import itertools
 import json
@@ -28,13 +29,15 @@ import torch
 from speed_workloads import CLIP, DDIM_STEPS, EMA, IMAGES, LEARNING_RATE, WORKLOADS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DEFAULT = dict(layout=torch.channels_last, autocast=False, compiled=False, own=False)
+DEFAULT = dict(layout=torch.channels_last, autocast=False, compiled=None, own=False)
 VARIANTS = {
     "eager": dict(layout=torch.contiguous_format),
     "channels_last": dict(),
     "channels_last bf16": dict(autocast=True),
-    "compile": dict(compiled=True),
-    "compile bf16": dict(compiled=True, autocast=True),
+    "compile": dict(compiled="default"),
+    "compile bf16": dict(compiled="default", autocast=True),
+    "compile bf16, graphs": dict(compiled="reduce-overhead", autocast=True),
+    "compile bf16, autotuned": dict(compiled="max-autotune", autocast=True),
     "lucidrains": dict(own=True),
 }
 
@@ -136,8 +139,9 @@ class Side:
         net = net.to(DEVICE, memory_format=self.o["layout"]).train()
         self.average = copy.deepcopy(net).eval().requires_grad_(False)
         self.parameters = sum(p.numel() for p in net.parameters())
-        self.net = torch.compile(net) if self.o["compiled"] else net
-        self.sampled = torch.compile(self.average) if self.o["compiled"] else self.average
+        mode = self.o["compiled"]
+        compiled = functools.partial(torch.compile, mode=mode) if mode else lambda net: net
+        self.net, self.sampled = compiled(net), compiled(self.average)
         self.pairs = list(self.average.parameters()), list(net.parameters())
         self.adam = torch.optim.Adam(net.parameters(), lr=LEARNING_RATE, fused=True)
         self.x = self.images(w.batch).uniform_(-1, 1)
