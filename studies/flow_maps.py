@@ -243,7 +243,7 @@ def of_fashion(record: dict[str, Any]) -> str:
                 spread([run[sampler][n] for run in runs]) if n in runs[0][sampler] else ""
                 for n in columns
             ]
-            cpu = spread([run["cpu_s"] for run in runs])
+            cpu = spread([run["cpu_s"] for run in runs]) if "cpu_s" in runs[0] else ""
             rows.append([name, sampler, *cells, cpu, str(len(runs))])
     counts = [f"{n} steps" if n > 1 else "1 step" for n in DENOISER["ddim"]]
     return table(["network", "sampler", *counts, "CPU-seconds", "seeds"], rows)

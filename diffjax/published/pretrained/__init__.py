@@ -1,15 +1,20 @@
-"""Two small networks that come with diffjax: `load("digits")` and `load("fashion_mnist")`.
+"""Small networks that come with diffjax: `load("digits")`, `"fashion_mnist"` and `"fashion_map"`.
 
     from diffjax.checkpoint import load
     apply, params, config = load("digits")
 
-This project trained them on 2026-11-23, on two cores of an AMD EPYC with AVX512_BF16, and they are
-under its licence, Apache-2.0. Each file holds its config, so that the training can be repeated.
+This project trained them, and they are under its licence, Apache-2.0. Each file holds its config,
+so that the training can be repeated. The first two were trained on 2026-11-23, on two cores of an
+AMD EPYC with AVX512_BF16:
 
     digits          python train.py                                         1.2 MB, 143 s
     fashion_mnist   python train.py --config=configs/fashion_mnist.py       2.8 MB, 388 s
 
-Their results, by `evaluate.py` (with `--n=1000` for Fashion-MNIST) and by
+`fashion_map` is a flow map, 2.8 MB, that draws an image by one evaluation of its network, or by a
+few, `--steps=4`. It was distilled on 2026-11-27 from a denoiser guided with weight 1.5, "lagrangian,
+distilled" of `studies/flow_maps.py`; docs/howto/few_steps.md has its distances to the data.
+
+The results of the first two, by `evaluate.py` (with `--n=1000` for Fashion-MNIST) and by
 `evaluation.distances.from_halves`, with the results of real data in parentheses:
 
                                              digits              fashion_mnist
@@ -26,6 +31,7 @@ UCI optdigits (CC BY 4.0, `diffjax/data/digits.LICENSE`); Fashion-MNIST (Xiao et
 from pathlib import Path
 
 PRETRAINED = {
-    name: Path(__file__).with_name(f"{name}.safetensors") for name in ("digits", "fashion_mnist")
+    name: Path(__file__).with_name(f"{name}.safetensors")
+    for name in ("digits", "fashion_mnist", "fashion_map")
 }
 """The files of the networks, by name."""
