@@ -203,7 +203,7 @@ def test_the_clothes_that_come_with_diffjax_look_like_clothes():
 
 
 def test_the_flow_map_that_comes_with_diffjax_draws_clothes_in_one_evaluation():
-    network, params, config = checkpoint.load("fashion_map")
+    _, params, config = checkpoint.load("fashion_map")
     assert (config.sampling.sampler, config.sampling.steps) == ("jump", 1)
     index = np.arange(100, dtype=np.int32)
     generate = sampling.make_generate(resolve(config), dataset.example_shape(config))
