@@ -470,8 +470,8 @@ Those without a name copy and transpose the state, and fill with zeros what a lo
   `configs/dit_imagenet256.py` sets it.
 - The largest kernels on the H100 show what is left. In DiT the backward pass of GELU and of the
   bias before it takes 10.8 ms in 12 launches, and reads or writes five arrays of four times the
-  width, where three would do. In DDPM's step the updates of convolutions' parameters run at 0.8 TB/s,
-  because XLA transposes gradients inside them (0.8 ms).
+  width, where three would do. In DDPM's step the updates of convolutions' parameters run at
+  0.8 TB/s, because XLA transposes gradients inside them (0.8 ms).
 - XLA does not move the casts of parameters to bfloat16 out of the loop of a walk, so that sampling
   casts them before it begins. On a CPU the samples are the same bit for bit.
 
