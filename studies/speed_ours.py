@@ -5,7 +5,7 @@
 It prints a line of JSON when it is ready. Then it reads lines `train N`, `sample N`, `load N`
 (batches) or `loop N` (steps of train.py), does what each asks for, and prints the seconds that it
 took; for `peaks 1` it prints what the hardware can do. Into the folder it writes the parameters and
-the network's outputs for some inputs, which `speed_peers.py` compares with its own.
+the network's outputs in float32 for some inputs, which `speed_peers.py` compares with its own.
 """
 
 import time
