@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -134,19 +133,21 @@ def in_plane(seed: int, steps: int, row: str) -> dict[str, float]:
     return {str(n): float(energy(draw(n), exact)) for n in STEPS} | {"s": seconds}
 
 
-def kept(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What was measured under this name, now or before."""
-    read = lambda: json.loads(RECORD.read_text())
-    if name not in read():
-        found = measure()
-        RECORD.write_text(
-            json.dumps(dict(sorted((read() | {name: found}).items())), indent=1) + "\n"
-        )
-    return read()[name]
+def on_record() -> dict[str, Any]:
+    """What was measured before, by name."""
+    return json.loads(RECORD.read_text())
+
+
+def keep(name: str, found: dict[str, Any]) -> None:
+    """Put on record what was measured under a name."""
+    record = dict(sorted((on_record() | {name: found}).items()))
+    RECORD.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def spread(values: list[float]) -> str:
-    """The mean, and the standard deviation if there are several."""
+    """The mean, and the standard deviation if there are several; nothing of nothing."""
+    if not values:
+        return ""
     mean = f"{statistics.mean(values):.3g}"
     return mean + (f" ± {statistics.stdev(values):.1g}" if len(values) > 1 else "")
 
@@ -170,8 +171,10 @@ def plane(args: Plane) -> None:
     print(f"exact samples: {spread(exact)}", flush=True)
     found: dict[str, list[dict[str, float]]] = {}
     for row, seed in itertools.product(ROWS, args.seeds):
-        measure = functools.partial(in_plane, seed, args.steps, row)
-        found.setdefault(row, []).append(kept(f"plane_{args.steps}/{row}_{seed}", measure))
+        name = f"plane_{args.steps}/{row}_{seed}"
+        if name not in on_record():
+            keep(name, in_plane(seed, args.steps, row))
+        found.setdefault(row, []).append(on_record()[name])
         print(row, seed, found[row][-1], flush=True)
     print(report(found))
 
@@ -203,23 +206,27 @@ def run(script: str, *argv: str) -> float:
     return spent() - before
 
 
-def in_images(name: str, seed: int) -> dict[str, Any]:
-    """Train a network, and measure the distances of its samples by sampler and steps."""
+def in_images(name: str, seed: int) -> None:
+    """Train a network, and record the distances of its samples that are not on record."""
     at = lambda network: HOME / f"{network.replace(', ', '_').replace(' ', '_')}_{seed}"
-    workdir = at(name)
+    workdir, key = at(name), f"fashion/{name}/{seed}"
     flags = [flag.replace("TEACHER", str(at("denoiser"))) for flag in NETWORKS[name]]
+    new = not workdir.exists()
     cpu = run("train.py", *BASE, *flags, f"--config.seed={seed}", f"--workdir={workdir}")
-    found: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "cpu_s": round(cpu)}
+    if new:  # otherwise this was not the whole training
+        keep(key, {"date": time.strftime("%Y-%m-%d"), "cpu_s": round(cpu)})
     for sampler, counts in WALKS[name].items():
         guidance = [] if sampler == "jump" else ["1.5"]
         for n in counts:
+            found = on_record().get(key, {})
+            if str(n) in found.get(sampler, {}):
+                continue
             out = workdir / f"{sampler}_{n}.json"
             walk = [f"--sampler={sampler}", f"--steps={n}", "--guidance", *guidance]
             common = [f"--workdir={workdir}", f"--n={SAMPLES}", "--features=fashion_classifier"]
             run("evaluate.py", *common, *walk, "--held_out=0", f"--result={out}")
-            measured = json.loads(out.read_text())
-            found.setdefault(sampler, {})[str(n)] = measured["frechet"]
-    return found
+            frechet = json.loads(out.read_text())["frechet"]
+            keep(key, found | {sampler: found.get(sampler, {}) | {str(n): frechet}})
 
 
 def fashion(args: Fashion) -> None:
@@ -228,8 +235,8 @@ def fashion(args: Fashion) -> None:
         if name not in NETWORKS:
             sys.exit(f"error: unknown network {name!r}: one of {'; '.join(NETWORKS)}")
     for seed, name in itertools.product(args.seeds, args.only or NETWORKS):
-        found = kept(f"fashion/{name}/{seed}", functools.partial(in_images, name, seed))
-        print(name, seed, found, flush=True)
+        in_images(name, seed)
+        print(name, seed, on_record()[f"fashion/{name}/{seed}"], flush=True)
 
 
 def of_fashion(record: dict[str, Any]) -> str:
@@ -239,12 +246,12 @@ def of_fashion(record: dict[str, Any]) -> str:
         runs = [run for key, run in record.items() if key.startswith(f"fashion/{name}/")]
         for sampler in walks if runs else ():
             columns = [str(n) for n in DENOISER["ddim"]]
-            cells = [
-                spread([run[sampler][n] for run in runs]) if n in runs[0][sampler] else ""
-                for n in columns
-            ]
-            cpu = spread([run["cpu_s"] for run in runs]) if "cpu_s" in runs[0] else ""
-            rows.append([name, sampler, *cells, cpu, str(len(runs))])
+            found = [run.get(sampler, {}) for run in runs]
+            cells = [spread([each[n] for each in found if n in each]) for n in columns]
+            cpu = [run["cpu_s"] for run in runs if "cpu_s" in run]
+            spent = f"{statistics.mean(cpu):,.0f}" if cpu else ""
+            if any(cells):
+                rows.append([name, sampler, *cells, spent, len(runs)])
     counts = [f"{n} steps" if n > 1 else "1 step" for n in DENOISER["ddim"]]
     return table(["network", "sampler", *counts, "CPU-seconds", "seeds"], rows)
 
@@ -256,7 +263,7 @@ def page(_: Page) -> None:
     """Write the table into the page, between the marks."""
     before, rest = PAGE.read_text().split(MARKS[0])
     after = rest.split(MARKS[1])[1]
-    found = of_fashion(json.loads(RECORD.read_text()))
+    found = of_fashion(on_record())
     PAGE.write_text(f"{before}{MARKS[0]}\n{found}\n{MARKS[1]}{after}")
 
 
