@@ -214,7 +214,7 @@ def start_from(fresh: Any, trained: Any) -> Any:
 def cast_ahead(network: Callable, params: Any, *inputs: Any) -> Any:
     """The parameters, those that a network only ever casts to one type in that type.
 
-    network(params, *inputs) is the same bit for bit. A network that computes in bfloat16 casts its
+    What the network returns is the same bit for bit. A network that computes in bfloat16 casts its
     parameters at each call, and XLA does not move that out of the loop of a walk. Parameters that
     it uses as they are, such as those of a normalisation, stay as they are.
 

@@ -95,7 +95,7 @@ class Meter:
 
 
 def flops(f: Callable, *args: Any) -> float:
-    """Floating-point operations of the convolutions and matrix products of f(*args).
+    """Floating-point operations of the convolutions and matrix products of a function.
 
     A multiplication and an addition are two operations. All rounds of a `scan` count; so does the
     most expensive branch of a `cond`, and one round of a `while`, whose rounds are not known. What
