@@ -161,7 +161,7 @@ DEVICES = {
 
 
 def casting(program: Program) -> Any:
-    """Whether parameters are cast before a walk or at each of its steps, as the program says."""
+    """A context in which parameters are cast before a walk, or at each of its steps."""
     unchanged = lambda network, params, *inputs: params
     cast_ahead = models.cast_ahead if program.cast_ahead else unchanged
     return mock.patch.object(models, "cast_ahead", cast_ahead)
@@ -381,10 +381,8 @@ def part_rows(row: dict[str, Any]) -> Iterator[list[Any]]:
         yield [
             "all",
             f"{row['kernels']:,}",
-            *(
-                f"{total(row['parts'], k) / unit:.2f}"
-                for k, unit in (("bytes", 1e9), ("flops", 1e12))
-            ),
+            f"{total(row['parts'], 'bytes') / 1e9:.2f}",
+            f"{total(row['parts'], 'flops') / 1e12:.2f}",
             f"{row['seconds']['middle'] * 1e3:.2f}",
             f"{total(ran, 'kernels'):,.0f}",
             f"{total(ran, 'seconds') * 1e3:.2f}",

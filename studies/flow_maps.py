@@ -210,23 +210,25 @@ def in_images(name: str, seed: int) -> None:
     """Train a network, and record the distances of its samples that are not on record."""
     at = lambda network: HOME / f"{network.replace(', ', '_').replace(' ', '_')}_{seed}"
     workdir, key = at(name), f"fashion/{name}/{seed}"
+    recorded = lambda: on_record().get(key, {})
+    walks = [(sampler, n) for sampler, counts in WALKS[name].items() for n in counts]
+    if all(str(n) in recorded().get(sampler, {}) for sampler, n in walks):
+        return
     flags = [flag.replace("TEACHER", str(at("denoiser"))) for flag in NETWORKS[name]]
     new = not workdir.exists()
     cpu = run("train.py", *BASE, *flags, f"--config.seed={seed}", f"--workdir={workdir}")
-    if new:  # otherwise this was not the whole training
+    if new:  # what is on record is of another run, and otherwise this was not the whole training
         keep(key, {"date": time.strftime("%Y-%m-%d"), "cpu_s": round(cpu)})
-    for sampler, counts in WALKS[name].items():
-        guidance = [] if sampler == "jump" else ["1.5"]
-        for n in counts:
-            found = on_record().get(key, {})
-            if str(n) in found.get(sampler, {}):
-                continue
-            out = workdir / f"{sampler}_{n}.json"
-            walk = [f"--sampler={sampler}", f"--steps={n}", "--guidance", *guidance]
-            common = [f"--workdir={workdir}", f"--n={SAMPLES}", "--features=fashion_classifier"]
-            run("evaluate.py", *common, *walk, "--held_out=0", f"--result={out}")
-            frechet = json.loads(out.read_text())["frechet"]
-            keep(key, found | {sampler: found.get(sampler, {}) | {str(n): frechet}})
+    for sampler, n in walks:
+        found = recorded()
+        if str(n) in found.get(sampler, {}):
+            continue
+        out, guidance = workdir / f"{sampler}_{n}.json", [] if sampler == "jump" else ["1.5"]
+        walk = [f"--sampler={sampler}", f"--steps={n}", "--guidance", *guidance]
+        common = [f"--workdir={workdir}", f"--n={SAMPLES}", "--features=fashion_classifier"]
+        run("evaluate.py", *common, *walk, "--held_out=0", f"--result={out}")
+        frechet = json.loads(out.read_text())["frechet"]
+        keep(key, found | {sampler: found.get(sampler, {}) | {str(n): frechet}})
 
 
 def fashion(args: Fashion) -> None:

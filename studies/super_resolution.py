@@ -23,11 +23,13 @@ from diffjax import checkpoint, data, plots, super_resolution
 from diffjax.evaluation import distances, sampling
 from diffjax.experiment import Config, dataset, resolve
 from diffjax.experiment.command_line import error_exit
+from diffjax.experiment.config import require
 from diffjax.training import distributed, runners
 from diffjax.training.files import write_text
 from markdown_table import table
 
 PICTURED = 20
+"""Columns of the picture."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Arguments:
     picture: Path | None = None
     """Where the picture is drawn; None: enlarged.png in the run's directory."""
     table: Path | None = None
-    """Where the table is written, too; None: it is only printed."""
+    """A file that the table is written to; None: it is only printed."""
 
 
 def enlarged(args: Arguments, config: Config, params: Any, batch: dict, shape: Any) -> np.ndarray:
@@ -62,11 +64,12 @@ def main(args: Arguments) -> None:
     """Enlarge, measure, print and draw."""
     distributed.setup(distributed.ALONE, 200)
     _, params, config = checkpoint.load(args.workdir)
+    require((config.given_height is not None, f"{args.workdir}: not a run of super-resolution"))
     loaded = dataset.load_data(config, args.workdir)
     batch = sampling.request(config, loaded.test, args.n)
     truth, shape = batch["x"], batch["x"].shape[1:]
-    half = data.first(loaded.train, 20_000)["x"]
-    real, others = half[::2], half[1::2][: args.n]
+    images = data.first(loaded.train, 20_000)["x"]
+    real, others = images[::2], images[1::2][: args.n]
     small = super_resolution.shrink(truth, config.given_height)
     bicubic = np.asarray(super_resolution.enlarge(small, shape[0]))
     ratio = lambda x: f"{float(super_resolution.psnr(x, truth).mean()):.2f}"
