@@ -5,10 +5,10 @@
 The schedule, target, density of noise levels, weight of the loss and decay of the learning rate are
 EDM2's (configs/edm2_imagenet64.py).
 
-The data is Debian's package dataset-fashion-mnist, or --config.data.path. The steps are
-as many as take the CPU-seconds of configs/fashion_mnist.py (0.55 a step on an Intel Xeon, where the
-U-Net's take 0.48). Samples are not measured yet: the study `networks` of studies/results.py compares
-the two.
+The data is Debian's package dataset-fashion-mnist, or --config.data.path. The steps are as many
+as take the CPU-seconds of configs/fashion_mnist.py: a step takes 0.55 on an Intel Xeon, where one
+of the U-Net takes 0.48. Samples are not measured yet: the study `networks` of studies/results.py
+compares the two.
 """
 
 import dataclasses
