@@ -16,7 +16,7 @@ is the network of the published file.
 import dataclasses
 
 from diffjax.experiment import Config, Data, Optimizer, Sampling, smoke, variant_of
-from diffjax.models.dit import dit_config
+from diffjax.models import dit_config
 
 
 def get_config(variant: str = "") -> Config:

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 
 from diffjax.experiment import Config, Data, Optimizer, Sampling, smoke, variant_of
-from diffjax.models.edm2_unet import edm2_config
+from diffjax.models import edm2_config
 
 SIZES = {
     # millions of images in units of 2^20, learning rate, dropout

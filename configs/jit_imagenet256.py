@@ -14,7 +14,7 @@ and the number of images are tested.
 import dataclasses
 
 from diffjax.experiment import Config, Data, Optimizer, Sampling, smoke, variant_of
-from diffjax.models.dit import jit_config
+from diffjax.models import jit_config
 
 IMAGES = 1_281_167
 """Training images of ImageNet."""

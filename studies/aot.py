@@ -38,7 +38,7 @@ from diffjax import models
 from diffjax.evaluation import sampling
 from diffjax.experiment import Config, Experiment, Optimizer, Sampling, resolve
 from diffjax.experiment.functions import initial_state
-from diffjax.models.dit import dit_config
+from diffjax.models import dit_config
 from diffjax.training import runners, telemetry
 from markdown_table import table
 from speed_ours import make_config

@@ -8,18 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffjax.models import apply
-from diffjax.models.dit import (
-    Block,
-    DiT,
-    DiTConfig,
-    angles,
-    dit_config,
-    jit_config,
-    positions,
-    rotate,
-    stack,
-)
+from diffjax.models import apply, dit_config, jit_config
+from diffjax.models.dit import Block, DiT, DiTConfig, stack
+from diffjax.models.layers import angles, positions, rotate
 
 OLD = DiTConfig(width=16, blocks=3, heads=2, labels=3, null_label=True)
 MODERN = dataclasses.replace(

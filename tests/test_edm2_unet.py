@@ -14,12 +14,10 @@ import pytest
 from catalogue import slow
 from diffjax.experiment import Config, resolve
 from diffjax.experiment.config import Optimizer
-from diffjax.models import MLPConfig, apply
+from diffjax.models import MLPConfig, apply, edm2_config
 from diffjax.models.edm2_unet import (
-    SIZES,
     EDM2UNet,
     EDM2UNetConfig,
-    edm2_config,
     join,
     mix,
     normalised,
@@ -61,7 +59,7 @@ COUNTS = {
     "XL": 1_119_283_621,
     "XXL": 1_523_164_645,
 }
-SLOW = slow(*(size for size in SIZES if size != "XS"))
+SLOW = slow(*(size for size in COUNTS if size != "XS"))
 
 
 @pytest.mark.parametrize("size", ["XS", *SLOW])

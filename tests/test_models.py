@@ -12,6 +12,10 @@ from catalogue import slow
 from diffjax.experiment import command_line
 from diffjax.models import (
     MLP,
+    DiT,
+    DiTConfig,
+    EDM2UNet,
+    EDM2UNetConfig,
     MLPConfig,
     SongUNet,
     SongUNetConfig,
@@ -20,7 +24,7 @@ from diffjax.models import (
     apply,
     song_unet,
 )
-from diffjax.models.unet import (
+from diffjax.models.layers import (
     DoubleConv,
     attention,
     double,
@@ -425,8 +429,10 @@ def test_mlp_takes_labels_and_drops_out():
         (SongUNet, TINY_SONG, (8, 8, 1), False),
         (MLP, MLPConfig(width=8, blocks=1), (2,), True),
         (MLP, MLPConfig(width=8, blocks=1), (2,), False),
+        (DiT, DiTConfig(width=8, blocks=1, heads=1, patch=4), (8, 8, 1), True),
+        (EDM2UNet, EDM2UNetConfig(8, (1,), 1, (), 8), (8, 8, 1), True),
     ],
-    ids=["unet", "song_unet", "mlp", "mlp_without_null"],
+    ids=["unet", "song_unet", "mlp", "mlp_without_null", "dit", "edm2_unet"],
 )
 def test_a_label_that_has_no_row_is_refused_by_every_network(module, config, shape, null_label):
     config = dataclasses.replace(config, labels=3, null_label=null_label)

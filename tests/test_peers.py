@@ -23,7 +23,7 @@ from diffjax import checkpoint, models, published
 from diffjax.evaluation import dinov2, distances, features, inception, summing
 from diffjax.experiment import resolve
 from diffjax.latents import LATENTS
-from diffjax.models.dit import dit_config
+from diffjax.models import dit_config
 from diffjax.published import arrays, autoencoder_kl, openai, weights
 from diffjax.training.runners import RUNNERS
 

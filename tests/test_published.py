@@ -25,7 +25,7 @@ from catalogue import each
 from diffjax import published
 from diffjax.denoisers import time_input
 from diffjax.experiment import config as config_lib, resolve, rules
-from diffjax.models import EDM2UNetConfig, apply, dit, make_module
+from diffjax.models import EDM2UNetConfig, apply, make_module, sizes
 from diffjax.published import torchfile, weights
 
 
@@ -891,7 +891,9 @@ def test_what_a_file_of_a_transformer_does_not_say_must_be_passed(torch, tmp_pat
 )
 def test_the_arrays_of_a_published_transformer_say_which_it_is(kind, size, patch, side, parameters):
     """From the shapes of its arrays alone, the network has as many parameters as it should."""
-    width, blocks, heads = (dit.SIZES[size][name] for name in ("width", "blocks", "heads"))
+    width, blocks, heads = (
+        (sizes.DIT | sizes.JIT)[size][name] for name in ("width", "blocks", "heads")
+    )
     jit = kind == "JiT"
     channels, bottleneck = (3, 256 if size == "H" else 128) if jit else (4, width)
     outputs = channels if jit else 2 * channels
@@ -913,7 +915,7 @@ def test_the_arrays_of_a_published_transformer_say_which_it_is(kind, size, patch
     assert sum(int(np.prod(x.shape)) for x in expected) == parameters
     assert config.model.heads == heads
     if jit:
-        assert config.model == dit.jit_config(size, patch, labels=1000, null_label=True)
+        assert config.model == sizes.jit_config(size, patch, labels=1000, null_label=True)
         twice = state | {"pos_embed": np.zeros((1, 4 * (side // patch) ** 2, width))}
         with pytest.raises(ValueError, match="noise of twice the size"):
             published.dit.make_config(None, twice, kind)

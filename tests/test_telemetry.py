@@ -25,7 +25,7 @@ from catalogue import slow
 from diffjax import data
 from diffjax.experiment import Config, Optimizer, resolve
 from diffjax.experiment.functions import initial_state
-from diffjax.models import DiTConfig, UNetConfig, unet
+from diffjax.models import DiTConfig, UNetConfig, layers
 from diffjax.training import distributed, metrics, runners, telemetry
 
 ROOT = Path(__file__).parents[1]
@@ -121,7 +121,7 @@ def test_attention_counts_where_cudnn_computes_it(monkeypatch):
     counts = []
     for backend in ("cpu", "gpu"):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-        f = lambda *a: unet.attention(*a).sum()
+        f = lambda *a: layers.attention(*a).sum()
         counts.append([telemetry.flops(g, *qkv) for g in (f, jax.grad(f, (0, 1, 2)))])
     assert counts[0] == counts[1] == [4 * 2 * 3 * 128**2 * 64 * n for n in (1, 3)]
 

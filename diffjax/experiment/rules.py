@@ -270,6 +270,7 @@ def _of_conditioning(c):
     """Super-resolution, labels and guidance."""
     s = c.sampling
     learns_bound = c.learns_schedule or c.bound_weight is not None
+    image_cond = takes(c.model, "image_cond")
     check_null(c)
     return (
         (
@@ -307,8 +308,8 @@ def _of_conditioning(c):
             f"sampling.overlap={s.overlap}: must be at least 1, with augmentation=window",
         ),
         (
-            c.model.image_cond == (c.low_resolution is not None),
-            f"model.image_cond={c.model.image_cond} and low_resolution={c.low_resolution}: the "
+            image_cond == (c.low_resolution is not None),
+            f"model.image_cond={image_cond} and low_resolution={c.low_resolution}: the "
             "image that the network is given is that of super-resolution; give both, or neither",
         ),
     )

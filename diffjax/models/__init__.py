@@ -17,9 +17,11 @@ from jax.extend.core import jaxprs_in_params
 from ..types import Array, Cond, Key
 from .dit import DiT, DiTConfig
 from .edm2_unet import EDM2UNet, EDM2UNetConfig, Uncertainty, normalised
+from .layers import OF_MAPS
 from .mlp import MLP, MLPConfig
+from .sizes import dit_config, edm2_config, jit_config
 from .song_unet import SongUNet, SongUNetConfig
-from .unet import OF_MAPS, UNet, UNetConfig
+from .unet import UNet, UNetConfig
 
 
 class ModelConfig(Protocol):
@@ -46,18 +48,13 @@ class ModelConfig(Protocol):
     def labels(self) -> int:
         """Number of classes of `cond["label"]`; 0 for no label.
 
-        Concrete labels outside the table are refused (see `unet.class_index`).
+        Concrete labels outside the table are refused (see `layers.class_index`).
         """
         ...
 
     @property
     def null_label(self) -> bool:
         """Whether the index `labels` means "no label"."""
-        ...
-
-    @property
-    def image_cond(self) -> bool:
-        """Whether the network takes `cond["image"]` and `cond["image_log_snr"]`."""
         ...
 
     def check_input(self, shape: tuple[int, ...]) -> None:
@@ -102,6 +99,9 @@ __all__ = [
     "Uncertainty",
     "apply",
     "cast_ahead",
+    "dit_config",
+    "edm2_config",
+    "jit_config",
     "make_module",
     "name_of",
     "start_from",

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ..types import Array
-from .unet import Attention, DoubleConv
+from .layers import Attention, DoubleConv
 
 EPSILON = 1e-6  # added to the variance in each group normalisation
 

@@ -4,7 +4,7 @@ The image is cut into patches, and each becomes a token. A `Block` is self-atten
 perceptron, each added to its input; the embedded log-SNR and label scale and shift what enters
 them, and gate what leaves them (adaLN-zero: every gate starts at zero). The options span Peebles &
 Xie 2023 (DiT), Ma et al. 2024 (SiT, the same network on a rectified flow), and Li & He 2025 (JiT,
-which takes large patches of pixels); `dit_config` and `jit_config` make theirs.
+which takes large patches of pixels); `sizes` has the papers'.
 """
 
 import dataclasses
@@ -14,25 +14,28 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ..types import Array, Cond
-from .unet import (
+from .layers import (
+    Zero,
     also_embedded,
+    angles,
     attention,
     check_embedding,
+    check_options,
+    class_index,
     fold,
     noise_embedding,
     noise_level,
+    positions,
+    rotate,
     unfold,
 )
 
 Xavier = nn.initializers.xavier_uniform()
 Small = nn.initializers.normal(0.02)
-Zero = nn.initializers.zeros_init()
+EMBEDDED = 256  # sinusoids that embed the noise level
 
-EMBEDDED = 256
-"""Sinusoids that embed the noise level."""
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -89,7 +92,7 @@ class DiTConfig:
     """Add one class that means "no label", index `labels`, for classifier-free guidance."""
     remat: str = "none"
     """What to recompute in the backward pass, which saves memory and costs time: none, full (each
-    block), or dots (each block but its matrix products)."""
+    block) or dots (each block but its matrix products)."""
     bfloat16: bool = False
     """Compute in bfloat16; parameters, normalisation statistics and softmax stay float32."""
 
@@ -101,29 +104,18 @@ class DiTConfig:
                 f"heads={self.heads}: width={self.width} must be a multiple of 4 x {self.heads}, "
                 "because each head encodes rows and columns in pairs of channels"
             )
-        if self.labels < 0 or (self.null_label and not self.labels):
-            raise ValueError("null_label=True needs labels, the number of classes, at least 0")
-        if self.class_tokens < 0 or (
-            self.class_tokens and not (self.labels and 0 <= self.class_tokens_from < self.blocks)
-        ):
+        check_options(self)
+        have_place = self.labels and self.class_tokens_from in range(self.blocks)
+        if self.class_tokens < 0 or (self.class_tokens and not have_place):
             raise ValueError(
                 f"class_tokens={self.class_tokens} need labels, and class_tokens_from="
                 f"{self.class_tokens_from} in 0..{self.blocks - 1}"
             )
         check_embedding(self.embedding, self.two_times)
         if self.flow_time and self.embedding != "log_snr":
-            raise ValueError(
-                f"flow_time=True embeds the time of a rectified flow, not {self.embedding}"
-            )
+            raise ValueError(f"flow_time=True: needs embedding=log_snr, not {self.embedding}")
         if self.remat not in REMAT:
             raise ValueError(f"remat={self.remat!r}: one of {', '.join(REMAT)}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout}: must be in [0, 1)")
-
-    @property
-    def image_cond(self) -> bool:
-        """False: this network takes no image as conditioning."""
-        return False
 
     def check_input(self, shape: tuple[int, ...]) -> None:
         """Raise a ValueError unless the network takes examples of this shape: images of patches."""
@@ -134,47 +126,13 @@ class DiTConfig:
             )
 
 
-SIZES = {
-    "S": dict(width=384, blocks=12, heads=6),
-    "B": dict(width=768, blocks=12, heads=12),
-    "L": dict(width=1024, blocks=24, heads=16),
-    "XL": dict(width=1152, blocks=28, heads=16),
-    "H": dict(width=1280, blocks=32, heads=16),
-}
-"""The papers' sizes: DiT and SiT have S to XL, JiT has B, L and H."""
-
-
-def dit_config(size: str, patch: int = 2, **options: Any) -> DiTConfig:
-    """The options of a DiT or SiT of the paper, such as DiT-XL/2.
-
-    >>> dit_config("XL", 2, labels=1000, null_label=True).blocks
-    28
-    """
-    return DiTConfig(**{**SIZES[size], "patch": patch, **options})
-
-
-def jit_config(size: str, patch: int = 16, **options: Any) -> DiTConfig:
-    """The options of a JiT of the paper, such as JiT-B/16, which predicts x_0 from pixels.
-
-    >>> jit_config("L", 16, labels=1000, null_label=True).class_tokens_from
-    8
-    """
-    modern = dict(rms_norm=True, qk_norm=True, rope=True, swiglu=True, flow_time=True)
-    bottleneck, start = {"B": (128, 4), "L": (128, 8), "H": (256, 10)}[size]
-    tokens = dict(bottleneck=bottleneck, class_tokens=32, class_tokens_from=start)
-    return DiTConfig(**{**SIZES[size], **modern, **tokens, "patch": patch, **options})
-
-
 class DiT(nn.Module):
     """The transformer. Dropout is on if and only if `apply` is given a "dropout" key.
 
     Call with x_t `[batch, height, width, channels]`, log_snr `[batch]`, and a dict `cond` with
     `label` `[batch]` integers if the config has labels, and `log_snr_s` `[batch]` if it has two
-    times (None if it has neither). Returns
-    `[batch, height, width, out_channels]`, in float32 or wider.
-
-    The blocks are one scanned block with stacked parameters, so that the time to compile does not
-    depend on their number.
+    times (None if it has neither). Returns `[batch, height, width, out_channels]`, in float32 or
+    wider.
 
     >>> model = DiT(DiTConfig(width=32, blocks=2, heads=2))
     >>> inputs = jnp.zeros((1, 8, 8, 3)), jnp.zeros(1), None
@@ -204,7 +162,7 @@ class DiT(nn.Module):
         if c.labels:
             rows = c.labels + c.null_label
             label = nn.Embed(rows, c.width, embedding_init=Small, dtype=dtype, name="label")
-            of_label = label(cond["label"])
+            of_label = label(class_index(cond["label"], c.labels, c.null_label))
         emb += of_label
 
         h = fold(x_t.astype(dtype), c.patch)
@@ -269,7 +227,10 @@ class Block(nn.Module):
 
 
 def stack(config: DiTConfig, dtype: jnp.dtype, length: int, name: str) -> nn.Module:
-    """A row of blocks with stacked parameters: (tokens, embedding, turns) -> (tokens, None)."""
+    """One scanned block, whose time to compile does not depend on the number of blocks.
+
+    It takes tokens, the embedding and turns, and returns (tokens, None).
+    """
     policy = REMAT[config.remat]
     block = nn.remat(Block, policy=policy, prevent_cse=False) if policy else Block
     scan: Any = nn.scan  # whose annotation does not have nn.broadcast
@@ -288,26 +249,3 @@ def norm(config: DiTConfig, dtype: jnp.dtype, name: str) -> nn.Module:
     if config.rms_norm:
         return nn.RMSNorm(epsilon=1e-6, dtype=dtype, name=name)
     return nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, dtype=dtype, name=name)
-
-
-def angles(rows: int, columns: int, width: int) -> np.ndarray:
-    """Angles of each token's row, then of its column, `[rows columns, width / 2]`.
-
-    Su et al. 2021, "RoFormer", in two dimensions.
-    """
-    frequencies = 10000.0 ** (-np.arange(width // 4) / (width // 4))
-    row, column = np.divmod(np.arange(rows * columns), columns)
-    return np.concatenate([at[:, None] * frequencies for at in (row, column)], axis=1)
-
-
-def positions(rows: int, columns: int, width: int) -> np.ndarray:
-    """Sines and cosines of each token's column, then of its row, `[rows columns, width]`."""
-    row, column = np.split(angles(rows, columns, width), 2, axis=1)
-    return np.concatenate([np.sin(column), np.cos(column), np.sin(row), np.cos(row)], axis=1)
-
-
-def rotate(x: Array, turns: Array) -> Array:
-    """Turn neighbouring channels of `[batch, tokens, heads, width]` as pairs, by these angles."""
-    cos, sin = (f(turns)[None, :, None].astype(x.dtype) for f in (jnp.cos, jnp.sin))
-    a, b = x[..., 0::2], x[..., 1::2]
-    return jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape)

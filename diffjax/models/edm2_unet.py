@@ -6,7 +6,7 @@ used, and activations, sums and concatenations are scaled by constants. The netw
 directions of its filters alone, so that training keeps their lengths at one (`normalised`).
 
 Karras et al. 2024, "Analyzing and improving the training dynamics of diffusion models", whose
-configuration G this is, written from its appendix B. `edm2_config` has the paper's sizes.
+configuration G this is, written from its appendix B. `sizes.edm2_config` has the paper's.
 As published it is trained with target F, unit_input and weighting edm, as EDM's networks are.
 """
 
@@ -20,11 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from ..types import Array, Cond
-from .song_unet import check_levels
-from .unet import attention, double, halve
+from .layers import Zero, attention, check_levels, check_options, class_index, double, halve
 
 Unit = nn.initializers.normal(1.0)
-Zero = nn.initializers.zeros_init()
 
 EPSILON = 1e-4  # added to each root mean square that divides
 RESIDUAL = 0.3  # the part of a block's or an attention's branch in its sum
@@ -61,47 +59,19 @@ class EDM2UNetConfig:
 
     def __post_init__(self) -> None:
         numbers = (self.width, self.blocks, self.head_width, *self.mults)
-        if not self.mults or min(numbers) < 1 or self.labels < 0:
+        if not self.mults or min(numbers) < 1:
             raise ValueError(f"sizes and counts must be at least 1, mults not empty: {self}")
-        if self.null_label and not self.labels:
-            raise ValueError("null_label=True needs labels, the number of classes")
+        check_options(self)
         for mult in self.mults:
             if self.width * mult % self.head_width:
                 raise ValueError(
                     f"head_width={self.head_width}: must divide the channels of every level: "
                     f"width {self.width} x {mult} = {self.width * mult}"
                 )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout}: must be in [0, 1)")
-
-    @property
-    def image_cond(self) -> bool:
-        """False: this network takes no image as conditioning."""
-        return False
 
     def check_input(self, shape: tuple[int, ...]) -> None:
         """Raise a ValueError unless the network takes examples of this shape: images that halve."""
         check_levels(shape, len(self.mults), self.attention)
-
-
-SIZES = {
-    "XS": dict(width=128),
-    "S": dict(width=192),
-    "M": dict(width=256, dropout=0.1),
-    "L": dict(width=320, dropout=0.1),
-    "XL": dict(width=384, dropout=0.1),
-    "XXL": dict(width=448, dropout=0.1),
-}
-"""The paper's sizes, with the dropout that it trains them with on latents of ImageNet-512."""
-
-
-def edm2_config(size: str, **options: Any) -> EDM2UNetConfig:
-    """The options of a network of the paper, such as EDM2-XS.
-
-    >>> edm2_config("XXL", labels=1000).width
-    448
-    """
-    return EDM2UNetConfig(**{**SIZES[size], **options})
 
 
 class EDM2UNet(nn.Module):
@@ -136,7 +106,8 @@ class EDM2UNet(nn.Module):
         emb = fourier(-log_snr / 8, frequencies, phases)  # of log(sigma / alpha) / 4
         emb = Linear(wide, name="embed_noise")(emb)
         if c.labels:
-            one_hot = nn.one_hot(cond["label"], c.labels, dtype=emb.dtype)  # zeros for no label
+            index = class_index(cond["label"], c.labels, c.null_label)
+            one_hot = nn.one_hot(index, c.labels, dtype=emb.dtype)  # zeros for no label
             label = Linear(wide, name="embed_label")(math.sqrt(c.labels) * one_hot)
             emb = mix(emb, label, 0.5)
         emb = silu(emb).astype(dtype)

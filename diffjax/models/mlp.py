@@ -5,7 +5,15 @@ import dataclasses
 import flax.linen as nn
 
 from ..types import Array, Cond
-from .unet import Zero, also_embedded, check_embedding, class_index, noise_embedding, noise_level
+from .layers import (
+    Zero,
+    also_embedded,
+    check_embedding,
+    check_options,
+    class_index,
+    noise_embedding,
+    noise_level,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,18 +41,10 @@ class MLPConfig:
     """Add one class that means "no label", index `labels`, for classifier-free guidance."""
 
     def __post_init__(self) -> None:
-        if min(self.width // 2, self.blocks, self.out_channels or 1) < 1 or self.labels < 0:
+        if min(self.width // 2, self.blocks, self.out_channels or 1) < 1:
             raise ValueError(f"width must be at least 2, other counts at least 1: {self}")
         check_embedding(self.embedding, self.two_times)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout}: must be in [0, 1)")
-        if self.null_label and not self.labels:
-            raise ValueError("null_label=True needs labels, the number of classes")
-
-    @property
-    def image_cond(self) -> bool:
-        """False: this network takes no image as conditioning."""
-        return False
+        check_options(self)
 
     def check_input(self, shape: tuple[int, ...]) -> None:
         """Raise a ValueError unless the network takes examples of this shape: vectors."""
@@ -83,4 +83,4 @@ class MLP(nn.Module):
             r = nn.Dropout(c.dropout, deterministic=not self.has_rng("dropout"))(r)
             h += nn.Dense(c.width)(r)
         features = c.out_channels or x_t.shape[-1]
-        return nn.Dense(features, kernel_init=nn.initializers.zeros_init())(nn.silu(h))
+        return nn.Dense(features, kernel_init=Zero)(nn.silu(h))

@@ -19,7 +19,15 @@ import jax
 import jax.numpy as jnp
 
 from ..types import Array, Cond
-from .unet import Attention, Init, Zero, class_index, noise_embedding
+from .layers import (
+    Attention,
+    Init,
+    Zero,
+    check_levels,
+    check_options,
+    class_index,
+    noise_embedding,
+)
 
 ROOT = math.sqrt(0.5)  # scales a sum of two branches, so that it is no larger than they are
 EPSILON = 1e-6  # added to the variance in each group normalisation
@@ -64,21 +72,13 @@ class SongUNetConfig:
     """Compute in bfloat16; parameters, normalisation statistics and softmax stay float32."""
 
     def __post_init__(self) -> None:
-        if not self.mults or min(self.width, self.blocks, *self.mults) < 1 or self.labels < 0:
+        if not self.mults or min(self.width, self.blocks, *self.mults) < 1:
             raise ValueError(f"sizes and counts must be at least 1, mults not empty: {self}")
-        if self.null_label and not self.labels:
-            raise ValueError("null_label=True needs labels, the number of classes")
+        check_options(self)
         if self.width % 32:
             raise ValueError(f"width={self.width}: must be a multiple of 32, for the group norms")
         if len(self.taps) % 2 or self.taps != self.taps[::-1] or sum(self.taps) <= 0:
             raise ValueError(f"taps={self.taps}: need an even, symmetric list with a positive sum")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout}: must be in [0, 1)")
-
-    @property
-    def image_cond(self) -> bool:
-        """False: this network takes no image as conditioning."""
-        return False
 
     def check_input(self, shape: tuple[int, ...]) -> None:
         """Raise a ValueError unless the network takes examples of this shape: images that halve."""
@@ -193,20 +193,6 @@ class Block(nn.Module):
         if not self.attend:
             return h
         return Attention(1, groups(self.channels), EPSILON, self.dtype, name="attention")(h) * ROOT
-
-
-def check_levels(shape: tuple[int, ...], levels: int, attention: Sequence[int]) -> None:
-    """Raise a ValueError unless examples are images of so many levels with these heights."""
-    halvings = 2 ** (levels - 1)
-    if len(shape) != 3 or shape[0] % halvings or shape[1] % halvings:
-        raise ValueError(
-            f"examples of shape {shape}: a network of {levels} levels needs [height, width, "
-            f"channels] with height and width divisible by {halvings}; give `mults` fewer levels, "
-            "or crop or pad the images"
-        )
-    heights = [shape[0] // 2**level for level in range(levels)]
-    if not set(attention) <= set(heights):
-        raise ValueError(f"attention={tuple(attention)}: the heights are {heights}")
 
 
 def groups(channels: int) -> int:

@@ -18,7 +18,8 @@ import numpy as np
 
 from ..experiment import Config, Data, Sampling
 from ..models import DiTConfig
-from ..models.dit import SIZES, positions
+from ..models.layers import positions
+from ..models.sizes import DIT, JIT
 from . import torchfile
 from .arrays import Names, convert, refuse_lines
 
@@ -155,7 +156,7 @@ def make_config(
     shape = {name: state[name].shape for name in axes}
     width = shape["t_embedder.mlp.2.weight"][0]
     if heads is None:
-        of_width = {size["width"]: size["heads"] for size in SIZES.values()}
+        of_width = {size["width"]: size["heads"] for size in (DIT | JIT).values()}
         if jit:
             heads = width // shape["blocks.0.attn.q_norm.weight"][0]
         elif width in of_width:
