@@ -111,6 +111,8 @@ CONSTANT = {
     f"{decay}_constant": [f"--config.ema={decay}", "--config.ema_warmup=False"]
     for decay in (0.9, 0.98, 0.99, 0.995, 0.999)
 }
+PROPOSED = ("mean=0.8", "std=2.0")
+"""The density that `python -m diffjax.inspect` proposes for a run of configs/fashion_mnist.py."""
 ENDS = ("log_snr_min=-8.0", "log_snr_max=7.0")
 EVALUATIONS = (6, 10, 20, 50)
 SAMPLERS = {
@@ -150,6 +152,11 @@ STUDIES = {
     "networks": Study(
         "configs/{}.py",
         {"fashion_mnist": [], "fashion_dit": [], "fashion_edm2": []},
+        evaluation=["--features=fashion_classifier", "--held_out=500"],
+    ),
+    "density": Study(
+        "configs/fashion_mnist.py",
+        {"proposed": ["--config.density=normal", "--config.density_options", *PROPOSED]},
         evaluation=["--features=fashion_classifier", "--held_out=500"],
     ),
     "ema": Study(DIGITS, _one_of("config.ema", 0.0, 0.9, 0.98) | CONSTANT),
@@ -299,20 +306,25 @@ def command(name: str) -> str:
 
 
 def study_table(
-    record: dict[str, Any], name: str, base: str | None = None, without: Sequence[str] = ()
+    record: dict[str, Any],
+    name: str,
+    base: str | None = None,
+    of: tuple[str, str] = ("digits", "eps"),
+    without: Sequence[str] = (),
 ) -> str:
     """A study's numbers over its seeds.
 
     Args:
       record: the numbers of all runs.
       name: of the study.
-      base: the label of a first row, which is of the digits' eps; None: no such row.
+      base: the label of a first row; None: no such row.
+      of: the study and the variant whose numbers the first row has.
       without: columns to leave out.
     """
     runs = record[name]["runs"]
     variants = {variant: runs[variant] for variant in STUDIES[name].variants if variant in runs}
     if base is not None:
-        variants = {base: record["digits"]["runs"]["eps"]} | variants
+        variants = {base: record[of[0]]["runs"][of[1]]} | variants
     some = next(iter(runs.values()))
     keys = [key for key in COLUMNS if over_seeds(some, key) and key not in without]
     cells = lambda seeds: (spread(over_seeds(seeds, key)) for key in keys)
@@ -335,6 +347,15 @@ The same data, budget of time and sampler, with the U-Net, the transformer and E
 configs named below, each of which has the learning rate and the loss that suit it.
 
 {command}
+{table}
+"""
+DENSITY = """\
+## Density of noise levels
+
+`python -m diffjax.inspect` prints, for the first of the U-Nets above, the normal density of log-SNR
+with which its losses would vary least ([densities](howto/densities.md)). The last row is trained
+with it, and its losses are divided by it, so that the objective is the same.
+
 {table}
 """
 PICTURED = " The pictures of\n  samples call it score."
@@ -403,7 +424,7 @@ variance-preserving, except `rectified_flow`.
 Samples are drawn by 20 steps of DDIM, uniform in t, so that the schedule also determines the grid
 of noise levels.
 
-{networks}{vdm}## Moving average
+{networks}{density}{vdm}## Moving average
 
 The first column is the decay of the average; 0 is no average. A constant decay has no warm-up.
 
@@ -468,11 +489,19 @@ def page(record: dict[str, Any]) -> str:
         digits=study_table(record, "digits"),
         fashion_command=command("fashion"),
         fashion=study_table(record, "fashion"),
-        **{name: study_table(record, name, base, not_shared) for name, base in ablations.items()},
+        **{
+            name: study_table(record, name, base, without=not_shared)
+            for name, base in ablations.items()
+        },
         sampler=grid(record),
         pictured="" if "score" in record["digits"]["runs"] else PICTURED,
         networks=NETWORKS.format(command=command("networks"), table=study_table(record, "networks"))
         if "networks" in record
+        else "",
+        density=DENSITY.format(
+            table=study_table(record, "density", "uniform in t", ("networks", "fashion_mnist"))
+        )
+        if {"density", "networks"} <= record.keys()
         else "",
         vdm=vdm.section(),
         checked=", ".join(COLUMNS[key] for key in CHECKED),
