@@ -59,8 +59,8 @@ class Arguments:
     data_path: Path | None = None
     """The folder or file of the run's data; None: where the run says."""
     autoencoder: Path | None = None
-    """The autoencoder that makes images of latents, of which distances then are; None: that of the
-    run."""
+    """The autoencoder that decodes latents; distances are then measured on the decoded images.
+    None: that of the run."""
     held_out: int | None = None
     """Number of held-out examples whose bits are counted, from the first; None: all; 0: none."""
     bound_samples: int = 32
@@ -321,8 +321,12 @@ def main(argv: Sequence[str]) -> None:
 
 
 def check_unused(args: Arguments, default: Arguments) -> None:
-    """Refuse flags that have no effect beside `samples` or `compare`, given the run's defaults."""
+    """Refuse flags that have no effect beside the others, given the run's defaults."""
     plain = dataclasses.replace(args, compare=(), picture=default.picture)
+    changed = lambda *names: [n for n in names if getattr(args, n) != getattr(default, n)]
+    of_bits = changed("bound_samples", "flow") if args.held_out == 0 else []
+    of_distances = changed("features", "weights", "reference", "draws")
+    measures = args.samples or args.drawing.n or args.write_reference or args.compare
     require(
         (
             args.samples is None or args.drawing == default.drawing,
@@ -331,6 +335,15 @@ def check_unused(args: Arguments, default: Arguments) -> None:
         (
             not args.compare or (plain == default and args.workdir == Arguments.workdir),
             "compare: only reads and draws; give no other flag than picture",
+        ),
+        (not of_bits, f"{', '.join(of_bits)}: without effect, because held_out=0 counts no bits"),
+        (
+            args.flow or not changed("flow_steps"),
+            f"flow_steps={args.flow_steps}: without effect unless flow=True",
+        ),
+        (
+            bool(measures) or not of_distances,
+            f"{', '.join(of_distances)}: without effect, because n=0 draws no samples",
         ),
     )
 

@@ -102,7 +102,8 @@ def make_loss(
         )
         log_snr = schedule.log_snr(t)
         balanced = e.balance(params, log_snr, each)
-        return Losses(correction * balanced, {"t": t, "log_snr": log_snr, "loss": each})
+        seen = {"t": t, "log_snr": log_snr, "loss": each, "corrected": correction * each}
+        return Losses(correction * balanced, seen)
 
     return loss_fn
 
@@ -165,7 +166,7 @@ def train(
     learning_rate = jax.jit(e.learning_rate)
 
     def measure_held_out(params, batch):
-        return held_out_loss(e.keys().held_out, params, batch, e.times.init()).seen["loss"]
+        return held_out_loss(e.keys().held_out, params, batch, e.times.init()).seen["corrected"]
 
     # The same functions on every device there is.
     step_fn, held_out_fn, generate_fn = (

@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from . import keys
-from .types import Array, Cond, Data, Key, Real
+from .types import Array, Cond, Data, Key, Real, whole
 
 Coupling = Callable[[Key, Data, Data, Cond], Data]
 """(keys `[batch]`, x_0, eps, cond) -> the noise of each example, of the shape of eps."""
@@ -65,9 +65,10 @@ def ot(
     >>> ot()(jax.random.key(0), x_0, eps, None).T
     Array([[ 0., -1.,  1.]], dtype=float32)
     """
-    if not (exact >= 0 and epsilon > 0 and iterations >= 1):
+    if not (whole(exact, 0) and epsilon > 0 and whole(iterations)):
         raise ValueError(
-            f"{exact=}, {epsilon=}, {iterations=}: need exact >= 0, epsilon > 0, iterations >= 1"
+            f"{exact=}, {epsilon=}, {iterations=}: need exact >= 0, epsilon > 0, iterations >= 1, "
+            "the first and the last whole numbers"
         )
 
     def couple(key, x_0, eps, cond):
@@ -101,8 +102,8 @@ def immiscible(k: int = 4) -> Coupling:
 
     Source: Li et al. 2025, "Improved immiscible diffusion", arXiv 2505.18521.
     """
-    if k < 1:
-        raise ValueError(f"{k=}: must be at least 1, the number of noises to choose from")
+    if not whole(k):
+        raise ValueError(f"{k=}: must be a whole number, at least 1, of noises to choose from")
 
     def nearest(key, x_0, eps):
         fresh = jax.random.normal(key, (k - 1, *eps.shape), eps.dtype)

@@ -5,10 +5,12 @@ functions of `guidance` take a denoiser and return a denoiser, so they compose.
 `functools.partial(denoise, cond=...)` binds the conditioning, before such functions or after them.
 
 A denoiser carries its schedule in the attribute `schedule`, which these functions pass on. Where a
-schedule is an argument too, it must be the same; it may be None if the denoiser carries one.
+schedule is an argument too, it must be the same; it may be None if the denoiser carries one. The
+attribute `two_times` says whether it is a flow map.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -81,9 +83,9 @@ def denoiser(
     return with_schedule(schedule, denoise)
 
 
-def with_schedule(schedule: Schedule | None, denoise: Any) -> Denoiser:
-    """Set the attribute `schedule` of a denoiser, a function, in place; return the denoiser."""
-    denoise.schedule = schedule
+def with_schedule(schedule: Schedule | None, denoise: Any, two_times: bool = False) -> Denoiser:
+    """Set the attributes `schedule` and `two_times` of a function, in place; return it."""
+    denoise.schedule, denoise.two_times = schedule, two_times
     return denoise
 
 
@@ -113,12 +115,26 @@ def schedule_of(denoise: Denoiser, schedule: Schedule | None = None) -> Schedule
 
 def known_schedule(denoise: Any) -> Schedule | None:
     """The schedule of a denoiser, also under `functools.partial` or `jax.jit`; None if unknown."""
-    while getattr(denoise, "schedule", None) is None:
+    return _carried(denoise, "schedule")
+
+
+def is_flow_map(denoise: Any) -> bool:
+    """Whether a denoiser is a flow map, which also takes the time s at which a step ends.
+
+    A function that does not say so, in the attribute `two_times`, is one if it has an argument s.
+    """
+    said = _carried(denoise, "two_times")
+    return "s" in inspect.signature(denoise).parameters if said is None else said
+
+
+def _carried(denoise, name):
+    """An attribute of a denoiser, or of the function inside; None if there is none."""
+    while getattr(denoise, name, None) is None:
         inner = getattr(denoise, "func", None) or getattr(denoise, "__wrapped__", None)
         if inner is None:
             return None
         denoise = inner
-    return denoise.schedule
+    return getattr(denoise, name)
 
 
 def _same(a, b):
@@ -285,7 +301,7 @@ def clip_x_0(
     Raises:
       ValueError: unless `low < high`, or if the schedule is not the denoiser's.
     """
-    if known(low, high) and low >= high:
+    if known(low, high) and not low < high:
         raise ValueError(f"{low=} must be below {high=}")
     return with_x_0(denoise, schedule, lambda x_0, x_t, t, cond: jnp.clip(x_0, low, high))
 
@@ -326,4 +342,4 @@ def with_x_0(denoise: Denoiser, schedule: Schedule | None, change: Callable[...,
         eps = decode("x_0", x_0, x_t, *scales_at(schedule, t, x_t)).eps
         return prediction._replace(x_0=x_0, eps=eps)
 
-    return with_schedule(schedule, changed)
+    return with_schedule(schedule, changed, is_flow_map(denoise))

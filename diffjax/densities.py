@@ -40,11 +40,13 @@ class Density(NamedTuple):
       quantile: u in [0, 1] -> log-SNR, decreasing from the schedule's log-SNR at t = 0 to that at
         t = 1, elementwise.
       cdf: the inverse of `quantile`.
+      tail: 1 - cdf, exact where cdf is almost 1; None: that difference.
     """
 
     schedule: Schedule
     quantile: Callable[[Array], Array]
     cdf: Callable[[Array], Array]
+    tail: Callable[[Array], Array] | None = None
 
 
 def uniform(schedule: Schedule) -> Density:
@@ -71,23 +73,32 @@ def normal(schedule: Schedule, mean: Scalar = 2.4, std: Scalar = 2.4) -> Density
     Source: Karras et al. 2022, table 1; Karras et al. 2024; Esser et al. 2024, section 3.1; Li & He
     2025.
     """
-    if known(mean, std) and not std > 0:
-        raise ValueError(f"{std=}: must be positive")
+    if known(mean, std) and not (std > 0 and jnp.isfinite(mean)):
+        raise ValueError(f"{mean=} must be finite, {std=}: must be positive")
     ends = jnp.zeros(()), jnp.ones(())
     least_noise, most_noise = (schedule.log_snr(t) for t in ends)
-    below = lambda log_snr: jax.scipy.special.ndtr((mean - log_snr) / std)
-    first, last = below(least_noise), below(most_noise)
-    if known(first, last) and last - first < LEAST_MASS:
+    # The probabilities of less and of more noise than this: each is exact where it is small.
+    less = lambda log_snr: jax.scipy.special.ndtr((mean - log_snr) / std)
+    more = lambda log_snr: jax.scipy.special.ndtr((log_snr - mean) / std)
+    before, after = less(least_noise), more(most_noise)
+    mass = less(most_noise) - before
+    if known(mass) and not mass >= LEAST_MASS:
         raise ValueError(
             f"the schedule has log-SNR from {most_noise:.3g} to {least_noise:.3g}, where a normal "
-            f"density with {mean=:g}, {std=:g} has a probability of only {last - first:.2g}"
+            f"density with {mean=:g}, {std=:g} has a probability of only {mass:.2g}"
         )
 
     def quantile(u):
-        log_snr = mean - std * jax.scipy.special.ndtri(first + u * (last - first))
-        return jnp.clip(log_snr, most_noise, least_noise)
+        low, high = before + u * mass, after + (1 - u) * mass
+        z = jax.scipy.special.ndtri(jnp.minimum(low, high))
+        return jnp.clip(mean - std * jnp.where(low < high, z, -z), most_noise, least_noise)
 
-    return Density(schedule, quantile, lambda log_snr: (below(log_snr) - first) / (last - first))
+    return Density(
+        schedule,
+        quantile,
+        cdf=lambda log_snr: (less(log_snr) - before) / mass,
+        tail=lambda log_snr: (more(log_snr) - after) / mass,
+    )
 
 
 def relative(density: Density, t: Time, steps: int | None = None) -> Array:
@@ -104,7 +115,12 @@ def relative(density: Density, t: Time, steps: int | None = None) -> Array:
     if steps is None:
         return jax.jvp(u, (t,), (jnp.ones_like(t),))[1]
     i = jnp.round(t * steps)
-    return steps * (u(i / steps) - u((i - 1) / steps))
+    last, first = i / steps, (i - 1) / steps
+    mass, tail = u(last) - u(first), density.tail
+    if tail is not None:
+        rest = lambda t: tail(density.schedule.log_snr(t))
+        mass = jnp.where(u(first) > 0.5, rest(first) - rest(last), mass)
+    return steps * mass
 
 
 def fit_normal(
@@ -124,8 +140,8 @@ def fit_normal(
       losses: the mean loss in each bin, at least 0; NaN where nothing was measured.
 
     Raises:
-      ValueError: unless there is one loss between each two edges, all are finite and at least 0,
-        and one is positive.
+      ValueError: unless the edges ascend, there is one loss between each two of them, all are
+        finite and at least 0, and one inside the schedule's ends is positive.
 
     >>> import diffjax
     >>> schedule, edges = diffjax.cosine(-10, 10), range(-12, 13)
@@ -134,17 +150,25 @@ def fit_normal(
     >>> abs(float(mean)) < 0.01, 1 < float(std) < 2
     (True, True)
     """
-    losses = jnp.nan_to_num(at_least_float32(losses))
+    losses = at_least_float32(losses)
+    losses = jnp.where(jnp.isnan(losses), 0, losses)
     edges = jnp.asarray(edges, losses.dtype)
-    sound = not known(losses) or (losses.min() >= 0 and 0 < losses.max() < jnp.inf)
+    sound = not known(losses, edges) or (
+        losses.min() >= 0 and 0 < losses.max() < jnp.inf and bool((jnp.diff(edges) > 0).all())
+    )
     if len(edges) != len(losses) + 1 or not sound:
         raise ValueError(
             f"{len(losses)} losses between {len(edges)} edges: need one less, finite, none "
-            "negative, and a positive loss"
+            "negative, and a positive loss; and edges that ascend"
         )
     least, most = schedule.log_snr(jnp.ones(())), schedule.log_snr(jnp.zeros(()))
     edges = jnp.clip(edges, least, most).at[0].set(least).at[-1].set(most)
     share = -jnp.diff(time_at(schedule, edges)) * losses  # of uniform times, times their loss
+    if known(share) and not share.sum() > 0:
+        raise ValueError(
+            f"all losses lie outside of the schedule, which has log-SNR from {least:.3g} to "
+            f"{most:.3g}"
+        )
 
     def square(mean, std):
         """The mean square of losses over their density, up to a constant, `[means, stds]`."""

@@ -21,7 +21,6 @@ learning flow maps via self-distillation".) No residual depends on the target or
 """
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from . import checks, keys, ode, types
-from .denoisers import denoiser, known_schedule, schedule_of, with_schedule
+from .denoisers import denoiser, is_flow_map, known_schedule, schedule_of, with_schedule
 from .losses import draw
 from .process import scales_at
 from .schedules import Schedule, rate_at
@@ -74,7 +73,7 @@ def flow_map(network: Network, schedule: Schedule, target: str | Row) -> FlowMap
         log_snr_s = jnp.broadcast_to(schedule.log_snr(s), x_t.shape[:1])
         return denoise(x_t, t, {**(cond or {}), "log_snr_s": log_snr_s})
 
-    with_schedule(schedule, mean)
+    with_schedule(schedule, mean, two_times=True)
     return mean
 
 
@@ -160,7 +159,8 @@ def flow_map_loss(
         first step with it: "own" and a teacher that is a map take their own step, a denoiser takes
         DDIM's. `progressive` takes both steps with it, and needs a teacher.
       s: times at which steps end, `[]` or `[batch]`; drawn by default, uniform in [0, t].
-      first: the share of t - s that the first of two steps takes, in (0, 1); None draws it.
+      first: the share of t - s that the first of two steps takes, in (0, 1); None draws it. Only
+        the identities semigroup and progressive take two.
       diagonal: the fraction of examples with s = t, if s is drawn.
       to_data: the fraction of examples with s = 0, if s is drawn.
       normalise: the power p of a factor stop_gradient(loss + 0.001)^-p (Geng et al. 2025), on
@@ -193,7 +193,7 @@ def flow_map_loss(
     y, of_pair = (alpha * x_0 + sigma * eps) / radius, (alpha * eps - sigma * x_0) / radius
     u = velocity_of(flow_map(network, schedule, target), schedule, cond)
     v = u if velocity == "own" else lambda *_: of_pair
-    if teacher is not None and "s" in inspect.signature(teacher).parameters:
+    if teacher is not None and is_flow_map(teacher):
         v = velocity_of(teacher, schedule, cond)
     elif teacher is not None:
         bound = teacher if cond is None else functools.partial(teacher, cond=cond)
@@ -242,7 +242,11 @@ def check(
         ),
         (first is None or 0 < first < 1, f"{first=}: must be between 0 and 1, or None to draw it"),
         (
-            min(diagonal, to_data, normalise) >= 0 and diagonal + to_data <= 1,
+            first is None or identity in ("semigroup", "progressive"),
+            f"{first=}: {identity=} takes no two steps; leave it out, or use identity=semigroup",
+        ),
+        (
+            all(x >= 0 for x in (diagonal, to_data, normalise)) and diagonal + to_data <= 1,
             f"{diagonal=}, {to_data=}, {normalise=}: must be at least 0, the first two at most 1",
         ),
     ):

@@ -34,7 +34,7 @@ from .process import scales_at
 from .samplers.walk import Sampler
 from .schedules import Schedule
 from .targets import decode
-from .types import Array, Cond, Data, Denoiser, Scalar, Time, expand, known, select
+from .types import Array, Cond, Data, Denoiser, Scalar, Time, expand, known, select, whole
 
 
 def classifier_free(
@@ -57,7 +57,7 @@ def classifier_free(
       ValueError: unless `channels` is a whole number of at least 1; when called, if `cond` is not a
         pytree like `null`, or if x_t has fewer channels.
     """
-    if channels is not None and not (isinstance(channels, int) and channels >= 1):
+    if not (channels is None or whole(channels)):
         raise ValueError(f"{channels=}: must be a whole number of at least 1, or None")
     both = _with_and_without(denoise, null)
 
@@ -270,7 +270,7 @@ def within(
     Raises:
       ValueError: unless `low < high`.
     """
-    if known(low, high) and low >= high:
+    if known(low, high) and not low < high:
         raise ValueError(f"{low=} must be below {high=}, in log-SNR")
     schedule = schedule_of(denoise, schedule_of(guided, schedule))
 
@@ -336,7 +336,7 @@ def dynamic_threshold(
     """
     if known(quantile) and not 0 <= quantile <= 1:
         raise ValueError(f"{quantile=}: must be in [0, 1]")
-    if known(limit) and limit <= 0:
+    if known(limit) and not limit > 0:
         raise ValueError(f"{limit=}: must be positive")
 
     def shrink(x_0, x_t, t, cond):

@@ -50,6 +50,7 @@ from .types import (
     check_like,
     expand,
     select,
+    whole,
 )
 
 Nats = Float[Array, " batch"]
@@ -259,8 +260,8 @@ def elbo(
     _check(steps=steps, levels=levels, samples=samples)
     if samples is None and steps is None:
         raise ValueError(f"samples=None evaluates every step: needs discrete time, not {steps=}")
-    if at_once < 1:
-        raise ValueError(f"{at_once=}: must be at least 1")
+    if not whole(at_once):
+        raise ValueError(f"{at_once=}: must be a whole number of at least 1")
     x_0, schedule = at_least_float32(x_0), schedule_of(denoise, schedule)
     example_keys = keys.per_example(key, len(x_0))
     parts = samples or 2 * ((steps or 2) - 1)
@@ -390,8 +391,11 @@ def flow_log_likelihood(
     >>> bool(jnp.allclose(log_p, denoise.log_density(x, 0.0), atol=1e-4))
     True
     """
-    if steps < 1 or (tolerance is not None and tolerance <= 0):
-        raise ValueError(f"{steps=}, {tolerance=}: need at least 1 step, a positive tolerance")
+    if not whole(steps) or not (tolerance is None or tolerance > 0):
+        raise ValueError(
+            f"{steps=}, {tolerance=}: need a whole number of steps, at least 1, and a positive "
+            "tolerance"
+        )
     x_0, schedule = at_least_float32(x_0), schedule_of(denoise, schedule)
     divergence = _exact_divergence if key is None else _hutchinson(key, x_0)
 
@@ -527,5 +531,5 @@ def _sum(x):
 
 def _check(**numbers):
     for name, value in numbers.items():
-        if value is not None and value < 2:
-            raise ValueError(f"{name}={value}: must be at least 2")
+        if not (value is None or whole(value, 2)):
+            raise ValueError(f"{name}={value}: must be a whole number of at least 2")

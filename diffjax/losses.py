@@ -71,7 +71,10 @@ def sample_times(
     index = jnp.arange(n) if index is None else index
     t = 1 - (jax.random.uniform(key) + index / n) % 1
     if density is not None:
-        t = time_at(density.schedule, density.quantile(t))
+        # A whole tail rounds to 1, where its weight would be that of the very end.
+        half = jnp.finfo(t.dtype).eps / 2
+        u = jnp.clip(t, half, 1 - half)
+        t = time_at(density.schedule, density.quantile(u))
     return t if steps is None else jnp.maximum(jnp.ceil(t * steps), 1) / steps
 
 

@@ -91,10 +91,12 @@ def gaussian(
 
     def flow_map(x_t, t, s):
         # Along each principal axis x keeps its distance to the mean in standard deviations.
+        _check_shape(x_t, mean.shape)
         (alpha_t, sigma_t), (alpha_s, sigma_s) = (scales_at(schedule, u, x_t) for u in (t, s))
         std = lambda alpha, sigma: jnp.sqrt(alpha**2 * variances[None] + sigma**2)
         z = _dot("bd,de->be", x_t - alpha_t * mean[None], axes) / std(alpha_t, sigma_t)
-        return alpha_s * mean[None] + _dot("be,de->bd", z * std(alpha_s, sigma_s), axes)
+        x_s = alpha_s * mean[None] + _dot("be,de->bd", z * std(alpha_s, sigma_s), axes)
+        return x_s.astype(jnp.result_type(x_t))
 
     return dataclasses.replace(oracle, flow_map=flow_map)
 
@@ -131,6 +133,7 @@ def gaussian_mixture(
 
     def posterior(x_t, t):
         """Log-weights [b, k], and E[x_0] and E[eps] of each component [b, k, d]."""
+        _check_shape(x_t, means.shape[1:])
         centre = means[None]
         x = x_t[:, None].astype(jnp.result_type(x_t, centre))
         alpha, sigma = scales_at(schedule, t, x)
@@ -181,9 +184,9 @@ def dataset(schedule: Schedule, x: Float[Real, "n ..."]) -> Oracle:
     Raises:
       ValueError: if there are no examples.
     """
+    x = jnp.asarray(x)
     if x.ndim < 2 or not len(x):
         raise ValueError(f"examples of shape {x.shape}: need [n, ...] with n at least 1")
-    x = jnp.asarray(x)
     flat = x.reshape(len(x), -1)
 
     def log_joint(x_t, alpha, sigma):
@@ -191,6 +194,7 @@ def dataset(schedule: Schedule, x: Float[Real, "n ..."]) -> Oracle:
         return -0.5 * distance / sigma**2 - jnp.log(len(x))
 
     def each(f, x_t, t):
+        _check_shape(x_t, x.shape[1:])
         scales = [jnp.broadcast_to(scale, x_t.shape[:1]) for scale in schedule(t)]
         wide = x_t.astype(jnp.result_type(x_t, flat))
         return jax.lax.map(lambda args: f(*args), (wide, *scales))
@@ -245,9 +249,14 @@ def _principal(cov, d):
             raise ValueError(f"covariance {cov} is not symmetric")
         # In float64, because the small variances of an ill-conditioned matrix matter near t = 0.
         variances, axes = map(jnp.asarray, np.linalg.eigh(np.asarray(cov, np.float64)))
-    if known(variances) and variances.min() < -1e-6 * jnp.abs(variances).max():
+    if known(variances) and not variances.min() >= -1e-6 * jnp.abs(variances).max():
         raise ValueError(f"covariance {cov} is not positive semi-definite")
     return jnp.maximum(variances, 0), axes
+
+
+def _check_shape(x_t, shape):
+    if jnp.shape(x_t)[1:] != shape:
+        raise ValueError(f"x_t of shape {jnp.shape(x_t)}: the oracle's data are [batch, *{shape}]")
 
 
 def _dot(subscripts, a, b):

@@ -32,7 +32,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Float
 
-from .types import Array, Real, Scalar, Time, at_least_float32, check_times, known
+from .types import Array, Real, Scalar, Time, at_least_float32, check_times, known, whole
 
 Scales = Callable[[Array], tuple[Array, Array]]
 
@@ -519,7 +519,7 @@ def zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
 
 
 def _require_steps(steps):
-    if not isinstance(steps, int | np.integer) or not 1 <= steps <= LONGEST:
+    if not (whole(steps) and steps <= LONGEST):
         raise ValueError(f"{steps=}: must be at least 1 and at most {LONGEST}, a whole number")
 
 
@@ -527,8 +527,8 @@ def _require_decreasing(log_snr_min, log_snr_max):
     # The ends of a vmapped or learned schedule are traced and cannot be checked. Those that are
     # known are compared by NumPy, which gives a value while something else is traced too.
     ends = log_snr_min, log_snr_max
-    if known(*ends) and not np.less(*map(np.asarray, ends)):
-        raise ValueError(f"{log_snr_min=} must be below {log_snr_max=}")
+    if known(*ends) and not (np.less(*map(np.asarray, ends)) and np.isfinite(ends).all()):
+        raise ValueError(f"{log_snr_min=} must be below {log_snr_max=}, and both finite")
 
 
 def _linear_betas(steps: int = 1000, start=1e-4, end=0.02, log_snr_max=24.0):

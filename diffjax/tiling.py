@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from .denoisers import bound_cond, known_schedule, predict, with_schedule
-from .types import Array, Cond, Denoiser
+from .denoisers import bound_cond, is_flow_map, known_schedule, predict, with_schedule
+from .types import Array, Cond, Denoiser, whole
 
 Position = Float[Array, "2"]
 """Where the centre of a window is, (down, right) from that of the image, in halves of its sides."""
@@ -38,8 +38,8 @@ def tiled(
 
     The image is covered by windows at even distances, which overlap by at least `overlap` pixels.
     The weight of a window rises as sin^2 over this many pixels, from edges at which it has
-    neighbours. Windows are denoised
-    one after another; memory grows with the image, not with the network's activations for it.
+    neighbours. Windows are denoised one after another; memory grows with the image, not with the
+    network's activations for it.
 
     Args:
       denoise: a denoiser, or a flow map, of images `[batch, *size, channels]`, of any channels.
@@ -62,10 +62,10 @@ def tiled(
     (1, 13, 20, 1)
     """
     sides = (size, size) if isinstance(size, int) else tuple(size)
-    if min(sides) < 1 or not 1 <= overlap < max(sides):
+    if not (all(map(whole, sides)) and whole(overlap) and overlap < max(sides)):
         raise ValueError(f"{size=}, {overlap=}: need 1 <= overlap < size, or there are seams")
 
-    def whole(x_t, t, cond=None, s=None):
+    def of_image(x_t, t, cond=None, s=None):
         cond = bound_cond(denoise) if cond is None else cond
         if x_t.ndim != 4:
             raise ValueError(f"{x_t.shape}: need images [batch, height, width, channels]")
@@ -102,7 +102,7 @@ def tiled(
 
         return jax.tree.map(add, jax.lax.map(lambda each: part(*each), (corners, weights)))
 
-    return with_schedule(known_schedule(denoise), whole)
+    return with_schedule(known_schedule(denoise), of_image, is_flow_map(denoise))
 
 
 def cover(length: int, size: int, overlap: int) -> tuple[np.ndarray, np.ndarray]:

@@ -85,6 +85,16 @@ def known(*values: Any) -> bool:
     return not any(isinstance(value, Tracer) for value in values)
 
 
+def whole(value: Any, least: int = 1) -> bool:
+    """Whether a value is a whole number of at least `least`.
+
+    >>> whole(3), whole(2.5), whole(True), whole(0)
+    (True, False, False, False)
+    """
+    number = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return number and bool(value >= least)
+
+
 def at_least_float32(x: Any) -> Array:
     """`x` as a JAX array of at least float32, for sums and for times.
 

@@ -58,7 +58,12 @@ def p2(k: float = 1.0, gamma: float = 1.0) -> Weighting:
     """1 / (k + snr)^gamma: less weight where only imperceptible noise is left.
 
     Choi et al. 2022, "Perception prioritized training of diffusion models".
+
+    Raises:
+      ValueError: unless `k > 0`.
     """
+    if not k > 0:
+        raise ValueError(f"{k=}: must be positive")
     return lambda log_snr, rate: (k + jnp.exp(log_snr)) ** -gamma
 
 
@@ -67,7 +72,12 @@ def edm(p_mean: float = -1.2, p_std: float = 1.2, sigma_data: float = 0.5) -> We
 
     Karras et al. 2022, section 5 and table 1: log(sigma/alpha) ~ N(p_mean, p_std^2), and weight 1
     on the target F with the same `sigma_data`.
+
+    Raises:
+      ValueError: unless `p_std > 0` and `sigma_data > 0`.
     """
+    if not p_std > 0:
+        raise ValueError(f"{p_std=}: must be positive")
     of_f = preconditioned(sigma_data)
 
     def weight(log_snr, rate):
@@ -83,7 +93,12 @@ def preconditioned(sigma_data: float = 0.5) -> Weighting:
 
     With their density of noise levels as a part of the objective it is their loss, which `edm` is
     at uniform t.
+
+    Raises:
+      ValueError: unless `sigma_data > 0`.
     """
+    if not sigma_data > 0:
+        raise ValueError(f"{sigma_data=}: must be positive")
     return lambda log_snr, rate: (jnp.exp(-log_snr) + sigma_data**2) / sigma_data**2
 
 
@@ -110,7 +125,7 @@ def min_snr(gamma: float = 5.0) -> Weighting:
     Raises:
       ValueError: unless `gamma > 0`.
     """
-    if gamma <= 0:
+    if not gamma > 0:
         raise ValueError(f"{gamma=}: must be positive")
     return lambda log_snr, rate: jnp.minimum(gamma * jnp.exp(-log_snr), 1)
 

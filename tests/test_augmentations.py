@@ -238,7 +238,7 @@ WINDOW = {
             "sampling.overlap=4: must be at least 1, and less than the side of windows, 4",
         ),
         ({**WINDOW, "sampling": Sampling(overlap=0)}, "sampling.overlap=0: must be at least 1"),
-        ({"augmentation": None}, "model.augment_dim=9: needs an augmentation"),
+        ({"augmentation": None}, "model.augment_dim=9, augmentation_options={'p': 1.0}: need an"),
         ({"data": Data("npz", latents="sd")}, "augmentation=edm: images of super-resolution and"),
     ],
 )

@@ -279,7 +279,8 @@ def through_u(identity):
     def loss(theta):
         network = written_as("v", schedule, wrong(schedule, theta))
         return flow_map_loss(
-            jax.random.key(3), network, schedule, "v", x_0, identity=identity, t=t, s=s, first=0.5,
+            jax.random.key(3), network, schedule, "v", x_0, identity=identity, t=t, s=s,
+            first=0.5 if identity in ("semigroup", "progressive") else None,
             **suited(identity, exact),
         )  # fmt: skip
 
@@ -611,14 +612,15 @@ def test_a_network_is_differentiated_in_both_times_with_dropout(x64, name):
 # Runs of flow maps.
 
 
-def map_of(run, of_model=None, **options):
-    """The experiment of a flow map with the model of a finished run."""
+def map_of(run, of_model=None, changes=None, **options):
+    """The experiment of a flow map with the model of a finished run, and changes of its config."""
     config = trained.read_config(run)
     of_model = {"embedding": "angle", "two_times": True} | (of_model or {})
     model = dataclasses.replace(config.model, **of_model)
     sampling = dataclasses.replace(config.sampling, sampler="jump", guidance=(), times=None)
     options = {"objective": "flow_map", "target": "v", "flow_map": FlowMap(**options)}
-    return resolve(dataclasses.replace(config, model=model, sampling=sampling, **options))
+    options |= {"model": model, "sampling": sampling} | (changes or {})
+    return resolve(dataclasses.replace(config, **options))
 
 
 @pytest.mark.faults
@@ -658,6 +660,42 @@ def test_a_map_that_is_given_the_weight_learns_from_the_teacher_at_that_weight(f
     x_t, label = jax.random.normal(jax.random.key(0), (2, 8, 8, 1)), {"label": jnp.arange(2)}
     ours = jax.jit(teacher)(x_t, 0.5, {**label, "guidance": weight})
     np.testing.assert_allclose(ours.eps, jax.jit(guided)(x_t, 0.5, label).eps, atol=1e-5)
+
+
+def test_a_network_that_a_map_learns_from_must_suit_it():
+    of_map = functools.partial(map_of, "fashion_map", start="fashion_map")
+    trained.inherit(of_map(changes={"unit_output": False}), (28, 28, 1))  # the same for v
+    with pytest.raises(ValueError, match="trained with attention=.*the map's has attention="):
+        trained.inherit(of_map({"attention": ()}), (28, 28, 1))
+    told = map_of("digits", {"augment_dim": 9}, {"augmentation": "edm"}, velocity="digits")
+    with pytest.raises(ValueError, match="it has model.augment_dim=0, the map model.augment_dim=9"):
+        trained.inherit(told, (8, 8, 1))
+
+
+def test_a_teacher_may_have_a_chain_of_guidances():
+    """An estimate that a threshold changes is still that of a denoiser, not of a map."""
+    chain = ("classifier_free:weight=2", "dynamic_threshold")
+    e = trained.inherit(map_of("digits", velocity="digits", guidance=chain), (8, 8, 1))
+    inputs = jnp.zeros((2, 8, 8, 1)), {"label": jnp.arange(2)}
+
+    def loss(x_0, cond):
+        network = lambda x_t, log_snr, cond: 0 * x_t
+        return e.objective(None)(jax.random.key(0), network, e.schedule, "v", x_0, cond=cond)
+
+    assert jax.eval_shape(loss, *inputs).shape == (2,)
+
+
+@pytest.mark.parametrize("identity", ["lagrangian", "semigroup"])
+def test_a_teacher_may_be_clipped_or_tiled(identity):
+    """Where neither changes anything the loss is that of the plain denoiser."""
+    schedule = diffjax.cosine()
+    plain = diffjax.denoiser(lambda x_t, log_snr, cond: jnp.tanh(x_t), schedule, "v")
+    x_0 = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
+    loss = lambda teacher: flow_map_loss(
+        *(jax.random.key(1), NETWORK, schedule, "v", x_0), identity=identity, velocity=teacher
+    )
+    for same in (diffjax.clip_x_0(plain, low=-1e3, high=1e3), diffjax.tiled(plain, 8, 4)):
+        np.testing.assert_allclose(loss(same), loss(plain), rtol=1e-5)
 
 
 def test_a_map_starts_with_the_parameters_of_a_run(finished, tmp_path):
@@ -707,6 +745,8 @@ NETWORK = lambda x_t, log_snr, cond: 0 * x_t
         ),
         (dict(normalise=-1.0), ValueError, "normalise=-1.0: must be at least 0"),
         (dict(first=1.0), ValueError, "first=1.0: must be between 0 and 1"),
+        (dict(first=0.5), ValueError, "first=0.5: identity='lagrangian' takes no two"),
+        (dict(normalise=math.nan), ValueError, "normalise=nan: must be at least 0"),
         (dict(diagonal=0.7, to_data=0.6), ValueError, "diagonal=0.7, to_data=0.6.*at most 1"),
         (dict(s=2.0), ValueError, r"times from 2.0 to 2.0: must lie in \[0, 1\]"),
         (dict(cond=jnp.zeros(2)), TypeError, "cond is a .*a flow map needs a dict"),

@@ -257,6 +257,7 @@ def test_the_last_step_of_tds_leaves_samples_of_equal_weight():
     before, last = step(1e-3), step(0.0)
     assert np.ptp(before.x) > 0.1 and before.memory[0] > before.memory[1]
     np.testing.assert_allclose(last.x, 0.6, atol=0.03)
+    np.testing.assert_allclose(last.x_0, 0.6, atol=0.03)  # the estimates of the same particles
     np.testing.assert_array_equal(last.memory, 0)
 
 

@@ -315,6 +315,24 @@ def test_losses_over_their_fitted_density_vary_less_than_at_uniform_times(name):
     assert spread(p) < 0.6 * spread(jnp.ones_like(t))
 
 
+@pytest.mark.parametrize(("mean", "std"), [(2.4, 2.4), (1.0, 1.6), (0.0, 2.0)])
+def test_the_tails_of_a_density_are_exact_in_float32(mean, std):
+    """The probability of each step by SciPy; and no time is drawn whose weight is infinite."""
+    schedule, steps = diffjax.cosine(), 1000
+    density, exact = densities.normal(schedule, mean, std), scipy.stats.norm(mean, std)
+    t = np.arange(steps + 1, dtype=np.float32) / steps
+    log_snr = np.asarray(schedule.log_snr(t), np.float64)
+    tails = -np.diff(exact.cdf(log_snr)), np.diff(exact.sf(log_snr))
+    mass = np.where(log_snr[1:] > mean, tails[1], tails[0]) / -np.diff(exact.cdf(log_snr[[0, -1]]))
+    got = densities.relative(density, jnp.asarray(t[1:]), steps)
+    np.testing.assert_allclose(got, steps * mass, rtol=2e-3)
+    key = jax.random.fold_in(jax.random.key(0), 68457)  # whose first u rounds to 1
+    for grid in (None, steps):
+        drawn = diffjax.sample_times(key, 128, grid, density=density)
+        weights = 1 / densities.relative(density, drawn, grid)
+        assert weights.max() < 1e5, weights.max()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -324,7 +342,14 @@ def test_losses_over_their_fitted_density_vary_less_than_at_uniform_times(name):
             "from -6 to 6, where a normal density",
         ),
         (lambda s: densities.fit_normal(s, [0, 1], jnp.ones(2)), "2 losses between 2 edges"),
+        (lambda s: densities.normal(s, jnp.nan, 1.0), "mean=nan must be finite"),
         (lambda s: densities.fit_normal(s, [0, 1], jnp.zeros(1)), "a positive loss"),
+        (lambda s: densities.fit_normal(s, [0, 1], jnp.array([jnp.inf])), "finite"),
+        (lambda s: densities.fit_normal(s, [1, 0], jnp.ones(1)), "edges that ascend"),
+        (
+            lambda s: densities.fit_normal(s, [7, 8, 9, 10], jnp.array([0.0, 1.0, 0.0])),
+            "all losses lie outside of the schedule, which has log-SNR from -6 to 6",
+        ),
     ],
 )
 def test_a_density_that_the_schedule_cannot_draw_is_refused(call, message):
@@ -502,8 +527,22 @@ def test_min_snr_caps_the_x_0_weight_at_gamma():
     log_snr = jnp.linspace(-10, 10, 41)
     on_x_0 = weightings.min_snr(5.0)(log_snr, log_snr) * jnp.exp(log_snr)
     np.testing.assert_allclose(on_x_0, np.minimum(np.exp(np.linspace(-10, 10, 41)), 5), rtol=1e-5)
-    with pytest.raises(ValueError, match="gamma=0"):
-        weightings.min_snr(0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("min_snr", {"gamma": 0.0}),
+        ("edm", {"p_std": -1.2}),
+        ("edm", {"sigma_data": 0.0}),
+        ("preconditioned", {"sigma_data": 0.0}),
+        ("p2", {"k": -1.0}),
+    ],
+)
+def test_weightings_that_are_negative_or_undefined_are_refused(name, options):
+    (option, value) = next(iter(options.items()))
+    with pytest.raises(ValueError, match=f"{option}={value}: must be positive"):
+        weightings.WEIGHTINGS[name](**options)
 
 
 @pytest.mark.parametrize("n", [1, 7, 64, 1000])

@@ -423,6 +423,23 @@ def test_mlp_takes_labels_and_drops_out():
 
 
 @pytest.mark.parametrize(
+    "config", [UNetConfig, SongUNetConfig, MLPConfig, DiTConfig, EDM2UNetConfig]
+)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"out_channels": 0}, "out_channels=0: must be at least 1, or None"),
+        ({"labels": -1}, "labels=-1: must be at least 0"),
+        ({"null_label": True}, "null_label=True needs labels"),
+        ({"dropout": 1.0}, "dropout=1.0: must be in"),
+    ],
+)
+def test_the_options_of_all_networks_are_checked(config, options, message):
+    with pytest.raises(ValueError, match=message):
+        config(**options)
+
+
+@pytest.mark.parametrize(
     ("module", "config", "shape", "null_label"),
     [
         (UNet, SMALL, (8, 8, 1), True),

@@ -150,6 +150,22 @@ def test_float32_data_stays_float32_and_is_exact_at_both_ends(make):
 
 
 @pytest.mark.parametrize(
+    "make",
+    [
+        lambda s: oracles.gaussian(s, [0.0], 1.0),
+        lambda s: oracles.gaussian_mixture(s, [1.0, 1.0], [[0.0], [1.0]], [1.0, 1.0]),
+        lambda s: oracles.dataset(s, np.array([[0.0], [1.0]])),
+    ],
+)
+def test_data_of_another_width_are_refused(make):
+    oracle = make(diffjax.cosine())
+    calls = oracle, oracle.log_density, lambda x, t: oracle.flow_map(x, t, 0.2)
+    for call in calls:
+        with pytest.raises(ValueError, match=r"x_t of shape \(2, 3\): the oracle's data are"):
+            call(jnp.zeros((2, 3)), 0.5)
+
+
+@pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda s: oracles.gaussian(s, [0.0, 0.0], np.eye(3)), r"shape \(3, 3\) for 2 dimensions"),

@@ -916,6 +916,9 @@ def test_refusals_of_evaluate(finished, drawn, tmp_path, monkeypatch):
         ([workdir, f"--samples={drawn[0]}", "--n=20"], "they are drawn already; give no n"),
         ([workdir, f"--samples={drawn[0]}", "--steps=3"], "they are drawn already; give no n"),
         ([*compare, "--bound_samples=3"], "compare: only reads and draws"),
+        ([workdir, "--held_out=0", "--bound_samples=3"], "bound_samples: without effect, because"),
+        ([workdir, "--flow_steps=3"], "flow_steps=3: without effect unless flow=True"),
+        ([workdir, "--n=0", "--draws=3"], "draws: without effect, because n=0 draws no samples"),
         ([*compare, workdir], "compare: only reads and draws"),
     ):
         with pytest.raises(SystemExit, match=f"error: .*{re.escape(message)}"):

@@ -1,7 +1,9 @@
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -336,6 +338,38 @@ def test_discrete_times_are_on_the_grid():
     np.testing.assert_allclose(times, np.round(times), atol=1e-4)
     with pytest.raises(ValueError, match="8 steps on a grid of 4"):
         diffjax.discrete_times(4, 8)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda d: diffjax.predictor_corrector(d, corrections=1.5),
+        lambda d: diffjax.predictor_corrector(d, snr=math.nan),
+        lambda d: diffjax.edm(d, steps=2.5),
+        lambda d: diffjax.edm(d, s_churn=math.nan),
+        lambda d: diffjax.edm(d, s_churn=1.0, s_noise=math.inf),
+        lambda d: diffjax.dpm_solver_pp_2m_sde(d, eta=math.nan),
+        lambda d: diffjax.unipc(d, order=1.5),
+        lambda d: diffjax.uniform_times(2.5),
+        lambda d: diffjax.discrete_times(10.5, 4),
+        lambda d: diffjax.karras_times(diffjax.cosine(), 4, rho=math.nan),
+        lambda d: diffjax.clip_x_0(d, low=math.nan),
+        lambda d: diffjax.flow_log_likelihood(d, d.schedule, jnp.zeros((1, 2)), steps=2.5),
+        lambda d: diffjax.tiled(d, 8, overlap=2.5),
+        lambda d: diffjax.cosine(-15.0, math.inf),
+    ],
+)
+def test_counts_that_are_not_whole_and_numbers_that_are_not_finite_are_refused(make, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it
+    with pytest.raises(ValueError, match=r"2\.5|1\.5|10\.5|nan|inf"):
+        make(oracles.gaussian(diffjax.cosine(), [0.0, 0.0], 1.0))
+
+
+def test_the_jump_of_a_gaussian_keeps_the_precision_it_is_started_in():
+    jump = diffjax.jump(oracles.gaussian(diffjax.cosine(), jnp.zeros(3), 1.0))
+    x_1 = jnp.ones((2, 3), jnp.bfloat16)
+    x_0, _ = diffjax.sample(jax.random.key(0), jump, x_1, diffjax.uniform_times(4))
+    assert x_0.dtype == jnp.bfloat16
 
 
 @some_samplers

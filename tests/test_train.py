@@ -570,7 +570,7 @@ BAD = {
             *(*MAP, "--config.flow_map.velocity=digits", "--config.sampling.guidance"),
             *("--config.model.labels=0", "--config.model.null_label=False"),
         ],
-        "flow_map.velocity=digits: it has 10 labels, the map 0",
+        "flow_map.velocity=digits: it has model.labels=10, the map model.labels=0",
     ),
     "teacher's shape": (
         [*MAP, "--config.flow_map.velocity=fashion_mnist"],
@@ -585,6 +585,39 @@ BAD = {
         "flow_map.guidance=classifier_free:weight=2: needs a teacher",
     ),
     "jump": (["--config.sampling.sampler=jump"], "sampling.sampler=jump: needs a flow map"),
+    "corrections": (
+        [
+            "--config.sampling.sampler=predictor_corrector",
+            *("--config.sampling.options", "corrections=1.5"),
+        ],
+        "sampler predictor_corrector: corrections=1.5: must be a whole number",
+    ),
+    "guided channels": (
+        ["--config.sampling.guidance", "classifier_free:weight=2,channels=3"],
+        "guides 3 channels, and the data have 1",
+    ),
+    "guidance without labels that are dropped": (
+        ["--config.label_drop=0", "--config.sampling.guidance", "2"],
+        "needs model.null_label=True and label_drop above 0",
+    ),
+    "options of no augmentation": (
+        ["--config.augmentation_options", "p=0.5"],
+        "augmentation_options={'p': 0.5}: need an augmentation, one of edm, crop, window",
+    ),
+    "paired by what no two share": (
+        [
+            *("--config.coupling=ot", "--config.augmentation=crop"),
+            "--config.model.augment_dim=2",
+        ],
+        "coupling=ot: with low_resolution=None or model.augment_dim=2 no two examples have",
+    ),
+    "time for log-SNR": (
+        [
+            *("--config.time_steps=100", "--config.time_input=True"),
+            "--config.model.embedding=angle",
+        ],
+        "time_input=True: model.flow_time=True and model.embedding=angle embed log-SNR",
+    ),
     "guided jump": (
         [*MAP, "--config.sampling.sampler=jump", "--config.sampling.guidance", "2"],
         "a map cannot be guided after training; guide its teacher",
@@ -661,7 +694,7 @@ BAD = {
     "coupling": (["--config.coupling=best"], "unknown coupling 'best': one of independent, ot"),
     "coupling option": (
         ["--config.coupling=immiscible", "--config.coupling_options", "k=0"],
-        "k=0: must be at least 1",
+        "k=0: must be a whole number, at least 1",
     ),
     "coupling and the bound": (
         ["--config.coupling=ot", "--config.weighting=elbo"],

@@ -14,7 +14,7 @@ from diffjax import averages, data, keys, models
 from diffjax.averages import Snapshot
 from diffjax.evaluation.likelihoods import variational_bound
 from diffjax.evaluation.sampling import make_generate
-from diffjax.experiment import Config, command_line, resolve
+from diffjax.experiment import Config, Optimizer, command_line, resolve
 from diffjax.experiment.functions import initial_state
 from diffjax.training import (
     Losses,
@@ -24,7 +24,7 @@ from diffjax.training import (
     runners,
     train_step,
 )
-from diffjax.training.step import several_steps
+from diffjax.training.step import projected, several_steps
 
 
 def quadratic(key, params, batch):
@@ -71,6 +71,39 @@ def test_an_optimiser_that_needs_the_loss_gets_its_mean(accumulate):
     ]
     assert float(found.best_value) == 2.0
     np.testing.assert_allclose(found.scale, 1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("density", ["uniform", "normal"])
+def test_the_held_out_loss_is_the_mean_over_uniform_times_under_every_density(density):
+    """An untrained network predicts eps as 0, so that the loss is its weight in expectation."""
+    model, n = models.MLPConfig(width=8), 4096
+    e = resolve(Config(model=model, target="eps", weighting="min_snr", density=density))
+    batch = {"index": jnp.arange(n), "x": jnp.zeros((n, 2))}
+    params = e.init(jax.random.key(0), (2,))
+    seen = train.make_loss(e, None, n)(jax.random.key(1), params, batch, e.times.init()).seen
+    log_snr = e.schedule.log_snr((jnp.arange(n) + 0.5) / n)
+    expected = e.weighting(log_snr, None).mean()
+    assert float(seen["corrected"].mean()) == pytest.approx(float(expected), rel=0.05)
+
+
+def test_random_features_that_are_not_trained_do_not_decay():
+    model = models.EDM2UNetConfig(width=8, mults=(1,), blocks=1, attention=(), head_width=8)
+    optimizer = Optimizer(learning_rate=0.01, warmup=0, weight_decay=0.1)
+    e = resolve(Config(model=model, optimizer=optimizer))
+    params = e.init(jax.random.key(0), (8, 8, 1)) | {"other": jnp.ones(3)}
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = jax.jit(e.optimizer.update)(zero, e.optimizer.init(params), params)
+    for name in ("frequencies", "phases"):
+        assert not updates[name].any() and params[name].any()
+    assert (updates["other"] < 0).all()
+
+
+def test_a_projected_optimiser_gets_the_loss():
+    tx = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1))
+    tx = projected(tx, lambda params: params)
+    state = init_state(jax.random.key(0), jnp.ones(2), tx)
+    state, _ = train_step(state, batch_of(4), loss_fn=quadratic, tx=tx, ema_decay=0.9)
+    assert int(state.step) == 1
 
 
 @pytest.mark.parametrize("time_steps", [None, 4])

@@ -23,7 +23,7 @@ from rich.progress import Progress
 
 from .. import data, keys, models, samplers
 from ..data import limits
-from ..denoisers import schedule_of, with_schedule
+from ..denoisers import schedule_of
 from ..experiment import (
     Config,
     Experiment,
@@ -194,7 +194,7 @@ def _make_generate(stage):
         keys_prior, keys_walk = (keys.fold_in(k, batch["index"]) for k in (key_prior, key_walk))
         other = None
         if weaker is not None:
-            params, other = params[0], _weaker_denoiser(weaker, params[1])
+            params, other = params[0], weaker.denoiser(functools.partial(weaker.apply, params[1]))
         now = with_parameters(e, params)
         cond = condition_of(now, key_cond, batch)
         x_1 = prior_sample(keys_prior, now.schedule, (len(batch["index"]), *shape))
@@ -209,14 +209,6 @@ def _make_generate(stage):
         return samplers.sample(keys_walk, now.sampler(denoise, finish), x_1, ts)[0]
 
     return generate
-
-
-def _weaker_denoiser(e, params):
-    """The denoiser of a weaker network, which need not know the labels."""
-    denoise = e.denoiser(functools.partial(e.apply, params))
-    if e.config.model.labels or e.config.low_resolution is not None:
-        return denoise
-    return with_schedule(e.schedule, lambda x_t, t, cond=None: denoise(x_t, t))
 
 
 def load_others(e: Experiment, shape: tuple[int, ...]) -> Others:
@@ -250,6 +242,7 @@ def _load_weaker(e, shape):
     source, average = e.weaker
     _, params, config = trained.load(source, average)
     weaker = resolve(dataclasses.replace(config, sampling=Sampling()))
+    told = models.takes(config.model, "augment_dim")
     require(
         (
             config.model.labels in (0, e.config.model.labels),
@@ -261,10 +254,14 @@ def _load_weaker(e, shape):
             f"weaker={source}: it has low_resolution={config.low_resolution}, not "
             f"{e.config.low_resolution}",
         ),
+        (
+            told in (0, models.takes(e.config.model, "augment_dim")),
+            f"weaker={source}: it has model.augment_dim={told}, not that of the run, or 0",
+        ),
     )
     try:
         check_shape(weaker, params, shape)
-        schedule_of(_weaker_denoiser(weaker, params), e.schedule)
+        schedule_of(weaker.denoiser(functools.partial(weaker.apply, params)), e.schedule)
     except ValueError as error:
         raise ValueError(f"weaker={source}: {error}") from error
     check_parameters(params, Path(source))

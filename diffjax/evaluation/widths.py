@@ -93,8 +93,11 @@ def compare(args: Arguments) -> list[dict[str, Any]]:
     bound = runner.map(likelihoods.variational_bound(e, levels, args.bound_samples))
     shape = data.shape_of(dataset.train.x)
     form = pixels.form(config, runner, shape, dataset.train.x.dtype.type)
-    real = data.take(form.examples(dataset.train), np.arange(len(dataset.train.x)))["x"]
-    space = None if args.features is None else features.named(args.features, real)
+    all_of = lambda examples: data.take(examples, np.arange(len(examples.x)))["x"]
+    real, space = np.zeros(0), None
+    if args.features is not None:  # which need all training examples, decoded if they are latents
+        real = all_of(form.examples(dataset.train))
+        space = features.named(args.features, real)
     others = sampling.Others() if space is None else sampling.load_others(drawn, shape)
     generate = None if space is None else sampling.make_generate(drawn, shape, others)
 
@@ -107,9 +110,9 @@ def compare(args: Arguments) -> list[dict[str, Any]]:
             return row
         label, indices = sampling.labels(config, _drawing(args, e)), range(args.n)
         parts = sampling.draw(
-            runner, generate, others.join(params), label, indices, config.batch_size, form.decode
+            runner, generate, others.join(params), label, indices, config.batch_size, form.store
         )
-        x = np.concatenate(list(parts))
+        x = all_of(data.Examples(np.concatenate(list(parts))))
         return row | distances.measure(space.features(x), space.features(real))
 
     rows = [{"ema": config.ema} | measure(run_directory.read_params(args.workdir))]

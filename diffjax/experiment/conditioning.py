@@ -40,8 +40,9 @@ def needs_null(name: str) -> bool:
 
 def dropped(config: Config) -> dict[str, float]:
     """What a run trains without for a part of the examples, and the probability of each."""
-    label, image = config.model.null_label, config.low_resolution_drop
-    return ({"label": config.label_drop} if label else {}) | ({"image": image} if image else {})
+    label = config.label_drop if config.model.null_label else 0.0
+    each = {"label": label, "image": config.low_resolution_drop}
+    return {name: probability for name, probability in each.items() if probability > 0}
 
 
 def take_without(
@@ -78,7 +79,7 @@ def check_null(config: Config) -> None:
             sorted(names - found.keys()),
             min((found[n] for n in names & found.keys()), default=0),
         )
-        needs = "model.null_label=True"
+        needs = "model.null_label=True and label_drop above 0"
         if config.low_resolution is not None:
             needs += ", or low_resolution_drop above 0, so that it is trained without the image too"
         require(

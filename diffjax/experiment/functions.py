@@ -19,6 +19,7 @@ from ..denoisers import (
     clip_x_0,
     denoiser,
     fourier_features,
+    is_flow_map,
     predict,
     time_input,
     unit_input,
@@ -304,10 +305,12 @@ def bind(
         finite number is none.
     """
     known_name(kind, table, name)
+    signature = inspect.signature(table[name]).parameters
+    annotations = {n: p.annotation for n, p in signature.items()}
     parameters = {
         # An argument that is a function (a schedule's scales) is for Python, not for a config.
         n: p.default
-        for n, p in inspect.signature(table[name]).parameters.items()
+        for n, p in signature.items()
         if n not in known and (p.default is p.empty or not callable(p.default))
     }
     for option, value in options.items():
@@ -318,6 +321,8 @@ def bind(
         number = not isinstance(parameters[option], str)
         if number and not (isinstance(value, int | float) and math.isfinite(value)):
             raise ValueError(f"{kind} {name}: {option}={value}: must be a finite number")
+        if annotations[option] in (int, int | None) and not isinstance(value, int):
+            raise ValueError(f"{kind} {name}: {option}={value}: must be a whole number")
     missing = [
         n for n, p in parameters.items() if p is inspect.Parameter.empty and n not in options
     ]
@@ -338,7 +343,7 @@ def _on_schedule(config: Config, schedule: Schedule) -> dict[str, Any]:
         clipped = clip_x_0(denoise, schedule)
         of_rank = lambda x_t: clipped if x_t.ndim == 4 else denoise
         images_clipped = lambda x_t, t, cond=None, s=None: predict(of_rank(x_t), x_t, t, cond, s)
-        return with_schedule(schedule, images_clipped)
+        return with_schedule(schedule, images_clipped, is_flow_map(denoise))
 
     def grid():
         ts = TIMES[config.sampling.grid](schedule, config.sampling.steps)
@@ -459,8 +464,11 @@ def _augmentation(config):
     """The config's augmentation, after what the network is told of it is checked; None: none."""
     name, told = config.augmentation, models.takes(config.model, "augment_dim")
     if name is None:
-        if told:
-            raise ValueError(f"model.augment_dim={told}: needs an augmentation that it tells of")
+        if told or config.augmentation_options:
+            raise ValueError(
+                f"model.augment_dim={told}, augmentation_options={config.augmentation_options}: "
+                f"need an augmentation, one of {', '.join(AUGMENTATIONS)}"
+            )
         return None
     found = bind("augmentation", AUGMENTATIONS, name, config.augmentation_options)()
     if told not in (0, found.numbers):
@@ -557,13 +565,20 @@ def _tracking(tx, averages):
 
 
 def _optimizer(config, project):
-    """Clipping by global norm, then Adam (AdamW if there is weight decay), then the projection.
+    """Clipping by global norm, then AdamW, then the projection.
+
+    Random features that are not trained do not decay either.
 
     A learned schedule has an Adam of its own, without decay: its gradient has another scale, which
     the network's should not be clipped by.
     """
     o = config.optimizer
-    tx = optax.adamw(_learning_rate(o), b1=o.beta_1, b2=o.beta_2, weight_decay=o.weight_decay)
+    decays = lambda params: jax.tree_util.tree_map_with_path(
+        lambda path, _: not any(getattr(k, "key", None) in models.UNTRAINED for k in path), params
+    )
+    tx = optax.adamw(
+        *(_learning_rate(o), o.beta_1, o.beta_2), weight_decay=o.weight_decay, mask=decays
+    )
     tx = tx if o.clip is None else optax.chain(optax.clip_by_global_norm(o.clip), tx)
     tx = tx if project is None else projected(tx, project)
     if not config.learns_schedule:

@@ -26,7 +26,17 @@ from ..training.averaging import DTYPES
 from ..training.runners import RUNNERS
 from ..weightings import WEIGHTINGS
 from .conditioning import arguments, check_null, needs_null
-from .config import BEST, OBJECTIVES, Config, FlowMap, at_least, known_name, learned_weight, require
+from .config import (
+    BEST,
+    OBJECTIVES,
+    Config,
+    FlowMap,
+    at_least,
+    known_name,
+    learned_weight,
+    parse_guidance,
+    require,
+)
 
 LARGEST_GAIN = 1e5
 """The largest factor from a network's relative error to x_0 without a warning. It is 1,800 for the
@@ -173,6 +183,12 @@ def _of_time(c):
             or not (c.loss_aware_times or c.time_input or c.bound_weight is not None),
             f"loss_aware_times={c.loss_aware_times}, time_input={c.time_input}, "
             f"bound_weight={c.bound_weight}: need discrete time, time_steps=T",
+        ),
+        (
+            not c.time_input
+            or not (takes(c.model, "flow_time") or takes(c.model, "embedding") == "angle"),
+            "time_input=True: model.flow_time=True and model.embedding=angle embed log-SNR, which "
+            "the network would not be given",
         ),
         (
             not c.loss_aware_times or (c.density == "uniform" and c.density_weights),
@@ -326,9 +342,10 @@ def _of_coupling(c):
             "which needs coupling=independent",
         ),
         (
-            independent or c.low_resolution is None,
-            f"{said}: in super-resolution (low_resolution={c.low_resolution}) no two examples have "
-            "the same condition, so that they have no noise to exchange; use coupling=independent",
+            c.coupling != "ot" or (c.low_resolution is None and not takes(c.model, "augment_dim")),
+            f"{said}: with low_resolution={c.low_resolution} or model.augment_dim="
+            f"{takes(c.model, 'augment_dim')} no two examples have the same condition, so that "
+            "they have no noise to exchange; use coupling=independent or immiscible",
         ),
         (
             c.coupling != "ot" or c.optimizer.accumulate == 1,
@@ -525,6 +542,8 @@ def check_data(config: Config, train: Examples, test: Examples) -> None:
     c.model.check_input(network_shape(c, shape))
     channels = shape[-1] * (1 if c.bound_weight is None else 2)
     variance = "no learned variance" if c.bound_weight is None else "a learned variance"
+    guidances = [parse_guidance(word)[1] for word in c.sampling.guidance]
+    most = max((options.get("channels", 0) for options in guidances), default=0)
     if c.low_resolution is not None:
         check_low_resolution(c.low_resolution, shape)
     require(
@@ -555,6 +574,11 @@ def check_data(config: Config, train: Examples, test: Examples) -> None:
             f"fourier_features={c.fourier_features}: the network's input has more channels than "
             f"the data, so that it needs model.out_channels={channels}, not "
             f"{c.model.out_channels}",
+        ),
+        (
+            most <= shape[-1],
+            f"sampling.guidance={' '.join(c.sampling.guidance)}: guides {most} channels, and the "
+            f"data have {shape[-1]}",
         ),
         (
             len(train.x) >= c.batch_size,

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from ..denoisers import add_score, predict, schedule_of, with_schedule, with_x_0
 from ..process import scales_at
 from ..schedules import Schedule
-from ..types import Array, Denoiser, Scalar, Time, expand, known
+from ..types import Array, Denoiser, Scalar, Time, expand, known, whole
 from .operators import Measure, Measurement, check, check_linear
 
 
@@ -38,7 +38,7 @@ def pigdm(
       ValueError: if `noise_std` is negative or `sigma_data` is not positive; when called, if y does
         not have the shape of A x_0, or A is not linear.
     """
-    if known(noise_std, sigma_data) and (noise_std < 0 or sigma_data <= 0):
+    if known(noise_std, sigma_data) and not (noise_std >= 0 and sigma_data > 0):
         raise ValueError(f"{noise_std=}, {sigma_data=}: need noise_std >= 0 and sigma_data > 0")
 
     schedule = schedule_of(denoise, schedule)
@@ -86,7 +86,7 @@ def diffpir(
       ValueError: if `noise_std` is negative or `strength` is not positive; when called, if y does
         not have the shape of A x_0, or A is not linear.
     """
-    if known(noise_std, strength) and (noise_std < 0 or strength <= 0):
+    if known(noise_std, strength) and not (noise_std >= 0 and strength > 0):
         raise ValueError(f"{noise_std=}, {strength=}: need noise_std >= 0 and strength > 0")
 
     schedule = schedule_of(denoise, schedule)
@@ -131,7 +131,7 @@ def mmps(
       ValueError: if `noise_std` is not positive or `iterations` is below 1; when called, if y does
         not have the shape of A x_0.
     """
-    if iterations < 1 or (known(noise_std) and noise_std <= 0):
+    if not whole(iterations) or (known(noise_std) and not noise_std > 0):
         raise ValueError(f"{noise_std=}, {iterations=}: mmps needs noise_std > 0, iterations >= 1")
 
     schedule = schedule_of(denoise, schedule)

@@ -10,7 +10,7 @@ from ..process import decoder, q_sample, q_transition, scales_at
 from ..samplers import Sampler
 from ..samplers.walk import State, init
 from ..schedules import Schedule
-from ..types import Denoiser, Real, Scalar, at_least_float32, expand, known
+from ..types import Denoiser, Real, Scalar, at_least_float32, expand, known, whole
 from .guided import spread_at
 from .operators import Measure, Measurement, check
 
@@ -73,8 +73,8 @@ def repaint(
       ValueError: if `repeats` is below 1; when called, if y or the mask does not have the data's
         shape, or the sampler is a multistep sampler.
     """
-    if repeats < 1:
-        raise ValueError(f"{repeats=}: must be at least 1")
+    if not whole(repeats):
+        raise ValueError(f"{repeats=}: must be a whole number of at least 1")
 
     def step(key, state, t, s):
         check(lambda x: jnp.broadcast_to(mask, x.shape), state.x, y)
@@ -133,7 +133,8 @@ def ddrm(
             "ddrm needs an operator with its singular value decomposition: inverse.with_svd("
             "operator, shape) adds it to a linear one"
         )
-    if known(noise_std, eta, eta_b) and (noise_std < 0 or not (0 <= eta <= 1 and 0 <= eta_b <= 1)):
+    within = lambda x: 0 <= x <= 1
+    if known(noise_std, eta, eta_b) and not (noise_std >= 0 and within(eta) and within(eta_b)):
         raise ValueError(
             f"{noise_std=}, {eta=}, {eta_b=}: need noise_std >= 0, and eta and eta_b in [0, 1]"
         )
@@ -203,7 +204,7 @@ def tds(
     """
     if known(noise_std, sigma_data) and not (noise_std > 0 and sigma_data > 0):
         raise ValueError(f"{noise_std=}, {sigma_data=}: tds needs both to be positive")
-    if particles < 2:
+    if not whole(particles, 2):
         raise ValueError(f"{particles=}: tds resamples a population, of at least 2")
 
     schedule = schedule_of(denoise, schedule)
@@ -242,8 +243,9 @@ def tds(
         x_s = guided + std * z
         last = log_weight + log_likelihood(x_s / scales_at(schedule, s, x_s)[0], noise_std**2)
         end = jnp.asarray(s) == 0
-        x_s = x_s[jnp.where(end, _resampled(of_end, last, particles), jnp.arange(len(x_s)))]
-        return State(x_s, prediction.x_0, jnp.where(end, 0, log_weight).astype(state.memory.dtype))
+        kept = jnp.where(end, _resampled(of_end, last, particles), jnp.arange(len(x_s)))
+        memory = jnp.where(end, 0, log_weight).astype(state.memory.dtype)
+        return State(x_s[kept], prediction.x_0[kept], memory)
 
     def start(x_1):
         return State(x_1, jnp.zeros_like(x_1), jnp.zeros(len(x_1), at_least_float32(x_1).dtype))

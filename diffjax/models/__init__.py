@@ -17,7 +17,7 @@ from jax.extend.core import jaxprs_in_params
 from ..types import Array, Cond, Key
 from .dit import DiT, DiTConfig
 from .edm2_unet import EDM2UNet, EDM2UNetConfig, Uncertainty, normalised
-from .layers import OF_MAPS
+from .layers import OF_MAPS, UNTRAINED
 from .mlp import MLP, MLPConfig
 from .sizes import dit_config, edm2_config, jit_config
 from .song_unet import SongUNet, SongUNetConfig
@@ -89,6 +89,7 @@ MODELS = {
 __all__ = [
     "MODELS",
     "OF_MAPS",
+    "UNTRAINED",
     "DiTConfig",
     "EDM2UNetConfig",
     "MLPConfig",

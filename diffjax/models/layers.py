@@ -18,6 +18,8 @@ EMBEDDINGS = ("log_snr", "angle")
 """What embeds noise levels: scaled log-SNR, or the angle atan2(sigma, alpha), which is bounded."""
 OF_MAPS = ("embed_s", "embed_w")
 """The layers that only the network of a flow map has, for its second time and its guidance."""
+UNTRAINED = ("frequencies", "phases")
+"""Parameters that are drawn once: random features, through which no gradient passes."""
 ANGLE_SCALE = 5.0
 """Factor on the angle before it is embedded. Flow maps differentiate the embedding, and learn worse
 if it is 1 or 25."""
@@ -25,6 +27,8 @@ if it is 1 or 25."""
 
 def check_options(config: Any) -> None:
     """Raise a ValueError unless the options that all networks have are possible."""
+    if config.out_channels is not None and config.out_channels < 1:
+        raise ValueError(f"out_channels={config.out_channels}: must be at least 1, or None")
     if config.labels < 0 or (config.null_label and not config.labels):
         raise ValueError(
             f"labels={config.labels}: must be at least 0, and null_label=True needs labels, the "
@@ -110,7 +114,7 @@ def class_index(label: Array, classes: int, null_label: bool) -> Array:
     Raises:
       ValueError: if a label is concrete and has no row in the table. Traced ones cannot be checked:
         `flax.linen.Embed` turns those that have no row into NaN, which the output then is, and
-        `SongUNet` takes them for no label.
+        `SongUNet` and `EDM2UNet` take them for no label.
     """
     most = classes - (not null_label)
     if known(label):

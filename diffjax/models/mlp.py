@@ -41,7 +41,7 @@ class MLPConfig:
     """Add one class that means "no label", index `labels`, for classifier-free guidance."""
 
     def __post_init__(self) -> None:
-        if min(self.width // 2, self.blocks, self.out_channels or 1) < 1:
+        if min(self.width // 2, self.blocks) < 1:
             raise ValueError(f"width must be at least 2, other counts at least 1: {self}")
         check_embedding(self.embedding, self.two_times)
         check_options(self)

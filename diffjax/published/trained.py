@@ -18,6 +18,28 @@ from ..types import Data
 from . import weights
 from .pretrained import PRETRAINED
 
+MEANING = ("target", "scales_output", "unit_input", "time_input", "fourier_features")
+"""Fields of a config that say what a network's input and output mean."""
+EMBEDS = ("embedding", "embedding_period", "flow_time", "log_snr_scale", "log_snr_shift")
+MAY_CHANGE = {
+    "two_times",
+    "guidance_weight",
+    "dropout",
+    "remat",
+    "bfloat16",
+    "out_channels",
+    *EMBEDS,
+}
+"""Fields of a network's config in which a flow map may differ from the network that it starts from.
+The shapes of parameters tell others apart that None stands for."""
+CONDITIONS: dict[str, Callable[[Config], Any]] = {
+    "model.labels": lambda c: c.model.labels,
+    "model.augment_dim": lambda c: models.takes(c.model, "augment_dim"),
+    "low_resolution": lambda c: c.low_resolution,
+    "data.latents": lambda c: c.data.latents,
+}
+"""What a network is told of its examples, which a teacher must share with the map."""
+
 
 def load(
     source: Path | str, average: float | None = None
@@ -112,12 +134,15 @@ def inherit(e: Experiment, shape: tuple[int, ...]) -> Experiment:
     if options.start is not None:
         _, params, config = load(options.start)
         init = e.init
-        for name in ("target", "unit_output", "unit_input"):
-            theirs, ours = getattr(config, name), getattr(e.config, name)
-            if theirs != ours:
+        pairs = [(config, e.config, name) for name in MEANING]
+        if type(config.model) is type(e.config.model):
+            fields = vars(config.model).keys() - MAY_CHANGE
+            pairs += [(config.model, e.config.model, name) for name in sorted(fields)]
+        for theirs, ours, name in pairs:
+            if getattr(theirs, name) != getattr(ours, name):
                 raise ValueError(
-                    f"flow_map.start={options.start}: its network was trained with {name}={theirs},"
-                    f" the map's has {name}={ours}"
+                    f"flow_map.start={options.start}: its network was trained with "
+                    f"{name}={getattr(theirs, name)}, the map's has {name}={getattr(ours, name)}"
                 )
         started = lambda key, shape: models.start_from(init(key, shape), params)
         try:
@@ -134,9 +159,19 @@ def _teacher(e, source, shape):
     apply, params, config = load(source)
     if config.data.shape not in (None, shape):
         raise ValueError(f"{name}: its data are of shape {config.data.shape}, these of {shape}")
-    if config.model.labels != e.config.model.labels:
+    for option, get in CONDITIONS.items():
+        theirs, ours = get(config), get(e.config)
+        if theirs != ours:
+            raise ValueError(f"{name}: it has {option}={theirs}, the map {option}={ours}")
+    if models.takes(config.model, "guidance_weight"):
         raise ValueError(
-            f"{name}: it has {config.model.labels} labels, the map {e.config.model.labels}"
+            f"{name}: its network is given the weight of its guidance, and cannot teach; train a "
+            "teacher with flow_map.guidance in place of guidance_to"
+        )
+    if config.augmentation == "window":
+        raise ValueError(
+            f"{name}: it was trained on windows, and would take each for a whole image; train a "
+            "teacher of whole images"
         )
     sampling = dataclasses.replace(config.sampling, guidance=e.config.flow_map.guidance)
     teacher = resolve(dataclasses.replace(config, sampling=sampling))

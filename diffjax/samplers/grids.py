@@ -6,6 +6,7 @@ schedule falls so steeply that a float cannot tell two times of a grid apart, th
 floats.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -15,7 +16,7 @@ from jaxtyping import Float
 
 from .. import checks
 from ..schedules import LONGEST, Schedule, time_at
-from ..types import Array
+from ..types import Array, whole
 
 
 def uniform_times(n: int) -> Float[np.ndarray, " times"]:
@@ -60,7 +61,7 @@ def karras_times(schedule: Schedule, n: int, rho: float = 7.0) -> Float[Array, "
     """
     checks.schedule(schedule)
     _check_steps(n)
-    if rho <= 0:
+    if not 0 < rho < math.inf:
         raise ValueError(f"{rho=}: must be positive")
     high, low = (jnp.exp(-schedule.log_snr(t) / (2 * rho)) for t in (1.0, 0.0))
     return _between(schedule, -2 * rho * jnp.log(jnp.linspace(high, low, n + 1)))
@@ -76,8 +77,8 @@ def discrete_times(steps: int, n: int) -> Float[np.ndarray, " times"]:
     [10.0, 8.0, 5.0, 2.0, 0.0]
     """
     _check_steps(n)
-    if n > steps:
-        raise ValueError(f"{n} steps on a grid of {steps}: need at most {steps}")
+    if not whole(steps, n):
+        raise ValueError(f"{n} steps on a grid of {steps}: need at most {steps}, a whole number")
     return _known(np.round(np.linspace(steps, 0, n + 1)) / steps)
 
 
@@ -95,8 +96,8 @@ def _known(ts):
 
 
 def _check_steps(n):
-    if not 1 <= n <= LONGEST:
-        raise ValueError(f"{n} steps: need at least 1, at most {LONGEST}")
+    if not (whole(n) and n <= LONGEST):
+        raise ValueError(f"{n} steps: need at least 1, at most {LONGEST}, a whole number")
 
 
 def _between(schedule, log_snr):

@@ -27,7 +27,7 @@ from .. import keys
 from ..denoisers import predict, schedule_of
 from ..process import scales_at
 from ..schedules import Schedule
-from ..types import Array, Data, Denoiser, Scalar, expand, known, select
+from ..types import Array, Data, Denoiser, Scalar, expand, known, select, whole
 from .walk import Sampler, State, in_use
 
 
@@ -169,7 +169,7 @@ def lms(denoise: Denoiser, schedule: Schedule | None = None, *, order: int = 4) 
 
 
 def _dpm_solver_pp(denoise, schedule, order, eta: Scalar = 0.0):
-    if known(eta) and eta < 0:
+    if known(eta) and not eta >= 0:
         raise ValueError(f"{eta=}: must be at least 0")
 
     schedule = schedule_of(denoise, schedule)
@@ -260,5 +260,5 @@ def _integral(nodes, u, count, moments):
 
 
 def _check_order(name, order, highest):
-    if not isinstance(order, int) or not 1 <= order <= highest:
+    if not (whole(order) and order <= highest):
         raise ValueError(f"{name} of order {order}: there are orders 1 to {highest}")

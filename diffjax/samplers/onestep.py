@@ -8,7 +8,7 @@ from .. import keys, ode
 from ..denoisers import predict, schedule_of
 from ..process import check_variance, decoder, scales_at
 from ..schedules import Schedule, time_at
-from ..types import Denoiser, FlowMap, Scalar, expand, known
+from ..types import Denoiser, FlowMap, Scalar, expand, known, whole
 from .walk import Sampler, State, in_use, init
 
 
@@ -209,15 +209,15 @@ def edm(
 
     Raises:
       ValueError: if `s_churn`, `s_min` or `s_noise` is negative, `s_max < s_min`, or `steps` is
-        below 1.
+        no whole number of at least 1.
     """
     values = s_churn, s_min, s_max, s_noise
-    if known(*values) and (min(values) < 0 or s_max < s_min):
+    if known(*values) and not (min(values) >= 0 and s_max >= s_min and s_noise < float("inf")):
         raise ValueError(
             f"{s_churn=}, {s_min=}, {s_max=}, {s_noise=}: must be at least 0, and s_min <= s_max"
         )
-    if steps is not None and steps < 1:
-        raise ValueError(f"{steps=}: must be at least 1")
+    if not (steps is None or whole(steps)):
+        raise ValueError(f"{steps=}: must be a whole number of at least 1")
 
     schedule = schedule_of(denoise, schedule)
 
@@ -278,10 +278,12 @@ def predictor_corrector(
       snr: signal-to-noise ratio of the Langevin steps.
 
     Raises:
-      ValueError: if `corrections` is below 1, or `snr` is not positive.
+      ValueError: if `corrections` is no whole number of at least 1, or `snr` is not positive.
     """
-    if corrections < 1 or (known(snr) and snr <= 0):
-        raise ValueError(f"{corrections=}, {snr=}: need at least 1 correction, and snr > 0")
+    if not whole(corrections) or (known(snr) and not snr > 0):
+        raise ValueError(
+            f"{corrections=}, {snr=}: need a whole number of corrections, at least 1, and snr > 0"
+        )
     schedule = schedule_of(denoise, schedule)
     walk = predictor(denoise, schedule)
 

@@ -179,7 +179,7 @@ def train_step(
 
 def projected(
     tx: optax.GradientTransformation, project: Callable[[Params], Params]
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """The same optimiser, whose updates end on `project(params + updates)`.
 
     Projected gradient descent; EDM2's forced weight normalisation is this with filters of length
@@ -196,13 +196,14 @@ def projected(
     >>> [f"{x:.3f}" for x in w + updates]
     ['0.707', '0.707']
     """
+    inner = optax.with_extra_args_support(tx)
 
-    def update(updates, state, params: Any = None):
-        updates, state = tx.update(updates, state, params)
+    def update(updates, state, params: Any = None, **given):
+        updates, state = inner.update(updates, state, params, **given)
         aim = project(optax.apply_updates(params, updates))
         return jax.tree.map(jnp.subtract, aim, params), state
 
-    return optax.GradientTransformation(tx.init, update)
+    return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 def _averaged(p):
