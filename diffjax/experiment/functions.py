@@ -564,21 +564,30 @@ def _tracking(tx, averages):
     return averaging(tx, averages) if averages else tx
 
 
-def _optimizer(config, project):
-    """Clipping by global norm, then AdamW, then the projection.
+def _leaving(tx, names):
+    """The same optimiser and state, without changes to parameters of these names.
 
-    Random features that are not trained do not decay either.
+    A mask of the weight decay would change the state, which older checkpoints hold.
+    """
+    named = lambda path: any(getattr(key, "key", None) in names for key in path)
+    still = lambda path, u: jnp.zeros_like(u) if named(path) else u
+
+    def update(updates, state, params=None):
+        updates, state = tx.update(updates, state, params)
+        return jax.tree_util.tree_map_with_path(still, updates), state
+
+    return optax.GradientTransformation(tx.init, update)
+
+
+def _optimizer(config, project):
+    """Clipping by global norm, then Adam (AdamW if there is weight decay), then the projection.
 
     A learned schedule has an Adam of its own, without decay: its gradient has another scale, which
     the network's should not be clipped by.
     """
     o = config.optimizer
-    decays = lambda params: jax.tree_util.tree_map_with_path(
-        lambda path, _: not any(getattr(k, "key", None) in models.UNTRAINED for k in path), params
-    )
-    tx = optax.adamw(
-        *(_learning_rate(o), o.beta_1, o.beta_2), weight_decay=o.weight_decay, mask=decays
-    )
+    tx = optax.adamw(_learning_rate(o), b1=o.beta_1, b2=o.beta_2, weight_decay=o.weight_decay)
+    tx = _leaving(tx, models.UNTRAINED)  # which otherwise decay
     tx = tx if o.clip is None else optax.chain(optax.clip_by_global_norm(o.clip), tx)
     tx = tx if project is None else projected(tx, project)
     if not config.learns_schedule:
