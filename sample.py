@@ -47,9 +47,9 @@ class Arguments:
     shape: tuple[int, ...] | None = None
     """Shape of a sample, or of its latent; None: that of the run's data."""
     data_path: Path | None = None
-    """Where that data is, if the run is of version 0.1, which did not record the shape."""
+    """Path of the data of a run of version 0.1, which did not record their shape."""
     autoencoder: Path | None = None
-    """The autoencoder that makes images of latents; None: that of the run."""
+    """The autoencoder that decodes latents; None: that of the run."""
     out: Path | None = None
     """The file of samples, which ends with .npz; None: generated.npz in the run's directory. The
     picture has the same name with .png."""

@@ -1,4 +1,4 @@
-"""Train a diffusion model: one story, from a command to a picture. Fork it, change one thing.
+"""Train a diffusion model. To try an idea, copy this file and change one function.
 
     python train.py                                              # the handwritten digits
     python train.py --config=fashion_mnist --workdir=runs/fashion   # configs/fashion_mnist.py

@@ -3,8 +3,9 @@
     python train.py --config=configs/edm2_imagenet64.py --config.data.path=imagenet/train
 
 Theirs: 280 million parameters, 2^30 images in batches of 2048, FID 1.58 with 63 evaluations and the
-average of the best width, which is found after training (docs/results.md). They compute in float16,
-which is bfloat16 here. `:M`, `:L` and `:XL` are the other sizes, with FID 1.43, 1.33 and 1.33.
+average of the best width, which is found after training (docs/howto/averages.md). They compute in
+float16, which is bfloat16 here. `:M`, `:L` and `:XL` are the other sizes, with FID 1.43, 1.33 and
+1.33.
 
 Not run here: it needs a pod and the images; the network's parameter count, the density, the weight
 of the loss and the number of images are tested.
@@ -17,7 +18,7 @@ from diffjax.experiment import Config, Data, Optimizer, Sampling, smoke, variant
 from diffjax.models import edm2_config
 
 SIZES = {
-    # millions of images in units of 2^20, learning rate, dropout
+    # training images in units of 2^20, learning rate, dropout
     "S": (1024, 0.0100, 0.0),
     "M": (2048, 0.0090, 0.1),
     "L": (1024, 0.0080, 0.1),

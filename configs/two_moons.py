@@ -1,4 +1,4 @@
-"""Two moons: points in the plane and a multilayer perceptron. Not timed yet.
+"""Two moons: points in the plane and a multilayer perceptron. Not measured.
 
     python train.py --config=configs/two_moons.py
 

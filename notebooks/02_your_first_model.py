@@ -15,7 +15,7 @@
 #
 # This notebook trains a model of points in the plane and one of handwritten digits, and samples
 # from both, in a few lines of pure functions: a schedule, a network, a loss, an optimiser, a step,
-# a sampler. No trainer hides anything. At the end the same step runs on two devices.
+# a sampler. There is no trainer class. At the end the same step runs on two devices.
 
 # %%
 # !python -c "import diffjax" || pip install -q "..[plots]"

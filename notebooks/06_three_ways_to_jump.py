@@ -163,4 +163,4 @@ figure
 
 # %% [markdown]
 # One network, one target, one table of identities. [The theory](../docs/theory.md) derives them and
-# says which published method is which row, and `docs/howto/few_steps.md` trains maps of images.
+# gives the row of each published method, and `docs/howto/few_steps.md` trains maps of images.

@@ -452,9 +452,10 @@ studies/inverse.py mixture` on {date}: JAX {jax}, float32, two cores of a shared
 The network is `fashion_mnist`, which comes with diffjax, without a label; the noise has a
 standard deviation of 0.05 where a pixel is in [-1, 1]. Each solver takes 100 steps. What the
 measurement does not determine differs from sample to sample. Two samples do not fit their
-measurements, one by `dps` in super-resolution and one by `ddrm` in compressed sensing. A garment
-that is turned by 180 degrees has the same phases lost, so that two of the dresses stand on their
-heads, and one mixes both. `ddrm` cannot retrieve phases, which is no linear problem.
+measurements, one by `dps` in super-resolution and one by `ddrm` in compressed sensing. An image and
+its rotation by 180 degrees have the same Fourier magnitudes, so that two dresses are reconstructed
+upside down, and one sample mixes both. `ddrm` cannot retrieve phases, because it needs a linear
+operator.
 
 ## What a solver needs
 
@@ -510,14 +511,13 @@ ADVICE = """\
   deblurring here: as near as `mmps`, for less. In compressed sensing it is not, because it takes
   the data for equally wide in all directions. Walk by `ancestral`; a deterministic sampler keeps
   the errors of the guidance.
-- **`tds` where the posterior has several modes**, as in inpainting here, and there is time: its
-  mean ends nearer than that of `mmps`. It alone goes on to the exact posterior as steps and
-  particles are added. With too few steps a population collapses onto one sample, as 64 particles
-  do by 25 passes; with too few particles, too: 16 were not enough for phase retrieval of
-  Fashion-MNIST.
+- **`tds` where the posterior has several modes**, as in inpainting here, and time allows: its mean
+  ends nearer than that of `mmps`. It is the only solver that converges to the exact posterior as
+  steps and particles are added. With too few of either, a population collapses onto one sample:
+  64 particles do by 25 passes, and 16 were not enough for phase retrieval of Fashion-MNIST.
 - **`ddrm` where the network's derivative costs too much.** Of the solvers without it, it is the
-  nearest by 100 passes, except in deblurring; in inpainting it ends as near as `tds`. It is too
-  sure of itself (coverage 0.4 to 0.8), and in deblurring the more so the more steps it takes.
+  nearest by 100 passes, except in deblurring; in inpainting it ends as near as `tds`. Its samples
+  are too narrow (coverage 0.4 to 0.8); in deblurring, more steps make this worse.
 - **`diffpir`** needs neither the derivative nor a decomposition, and hardly depends on the number
   of steps; but more of them do not remove its bias.
 - **`dps`** where nothing else applies. Its scale must be found for each operator and number of

@@ -375,7 +375,7 @@ rows of a table differ only in what their first column says. The runs were made 
 - bits/dim: the variational bound of held-out examples, in continuous time.
 - Frechet, kernel: distances of 1,000 samples from the training set, in its 24 principal components
   (digits) or in the classifier's features (Fashion-MNIST). Precision and recall are measured in the
-  same features ([Sample and evaluate](start.md) explains all four). None of them is FID.
+  same features; `diffjax.evaluation.distances` defines all four. None of them is FID.
 - labels right: the fraction of 800 samples whose nearest neighbour among real digits has the
   requested label; it is 98.8 % for real digits.
 - held-out loss: the min-SNR-weighted loss that all of a table's runs were trained on.
@@ -461,9 +461,9 @@ Fashion-MNIST](performance.md).
 make reproduce
 ```
 
-trains the digits once with each target, in about five minutes on two cores, and prints whether each
-number ({checked}) lies in the prediction interval of the runs above, which a correct run misses
-once in a thousand numbers.
+This trains the digits once with each target, in about five minutes on two cores. It prints whether
+each number ({checked}) lies in the prediction interval of the runs above, which one number in a
+thousand of a correct run misses.
 """
 
 

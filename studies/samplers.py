@@ -238,7 +238,8 @@ sampling error is 0.2 %.
 {stochastic}
 ## One to four evaluations
 
-The same errors, each sampler on the grid that suits it. A dash: a step takes two evaluations. After
+The same errors, each sampler on the grid that suits it. A dash marks an odd number of evaluations
+for a sampler that takes two a step. After
 one evaluation all samplers give the denoiser's mean, and after so few none is near the flow. Those
 that add the noise of beta, `euler_maruyama` and `ancestral` with it, are far too wide on a
 variance-exploding schedule.

@@ -307,13 +307,13 @@ its programs.
 
 Nothing here was run. The number of operations for one image, forward and backward, is that of
 convolutions and matrix products (`telemetry.flops`). The assumptions are {efficiency:.0%} of the
-peak in bfloat16 (unmeasured), and gradients in float32 that are summed by rings and not overlapped
-with computation. The hardware
-figures are the makers': 197 TFLOP/s, 16 GB and 1,600 Gbit/s to its neighbours for a v5e chip; 989
-TFLOP/s, 80 GB, 450 GB/s each way to seven others by NVLink and 400 Gbit/s to other nodes for an
-H100. Gradients are summed within each node first, so that every chip sends an eighth of them over
-its own link. The state is 16 bytes per parameter: the parameter, its average, and Adam's two
-moments.
+peak in bfloat16 (one H100 measured 20% for DDPM's network, whose rows are optimistic by 1.8 times,
+and 34% for ADM's), and gradients in float32 that are summed by rings and not overlapped with
+computation. The hardware figures are the makers': 197 TFLOP/s, 16 GB and 1,600 Gbit/s to its
+neighbours for a v5e chip; 989 TFLOP/s, 80 GB, 450 GB/s each way to seven others by NVLink and 400
+Gbit/s to other nodes for an H100. Gradients are summed within each node first, so that every chip
+sends an eighth of them over its own link. The state is 16 bytes per parameter: the parameter, its
+average, and Adam's two moments.
 
 {pods}
 "Even batch" is the number of images per chip at which computing takes as long as summing. Below it

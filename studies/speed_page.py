@@ -102,7 +102,7 @@ def compared(device):
     """The section on one kind of device, which may say that it was not measured."""
     path = RESULTS / f"{device}.json"
     if not path.exists():
-        return f"## On a {device.upper()}: not measured\n\n" + NOT_MEASURED
+        return f"## PyTorch on a {device.upper()}: not measured\n\n" + NOT_MEASURED
     found = json.loads(path.read_text())
     parts = found["workloads"].values()
     text = f"## On a {device.upper()}\n\n" + SPEED.format(
@@ -341,7 +341,7 @@ operations, except at a batch of 256, where a fifth of the speed is lost. Small 
 widths leave the cores idle. The time to compile grows with the number of blocks, but only from 15 s
 to 36 s for eight times as many, so that the network does not scan over equal blocks.
 Rematerialisation (of blocks, four to a level) takes 1.3 times as long and saves no memory on this
-CPU. It was not tried on GPUs and TPUs.
+CPU. On an H100, [accelerators](accelerators.md) has it for DiT (`remat=dots`).
 """
 
 

@@ -64,7 +64,7 @@ MAY_IMPORT = {
 is not named here."""
 OF_TRAINING = {"types", "keys", "losses", "averages"}
 """The mathematics that training may know: it trains anything."""
-DOORS = {"checkpoint", "launch", "inspect", "export", "average", "data/convert"}
+DOORS = {"checkpoint", "launch", "inspect", "export", "averages/__main__", "data/convert"}
 """Modules that users name: `diffjax.checkpoint.load` and `python -m diffjax.launch`."""
 
 
@@ -136,6 +136,20 @@ def returning(module, kind):
             hint = typing.get_type_hints(f).get("return")
             if hint == kind:
                 yield name
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("train.py", "sample.py", "evaluate.py"),
+        *(f"-m diffjax.{name}" for name in ("averages", "inspect", "export", "data.convert")),
+    ],
+)
+def test_every_command_explains_itself(command):
+    """As it was typed, and without comments of the source."""
+    argv = [sys.executable, *command.split(), "--help"]
+    shown = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    assert f"usage: {command.replace('-m', 'python -m')} " in shown and "noqa" not in shown
 
 
 @pytest.mark.parametrize("name", diffjax.GUIDANCES)

@@ -90,6 +90,7 @@ def main(argv: Sequence[str]) -> None:
     """Convert by the command line."""
     a = tyro.cli(
         Arguments,
+        prog="python -m diffjax.data.convert",
         args=argv,
         description=__doc__,
         use_underscores=True,

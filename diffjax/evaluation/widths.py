@@ -1,7 +1,7 @@
 """Compare the averages of a run's parameters, of any relative width, after training.
 
-    python -m diffjax.average runs/digits --std 0.05 0.1 0.15
-    python -m diffjax.average runs/fashion --features=fashion_classifier --n=5000
+    python -m diffjax.averages runs/digits --std 0.05 0.1 0.15
+    python -m diffjax.averages runs/fashion --features=fashion_classifier --n=5000
 
 The run must have tracked averages (`--config.averages 0.05 0.1 --config.snapshot_every=200`).
 Prints the bound on the bits per dimension of held-out data for each width and for the moving

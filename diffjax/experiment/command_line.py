@@ -86,13 +86,16 @@ def parse(argv: Sequence[str], configs: Path = Path("configs")) -> Command:
         workdir: Path = Path("runs") / name
         """Directory of checkpoints, metrics and pictures; a run that is in it is resumed."""
         distributed: Distributed = Distributed()  # noqa: RUF009, it is frozen
+        """Where this process stands among several."""
         profile: int = 0
         """Number of steps, from the tenth on, to trace into WORKDIR/profile."""
 
     args = read_flags(
         Flags,
         rest,
-        f"--config=NAME[:variant], or a file, chooses the experiment; this is {file}. "
+        "Train a diffusion model, or go on with the run in --workdir.\n\n"
+        f"--config=NAME, NAME:VARIANT or a file chooses the experiment; this is {file}. The names "
+        f"are {', '.join(names(configs))}; every one has the variant smoke, a run of seconds. "
         f"--config.model=NAME chooses the network, one of {{{','.join(MODELS)}}}; this is "
         f"{name_of(base.model)}. Every field can be changed:",
     )
@@ -123,6 +126,7 @@ def read_flags(
     """
     args, unknown = tyro.cli(
         kind,
+        prog=_program(Path(sys.argv[0])),
         args=argv,
         default=default,
         description=description,
@@ -137,6 +141,15 @@ def read_flags(
             hint = f"did you mean {meant}? " if meant else ""
             raise ValueError(f"unknown {word}: {hint}--help lists all flags")
         return _with_paths(args)
+
+
+def _program(script):
+    """What was typed to run a script, such as `python -m diffjax.inspect`."""
+    package = Path(__file__).parents[1]
+    if not script.is_relative_to(package):
+        return script.name
+    parts = script.with_suffix("").relative_to(package.parent).parts
+    return f"python -m {'.'.join(part for part in parts if part != '__main__')}"
 
 
 def _flags(section, prefix="--"):
@@ -219,6 +232,11 @@ def error_exit(*errors: type[Exception]) -> Iterator[None]:
         sys.exit(f"error: {error}")
 
 
+def names(configs: Path) -> list[str]:
+    """The names of the configs in a folder."""
+    return sorted(file.stem for file in configs.glob("*.py"))
+
+
 def from_file(spec: str, configs: Path = Path("configs")) -> Config:
     """The config of `NAME` or `FILE.py`, or of a variant of it, `NAME:variant`.
 
@@ -237,7 +255,7 @@ def from_file(spec: str, configs: Path = Path("configs")) -> Config:
     places = [Path(name), configs / f"{name}.py", configs / name, configs.parent / name]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
-        there = ", ".join(sorted(file.stem for file in configs.glob("*.py"))) or "none"
+        there = ", ".join(names(configs)) or "none"
         raise FileNotFoundError(f"no config {name}; {configs} has {there}")
     module_spec = importlib.util.spec_from_file_location(path.stem, path)
     if module_spec is None or module_spec.loader is None:

@@ -215,8 +215,7 @@ class Data:
     path: Path | None = None
     """Its folder or file; None: its default place."""
     cache: Path | None = None
-    """A folder of this machine, to which records that are on a store are copied; None: they are
-    not on one."""
+    """Local folder to which records in a bucket are copied; needed only if `path` is a bucket."""
     size: int | None = None
     """Side of the squares that the images of a folder are cropped and scaled to, or that those of
     another set are averaged down to; None: leave the images as they are, all of one size."""
@@ -237,9 +236,8 @@ class Data:
     flip: bool = False
     """Mirror images left to right at random."""
     latents: Annotated[str | None, one_of(LATENTS)] = None
-    """What the data are if they are latents, means and standard deviations in float16, of which
-    training draws anew in each step: their scale, and the range of the images. None: they are not
-    latents."""
+    """The convention of stored latents, which are means and standard deviations in float16, drawn
+    anew in each step: their scale, and the range of the images. None: the data are no latents."""
     autoencoder: Path | None = None
     """The folder or file of the autoencoder that makes images of latents; None: samples stay
     latents."""
@@ -350,8 +348,8 @@ class Walk:
     guidance: Guidance = ()
     """A chain of guidances, such as classifier_free:weight=3 within:low=-2,high=4. A number alone
     is the weight of classifier_free; autoguidance:weight=2,weaker=RUN,average=0.1 names a run, and
-    may name an average of its parameters. In super-resolution, without=label, image or both says
-    what to compare without, of what the run is trained without. Empty: no guidance."""
+    may name an average of its parameters. In super-resolution, without=label, image or both
+    chooses the condition that the unguided prediction omits. Empty: no guidance."""
     cond_noise: float = 0.0
     """Super-resolution: the time to which the low-resolution image is diffused, at most
     max_cond_noise."""
@@ -462,7 +460,8 @@ class FlowMap:
     to_data: float = 0.0
     """Fraction of examples whose step ends at time 0; the other ends are uniform."""
     normalise: float = 0.0
-    """Power p of a factor 1 / (loss + 0.001)^p on each loss whose aim has no noise."""
+    """Power p of a factor 1 / (loss + 0.001)^p on each loss whose regression target has no
+    noise."""
     start: str | None = None
     """A trained network whose parameters the map starts from, named as a teacher is; its model is
     the map's, with or without the second time. None: new parameters."""

@@ -33,7 +33,7 @@ class Arguments:
     workdir: tyro.conf.Positional[Path]
     """A run's directory."""
     deep: bool = False
-    """Read every file of a run on a store, whose own hashes are believed otherwise."""
+    """Download and hash every file of a run in a bucket, whose own hashes are trusted otherwise."""
 
 
 def report(workdir: Path, console: Console, deep: bool = False) -> int:

@@ -14,7 +14,7 @@ AMD EPYC with AVX512_BF16:
 few, `--steps=4`. It was distilled on 2026-11-27 from a denoiser guided with weight 1.5, as
 "lagrangian, distilled" of `studies/flow_maps.py`; docs/howto/few_steps.md has its distances.
 
-The results of the first two, by `evaluate.py` (with `--n=1000` for Fashion-MNIST) and by
+The results of the first two, by `evaluate.py` (with `--n=800` for the digits) and by
 `evaluation.distances.from_halves`, with the results of real data in parentheses:
 
                                              digits              fashion_mnist
@@ -24,7 +24,7 @@ The results of the first two, by `evaluate.py` (with `--n=1000` for Fashion-MNIS
 
 The distance and the accuracy are of 800 samples and the whole data set (digits), and of 1,000
 samples and 10,000 random images (Fashion-MNIST). The networks are for notebooks and first steps.
-The training of the second was stopped early, and its sandals and prints are often malformed. Data:
+The second was trained for 1,700 steps only, and its sandals and prints are often malformed. Data:
 UCI optdigits (CC BY 4.0, `diffjax/data/digits.LICENSE`); Fashion-MNIST (Xiao et al., MIT).
 """
 

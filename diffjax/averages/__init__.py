@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .types import Array
+from ..types import Array
 
 WIDEST = 1 / math.sqrt(12)
 """The largest relative width, 0.289: gamma = 0, the plain mean of all parameters."""

@@ -1,8 +1,0 @@
-"""The command `python -m diffjax.average`: see `diffjax.evaluation.widths`."""
-
-import sys
-
-from .evaluation.widths import main
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
