@@ -368,9 +368,13 @@ def time_at(schedule: Schedule, log_snr: Float[Real, "..."]) -> Float[Array, "..
       schedule: a `Schedule`.
       log_snr: log-SNR of any shape; values outside the schedule's range give the nearer end.
 
+    Raises:
+      TypeError: if `log_snr` are integers.
+
     >>> float(time_at(cosine(), jnp.zeros(())))  # alpha = sigma half-way
     0.5
     """
+    log_snr = at_least_float32(log_snr)
 
     def halve(_, bracket):
         low, high = bracket

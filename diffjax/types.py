@@ -159,6 +159,7 @@ def expand(value: Any, like: Any) -> Array:
 
     Raises:
       TypeError: if `like` is not floating point, because a cast would round the scales to integers.
+      ValueError: if there are other numbers of values and of examples.
 
     >>> import jax.numpy as jnp
     >>> expand(jnp.ones(4), like=jnp.ones((4, 8, 8, 3))).shape
@@ -166,4 +167,6 @@ def expand(value: Any, like: Any) -> Array:
     """
     value, dtype = jnp.asarray(value), jnp.result_type(like)
     check_floating(dtype)
+    if value.ndim == 1 and like.ndim and value.shape[0] not in (1, like.shape[0]):
+        raise ValueError(f"{value.shape[0]} values for {like.shape[0]} examples: need one for each")
     return value.reshape(value.shape + (1,) * (like.ndim - value.ndim)).astype(dtype)

@@ -305,8 +305,8 @@ class Optimizer:
         at_least(self, "optimizer.", warmup=0, weight_decay=0, accumulate=1, inverse_sqrt_from=1)
         require(
             (
-                self.learning_rate > 0,
-                f"optimizer.learning_rate={self.learning_rate}: must be positive",
+                0 < self.learning_rate < math.inf,
+                f"optimizer.learning_rate={self.learning_rate}: must be positive and finite",
             ),
             (
                 0 < self.schedule_factor < math.inf,
