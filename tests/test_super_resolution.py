@@ -197,7 +197,8 @@ GUIDED = {"guidance": ("classifier_free:weight=2",)}
     [
         (
             changed(SMOKE, GUIDED),
-            r"sampling.guidance=classifier_free:weight=2: needs model.null_label=True, or "
+            r"sampling.guidance=classifier_free:weight=2: needs model.null_label=True and "
+            "label_drop above 0, or "
             "low_resolution_drop above 0",
         ),
         (
