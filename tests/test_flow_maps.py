@@ -672,6 +672,31 @@ def test_a_network_that_a_map_learns_from_must_suit_it():
         trained.inherit(told, (8, 8, 1))
 
 
+@pytest.mark.parametrize(
+    ("changes", "of_model", "message"),
+    [
+        (
+            {"augmentation": "window", "augmentation_options": {"side": 8}},
+            {},
+            "it was trained on windows",
+        ),
+        (
+            {},
+            {"guidance_weight": True, "embedding": "angle"},
+            "is given the weight of its guidance",
+        ),
+    ],
+)
+def test_a_network_that_cannot_teach_is_refused(monkeypatch, changes, of_model, message):
+    apply, params, config = trained.load("digits")
+    model = dataclasses.replace(config.model, **of_model)
+    config = dataclasses.replace(config, model=model, **changes)
+    e = map_of("digits", velocity="digits")
+    monkeypatch.setattr(trained, "load", lambda source: (apply, params, config))
+    with pytest.raises(ValueError, match=message):
+        trained.inherit(e, (8, 8, 1))
+
+
 def test_a_teacher_may_have_a_chain_of_guidances():
     """An estimate that a threshold changes is still that of a denoiser, not of a map."""
     chain = ("classifier_free:weight=2", "dynamic_threshold")

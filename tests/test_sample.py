@@ -318,6 +318,18 @@ def test_a_bad_chain_of_guidances_is_one_clear_line(finished, tmp_path, chain, m
 
 
 @pytest.mark.faults
+def test_autoguidance_by_a_network_without_labels_that_is_told_of_augmentations():
+    model = UNetConfig(width=8, mults=(1,), blocks=1, groups=4, attention=(), augment_dim=9)
+    guided = Sampling(guidance=("autoguidance:weight=2,weaker=RUN",), steps=2)
+    config = Config(model=model, augmentation="edm", sampling=guided)
+    e, weaker = resolve(config), resolve(dataclasses.replace(config, sampling=Sampling()))
+    others = sampling.Others(weaker=weaker)
+    generate = sampling.make_generate(e, (8, 8, 1), others)
+    params = jax.eval_shape(lambda: e.init(jax.random.key(0), (8, 8, 1)))
+    drawn = jax.eval_shape(generate, (params, params), {"index": jnp.arange(2)})
+    assert drawn.shape == (2, 8, 8, 1)
+
+
 def test_autoguidance_of_weight_zero_draws_from_the_weaker_network(finished, tmp_path):
     argv = ["--n=4", "--steps=2", "--sampler=ddim", "--guidance"]
     weaker, _ = draw_by("digits", tmp_path / "a.npz", *argv)
