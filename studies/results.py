@@ -441,9 +441,9 @@ The first column is the decay of the average; 0 is no average. A constant decay 
 Without the average the samples are four times as far from the data, while the bound is only a
 twentieth worse. Unless it is constant (`--config.ema_warmup=False`), the decay warms up as
 (1 + n) / (10 + n), which is 0.987 after 700 steps, so that every decay from 0.987 on gives the same
-run here. A constant decay averages from the initial parameters on. For 700 steps 0.98 and 0.99 suit;
-with 0.995 precision falls, and with 0.999 half of the average is the untrained network, because
-0.999^700 = 0.5.
+run here. A constant decay averages from the initial parameters on. For 700 steps 0.98 and 0.99
+suit; with 0.995 precision falls, and with 0.999 half of the average is the untrained network,
+because 0.999^700 = 0.5.
 
 ## Guidance
 
