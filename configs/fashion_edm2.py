@@ -6,9 +6,9 @@ The schedule, target, density of noise levels, weight of the loss and decay of t
 EDM2's (configs/edm2_imagenet64.py).
 
 The data is Debian's package dataset-fashion-mnist, or --config.data.path. The steps are as many
-as take the CPU-seconds of configs/fashion_mnist.py: a step takes 0.55 on an Intel Xeon, where one
-of the U-Net takes 0.48. Samples are not measured yet: the study `networks` of studies/results.py
-compares the two.
+as take about the CPU-seconds of configs/fashion_mnist.py. Measured on 2026-11-27, on one core of
+an Intel Xeon beside other work, three seeds: 4.01 bits per dimension, and a Frechet distance of 60
+in the classifier's features, where the U-Net has 8 (docs/results.md).
 """
 
 import dataclasses

@@ -345,14 +345,15 @@ NETWORKS = """\
 
 The U-Net, the transformer and EDM2's network of `configs/fashion_mnist.py`, `fashion_dit.py` and
 `fashion_edm2.py`, trained for about as many CPU-seconds each, one process on one core. Each config
-has the batch, learning rate, target and loss that suit its network, so that losses and bits are not
-of one objective; all draw samples by the same sampler.
+has the batch, learning rate, target and loss that suit its network, so that losses cannot be
+compared; all draw samples by the same sampler.
 
 {command}
 {table}
 The U-Net processes 109,000 images in this budget, the transformer 50,000 and EDM2's network 24,000.
-The larger networks have fewer bits, and their samples are much further from the data: with a budget
-of minutes on a CPU, a U-Net that folds pixels is the network to take.
+The last two have fewer bits, and their samples are much further from the data: with a budget of
+minutes on a CPU, a U-Net that folds pixels is the network to take.
+
 """
 DENSITY = """\
 ## Density of noise levels
@@ -365,6 +366,7 @@ with it, and its losses are divided by it, so that the objective is the same.
 It does not help here: the samples are further from the data. With 0.8 % of its examples it visits
 log-SNR below -4, where uniform times have 8.6 %. The loss there is small, but samples start there.
 Take a fitted density where losses vary by orders of magnitude, as those of the bound do.
+
 """
 PICTURED = " The picture of\n  Fashion-MNIST calls it score."
 """Of a picture that was made when the raw score was the default."""
