@@ -162,11 +162,11 @@ SECTION = """\
 ## A learned schedule
 
 The network is that of `configs/vdm_fashion.py`, trained by the bound for {steps} steps on {date}
-({program}); the rows differ in the schedule, of which only the first is learned
-([A learned schedule](howto/learned_schedule.md)). The numbers are means over seeds {seeds}:
-bits/dim of held-out examples, and the standard deviation of one loss, in nats per dimension, of the
-trained network on its own schedule, on others between the same ends, and on the one with the least
-variance.
+({program}).
+The rows differ in the schedule, of which only the first is learned ([A learned
+schedule](howto/learned_schedule.md)). The numbers are of {seeds}: bits/dim of held-out
+examples, and the standard deviation of one loss, in nats per dimension, of the trained network on
+its own schedule, on others between the same ends, and on the one with the least variance.
 
 {table}
 ![The schedules](images/vdm.png)
@@ -186,7 +186,7 @@ def section(path: Path = RECORD) -> str:
 def written(record: dict[str, Any]) -> str:
     """The section from a record."""
     runs = record["runs"]
-    some = next(iter(runs["learned"].values()))
+    seeds, some = list(runs["learned"]), next(iter(runs["learned"].values()))
     of = lambda seeds, f: spread([f(run) for run in seeds.values()])
     rows = [
         [
@@ -205,8 +205,8 @@ def written(record: dict[str, Any]) -> str:
     return SECTION.format(
         steps=f"{some['steps']:,}",
         date=" and ".join(sorted({run["date"] for of in runs.values() for run in of.values()})),
-        program=f"{program['device']}, {program['devices']} devices, jax {program['jax']}",
-        seeds=", ".join(runs["learned"]),
+        program=f"{program['devices']} x {program['device']}, jax {program['jax']}",
+        seeds=f"seeds {', '.join(seeds)}, means" if len(seeds) > 1 else "one run each",
         table=table(head, rows),
         command=record["command"],
     )
