@@ -159,7 +159,7 @@ def expand(value: Any, like: Any) -> Array:
 
     Raises:
       TypeError: if `like` is not floating point, because a cast would round the scales to integers.
-      ValueError: if there are other numbers of values and of examples.
+      ValueError: if `value` is neither one number nor one for each example.
 
     >>> import jax.numpy as jnp
     >>> expand(jnp.ones(4), like=jnp.ones((4, 8, 8, 3))).shape

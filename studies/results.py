@@ -378,9 +378,10 @@ with each target, and what other common choices change. The networks and the dat
 numbers show which differences are large, not which are universal. Written by
 `python studies/results.py` from `studies/results/record.json`, which has every run's numbers.
 
-Every row is of three runs, with seeds {seeds}: the mean ± the standard deviation over them. The
-rows of a table differ only in what their first column says. The runs were made on {dates},
-on cores of {program}.
+Unless its section says otherwise, every row is of three runs, with seeds {seeds}: the mean ± the
+standard deviation over them. The rows of a table differ only in what their first column says. The
+runs were made on {dates}, on cores of
+{program}.
 Other work ran on the machine's other cores, so that times are rough.
 
 - bits/dim: the variational bound of held-out examples, in continuous time.

@@ -31,7 +31,7 @@ MAY_CHANGE = {
     *EMBEDS,
 }
 """Fields of a network's config in which a flow map may differ from the network that it starts from.
-The shapes of parameters tell others apart that None stands for."""
+`out_channels` is compared by the shapes of parameters, because None stands for the data's."""
 CONDITIONS: dict[str, Callable[[Config], Any]] = {
     "model.labels": lambda c: c.model.labels,
     "model.augment_dim": lambda c: models.takes(c.model, "augment_dim"),
