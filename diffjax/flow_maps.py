@@ -199,8 +199,8 @@ def flow_map_loss(
         bound = teacher if cond is None else functools.partial(teacher, cond=cond)
         v = lambda y, t, s: ode.velocity(bound, schedule, y, t)[0]
     step, residual = IDENTITIES[identity](schedule, u, v, y, t, s, r)
-    on_diagonal = of_pair if teacher is None else v(y, t, t)
-    aim = jax.lax.stop_gradient(types.select(s == t, on_diagonal, step - residual))
+    aim = step - residual  # which is v at s = t
+    aim = jax.lax.stop_gradient(types.select(s == t, of_pair, aim) if teacher is None else aim)
     loss = jnp.mean((step - aim).astype(t.dtype) ** 2, axis=range(1, x_0.ndim))
     if weight is not None:  # eps changes by cos(phi) where u changes by 1
         cos = jnp.cos(ode.angle(schedule, t))
@@ -260,8 +260,9 @@ def _two_steps(schedule, first_by, second_by, y, t, s, r):
     u_2 = second_by(jnp.cos(first) * y - jnp.sin(first) * u_1, r, s)
     # (cos(first + second) y - the end) / sin(first + second), without the difference.
     a, b = jnp.sin(first) * jnp.cos(second), jnp.sin(second)
-    whole = jnp.where(first + second == 0, 1, jnp.sin(first + second))
-    return (a * u_1 + b * u_2 - b * jnp.sin(first) * y) / whole
+    none = first + second == 0
+    whole = jnp.where(none, 1, jnp.sin(first + second))
+    return jnp.where(none, u_1, (a * u_1 + b * u_2 - b * jnp.sin(first) * y) / whole)
 
 
 def _turn(schedule, y, t, s):

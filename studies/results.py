@@ -113,6 +113,9 @@ CONSTANT = {
 }
 PROPOSED = ("mean=0.8", "std=2.0")
 """The density that `python -m diffjax.inspect` proposes for a run of configs/fashion_mnist.py."""
+SHIFTED = {"unshifted": [], "base_32": ["--config.schedule_base=32"]}
+EMOJI = ["--config.data.path=runs/emoji", "--config.data.size=64", "--config.model.attention=16"]
+EMOJI += ["--config.batch_size=32", "--config.steps=400", "--config.eval_every=400"]
 ENDS = ("log_snr_min=-8.0", "log_snr_max=7.0")
 EVALUATIONS = (6, 10, 20, 50)
 SAMPLERS = {
@@ -159,6 +162,11 @@ STUDIES = {
         {"proposed": ["--config.density=normal", "--config.density_options", *PROPOSED]},
         evaluation=["--features=fashion_classifier", "--held_out=500"],
     ),
+    "fashion_14": Study("configs/fashion_mnist.py:small", SHIFTED, evaluation=["--held_out=0"]),
+    "fashion_28": Study(
+        "configs/fashion_mnist.py", SHIFTED, ["--config.steps=700"], ["--held_out=0"]
+    ),
+    "emoji_64": Study("configs/folder.py", SHIFTED, EMOJI, ["--held_out=0"]),
     "ema": Study(DIGITS, _one_of("config.ema", 0.0, 0.9, 0.98) | CONSTANT),
     "guidance": Walks("digits", "eps", _one_of("guidance", 0.0, 1.0, 1.5, 2.0, 4.0)),
     "sampler": Walks(
