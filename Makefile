@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # XLA allocates large buffers at every step, which glibc by default returns to the kernel each time.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1
 
-.PHONY: train test test-faults test-peers notebooks reproduce pod docs bench bench-gpu aot aot-test lint clean
+.PHONY: train test test-faults test-peers notebooks reproduce pod docs bench bench-gpu race aot aot-test lint clean
 
 train: $(VENV)/plots.stamp
 	$(BIN)/python train.py $(ARGS)
@@ -64,6 +64,13 @@ bench-gpu: $(VENV)/cuda12.stamp
 	$(MAKE) VENV=.venv-peers .venv-peers/lucidrains.stamp
 	$(BIN)/python studies/speed.py --device=gpu $(ARGS)
 	$(BIN)/python studies/speed_page.py
+
+# Race diffjax against PyTorch's packages to a distance from Fashion-MNIST, on one core: an hour and
+# a half for each entrant.
+race: $(VENV)/plots.stamp
+	$(MAKE) VENV=.venv-peers .venv-peers/lucidrains.stamp
+	$(BIN)/python studies/race.py run $(ARGS)
+	$(BIN)/python studies/race.py page
 
 # Compile training steps for GPUs and TPUs that are not there, in an environment of their compilers.
 # On two cores a program for a GPU takes minutes, and that for a TPU half an hour.

@@ -10,7 +10,7 @@ held-out 0.030 (v, min-SNR weight). Of 1,000 held-out images, one sample each: F
 training images in 24 principal components 1.17 (bicubic 4.69; other training images 1.09), PSNR
 21.3 dB (bicubic 19.2). After 1,000 steps of 64 at a constant learning rate, with cond_noise=0.1, it
 was 1.69 and 18.8 dB. docs/images/fashion_sr.png is drawn by `studies/super_resolution.py`, which
-measures levels of noise on the small image too (docs/howto/data.md).
+measures levels of noise on the small image too (docs/howto/large_images.md).
 """
 
 import dataclasses

@@ -164,7 +164,10 @@ STUDIES = {
     ),
     "fashion_14": Study("configs/fashion_mnist.py:small", SHIFTED, evaluation=["--held_out=0"]),
     "fashion_28": Study(
-        "configs/fashion_mnist.py", SHIFTED, ["--config.steps=700"], ["--held_out=0"]
+        "configs/fashion_mnist.py",
+        SHIFTED,
+        ["--config.data.size=28", "--config.steps=700"],
+        ["--held_out=0"],
     ),
     "emoji_64": Study("configs/folder.py", SHIFTED, EMOJI, ["--held_out=0"]),
     "ema": Study(DIGITS, _one_of("config.ema", 0.0, 0.9, 0.98) | CONSTANT),
