@@ -64,8 +64,8 @@ def recipe(r: Recipe) -> list[str]:
     ]
 
 
-def words(*command: str | Path, **options: Any) -> str:
-    """What a command prints, at the end of which it must succeed."""
+def call(*command: str | Path, **options: Any) -> str:
+    """Run a command, which must succeed; what it prints, if `options` capture it."""
     print("race:", *command, flush=True)
     return subprocess.run(list(map(str, command)), check=True, **options).stdout
 
@@ -74,7 +74,7 @@ def spent_by(*command: str | Path) -> float:
     """The CPU-seconds of a command and of the processes that it starts."""
     spent = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     before = spent()
-    words(*command)
+    call(*command)
     return spent() - before
 
 
@@ -96,7 +96,7 @@ def ours(name: str, flags: Sequence[str], budget: int, seed: int, workdir: Path)
     steps = int((budget - cost["start"]) / cost["step"])
     cpu = train([*flags, f"--config.seed={seed}"], steps, workdir)
     walk = [f"--n={SAMPLES}", f"--steps={EVALUATIONS}", "--guidance", str(GUIDANCE)]
-    words(sys.executable, ROOT / "sample.py", f"--workdir={workdir}", *walk)
+    call(sys.executable, ROOT / "sample.py", f"--workdir={workdir}", *walk)
     return {"cpu_s": cpu, "steps": steps}
 
 
@@ -104,15 +104,14 @@ def peer(name: str, budget: int, seed: int, workdir: Path) -> dict[str, Any]:
     """Train a network of another package within a budget, and draw samples."""
     if not PEERS.exists():
         sys.exit(f"error: {PEERS} is missing: make VENV=.venv-peers .venv-peers/lucidrains.stamp")
-    data = HOME / "fashion_mnist.npz"
+    data, out = HOME / "fashion_mnist.npz", workdir / "generated.npz"
+    workdir.mkdir(parents=True, exist_ok=True)
     if not data.exists():
         x, label = readers.fashion_mnist(None)[0]
         np.savez(data, x=x, label=label)
-    workdir.mkdir(parents=True, exist_ok=True)
-    out = workdir / "generated.npz"
     arguments = map(str, (budget, seed, SAMPLES, data, out))
     script = ROOT / "studies" / "race_peers.py"
-    said = words(PEERS, script, name, *arguments, stdout=subprocess.PIPE, text=True)
+    said = call(PEERS, script, name, *arguments, stdout=subprocess.PIPE, text=True)
     return json.loads(said.splitlines()[-1])
 
 

@@ -173,8 +173,7 @@ def lucidrains(rate: float = 1e-4) -> Entrant:
             sys.modules[module] = unittest.mock.MagicMock()
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 
-    # Its defaults are 64 channels and four levels, which 28 pixels do not allow. This one has 1.50 M
-    # parameters.
+    # 1.50 M parameters; its defaults are 64 channels and four levels, which 28 pixels do not allow.
     net = Unet(44, dim_mults=(1, 2), channels=1)
     diffusion = GaussianDiffusion(net, image_size=28, sampling_timesteps=EVALUATIONS)
 
