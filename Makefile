@@ -99,9 +99,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "diffjax needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
 
-# All targets share one environment, to which each adds the extras that it needs.
+# All targets share one environment, to which each adds the extras that it needs. A first picture
+# should not wait until all modules are compiled: Python compiles those that it imports.
 $(VENV)/%.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	    $(if $(filter plots,$*),--no-compile) -e '.[$*]'
 	touch $@
 
 clean:
