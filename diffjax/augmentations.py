@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from .tiling import position_of
 from .types import Array, Key
 
 Image = Float[Array, "height width channels"]
@@ -121,9 +122,9 @@ def crop(pad: float = 4.0) -> Augmentation:
 def window(side: int | float) -> Augmentation:
     """A random square window of a larger image, and where it is.
 
-    The numbers are the position of its centre, (down, right) from that of the image in halves of
-    its sides, as `tiling.tiled` tells them (Wang et al. 2023, "Patch diffusion", who tell the
-    coordinates of each pixel).
+    The numbers are its position, (down, right), from -1 at the first edge of the image to 1 at the
+    last, as `tiling.tiled` tells them: also of larger images none is told that was not trained
+    (Wang et al. 2023, "Patch diffusion", who tell the coordinates of each pixel).
 
     Args:
       side: of the window, in pixels, at most the image's height and width.
@@ -136,10 +137,10 @@ def window(side: int | float) -> Augmentation:
     n = int(side)
 
     def draw(key: Key, image: Image) -> tuple[Drawn, Told]:
-        around = jnp.array(image.shape[:2])
-        corner = jax.random.randint(key, (2,), 0, around - n + 1)
+        room = np.array(image.shape[:2]) - n
+        corner = jax.random.randint(key, (2,), 0, room + 1)
         cut = jax.lax.dynamic_slice(image, (*corner, 0), (n, n, image.shape[2]))
-        return cut, ((2 * corner + n) / around - 1).astype(image.dtype)
+        return cut, position_of(corner, room).astype(image.dtype)
 
     return Augmentation(draw, 2, n)
 

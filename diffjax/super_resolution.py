@@ -13,7 +13,7 @@ A network trained in this way tolerates the errors of small images that another 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Num
 
 from . import keys
 from .process import q_sample
@@ -46,7 +46,7 @@ def size_of(shape: tuple[int, ...], height: int) -> tuple[int, int]:
     return height, width
 
 
-def shrink(x: Images, height: int) -> Small:
+def shrink(x: Num[Real, "batch height width channels"], height: int) -> Small:
     """Average images `[batch, any, any, channels]` down to a height; the proportions stay.
 
     Each pixel is the mean of the area that it covers, in which a pixel that lies across its edge
@@ -62,14 +62,14 @@ def shrink(x: Images, height: int) -> Small:
     if height > x.shape[1]:
         raise ValueError(f"{height=}: must be at most that of the images, {x.shape[1]}")
     size = size_of(x.shape[1:], height)
+    dtype = jnp.result_type(x) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else jnp.float32
     rows, columns = (
-        jnp.asarray(_shares(*pair), jnp.result_type(x))
-        for pair in zip(x.shape[1:3], size, strict=True)
+        jnp.asarray(shares(*pair), dtype) for pair in zip(x.shape[1:3], size, strict=True)
     )
     return jnp.einsum("ih,jw,bhwc->bijc", rows, columns, x, precision="highest")
 
 
-def _shares(high, low):
+def shares(high: int, low: int) -> np.ndarray:
     """The shares of `high` pixels in each of `low` pixels that cover the same line, `[low, high]`.
 
     In units of 1 / (high low) every edge is a whole number, so that a share is exact.

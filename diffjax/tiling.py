@@ -19,13 +19,24 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from .denoisers import bound_cond, is_flow_map, known_schedule, predict, with_schedule
 from .types import Array, Cond, Denoiser, whole
 
 Position = Float[Array, "2"]
-"""Where the centre of a window is, (down, right) from that of the image, in halves of its sides."""
+"""Where a window is, (down, right): from -1 at the first edge of the image to 1 at the last."""
+
+
+def position_of(corner: Int[Array, "2"], room: np.ndarray) -> Position:
+    """The position of a window.
+
+    Args:
+      corner: its first row and column.
+      room: how many rows and columns the image has more than the window. Where there are none, the
+        position is 0.
+    """
+    return jnp.where(room > 0, 2 * corner / np.maximum(room, 1) - 1, 0)
 
 
 def tiled(
@@ -43,7 +54,8 @@ def tiled(
 
     Args:
       denoise: a denoiser, or a flow map, of images `[batch, *size, channels]`, of any channels.
-        Arrays of its `cond` that are images of the size of x_t are cut as x_t is.
+        Arrays of its `cond` with four axes are images, and are cut as x_t is: those of another
+        size, such as the small images of super-resolution, in proportion.
       size: sides of a window, one number if they are equal.
       overlap: by how many pixels neighbours overlap, at least 1 and less than `size`. Along a side
         that is as long as the window there is one window, and no overlap.
@@ -51,7 +63,7 @@ def tiled(
 
     Raises:
       ValueError: if `overlap` is out of range; when called, if x_t are no images, or smaller than a
-        window.
+        window, or if an image in `cond` cannot be cut in proportion.
 
     >>> import diffjax
     >>> schedule = diffjax.cosine()
@@ -69,25 +81,29 @@ def tiled(
         cond = bound_cond(denoise) if cond is None else cond
         if x_t.ndim != 4:
             raise ValueError(f"{x_t.shape}: need images [batch, height, width, channels]")
-        around = x_t.shape[1:3]
-        rows, columns = (cover(*each, overlap) for each in zip(around, sides, strict=True))
+        rows, columns = (cover(*each, overlap) for each in zip(x_t.shape[1:3], sides, strict=True))
         pairs = [
             ((top, left), np.outer(down, right))
             for top, down in zip(*rows, strict=True)
             for left, right in zip(*columns, strict=True)
         ]
-        corners, weights = (jnp.asarray(np.stack(each)) for each in zip(*pairs, strict=True))
+        corners, weights = (np.stack(each) for each in zip(*pairs, strict=True))
+        around, edges = np.array(x_t.shape[1:3]), np.array([*corners, sides])
 
         def cut(x, corner):
-            start = (0, corner[0], corner[1], 0)
-            return jax.lax.dynamic_slice(x, start, (len(x), *sides, x.shape[3]))
+            has = np.array(x.shape[1:3])
+            if (edges * has % around).any():
+                raise ValueError(
+                    f"an image of {x.shape[1:3]} in cond cannot be cut as one of {x_t.shape[1:3]} "
+                    f"in windows of {sides} at {corners.tolist()}: choose another overlap"
+                )
+            start = (0, *(corner * has // around), 0)
+            return jax.lax.dynamic_slice(x, start, (len(x), *(sides * has // around), x.shape[3]))
 
         def part(corner, weight):
-            given = jax.tree.map(
-                lambda c: cut(c, corner) if jnp.ndim(c) == 4 and c.shape[1:3] == around else c, cond
-            )
+            given = jax.tree.map(lambda c: cut(c, corner) if jnp.ndim(c) == 4 else c, cond)
             if tell is not None:
-                given = tell(given, 2 * (corner + np.array(sides) / 2) / np.array(around) - 1)
+                given = tell(given, position_of(corner, around - sides))
             found = predict(denoise, cut(x_t, corner), t, given, s)
             return jax.tree.map(lambda x: weight[None, :, :, None].astype(x.dtype) * x, found)
 
@@ -100,7 +116,8 @@ def tiled(
             zero = jnp.zeros((*x_t.shape[:3], parts.shape[-1]), parts.dtype)
             return jax.lax.scan(one, zero, (corners, parts))[0]
 
-        return jax.tree.map(add, jax.lax.map(lambda each: part(*each), (corners, weights)))
+        parts = jax.lax.map(lambda each: part(*each), (jnp.asarray(corners), jnp.asarray(weights)))
+        return jax.tree.map(add, parts)
 
     return with_schedule(known_schedule(denoise), of_image, is_flow_map(denoise))
 

@@ -107,13 +107,13 @@ def test_a_window_is_a_window_of_the_reflected_image():
     assert len(seen) > 6
 
 
-def test_a_window_is_a_part_of_the_image_and_its_centre_is_told():
+def test_a_window_is_a_part_of_the_image_and_its_place_is_told():
     height, width = NOISE.shape[:2]
+    room = np.array([height, width]) - 5
     draw, seen = jax.jit(augmentations.window(side=5).draw), set()
     for seed in range(40):
         x, told = draw(jax.random.key(seed), NOISE)
-        centre = (np.asarray(told) + 1) / 2 * (height, width)
-        down, right = np.rint(centre - 2.5).astype(int)
+        down, right = np.rint((np.asarray(told) + 1) / 2 * room).astype(int)
         np.testing.assert_array_equal(x, NOISE[down : down + 5, right : right + 5])
         seen.add((down, right))
     rows, columns = zip(*seen, strict=True)
@@ -178,7 +178,7 @@ def test_a_run_on_windows_is_told_where_they_are_and_draws_whole_images():
     denoise = e.denoiser(functools.partial(apply, {}))
     cond = e.condition(jax.random.split(jax.random.key(0), 2), batch)
     eps = denoise(jnp.zeros((2, 8, 12, 1)), 0.5, cond).eps  # the network's output: where it is
-    np.testing.assert_allclose(eps[:, [0, -1], 3, 0], [[-0.5, 0.5]] * 2, atol=1e-6)
+    np.testing.assert_allclose(eps[:, [0, -1], 3, 0], [[-1, 1]] * 2, atol=1e-6)
     assert (jnp.diff(eps[0, :, 0, 0]) >= 0).all()
 
 

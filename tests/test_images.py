@@ -261,8 +261,12 @@ def test_other_images_are_averaged_down(tmp_path):
     train, test = data.load("npz", tmp_path / "a.npz", 2)
     assert train.x.shape == (4, 2, 2, 1) and test.x.dtype == np.uint8
     assert np.abs(train.x[1, 0, 1, 0] - x[1, :4, 4:].mean()) <= 0.5
-    with pytest.raises(ValueError, match="data.size=3: .* a divisor"):
-        data.load("npz", tmp_path / "a.npz", 3)
+    for n in (3, 5, 8):  # pixels across an edge count in part
+        parts = np.kron(x[0], np.ones((n, n))).reshape(n, 8, n, 8)  # each pixel as n x n of them
+        ours = data.load("npz", tmp_path / "a.npz", n).train.x[0, ..., 0]
+        assert np.abs(ours - parts.mean((1, 3))).max() <= 0.5 + 1e-4
+    with pytest.raises(ValueError, match="data.size=9: .* averaged down"):
+        data.load("npz", tmp_path / "a.npz", 9)
 
 
 @pytest.mark.faults

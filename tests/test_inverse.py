@@ -235,7 +235,18 @@ def test_dps_leaves_alone_what_is_neither_measured_nor_related():
         ),
         (
             lambda d, x: inverse.pigdm(d, SCHEDULE, inverse.inpainting(jnp.ones(5)), x)(x, 0.5),
-            r"the operator does not take data of shape \(2, 4, 4, 3\)",
+            r"take data of .*a mask of shape \(5,\) for examples of \(4, 4, 3\)",
+        ),
+        (lambda d, x: inverse.inpainting(jnp.ones((4, 3)))(x), r"a mask of shape \(4, 3\) for"),
+        (lambda d, x: inverse.inpainting(jnp.ones(x.shape))(x), r"a mask of shape \(2, 4, 4, 3\)"),
+        (lambda d, x: inverse.blurring(jnp.ones(3)), r"a kernel of shape \(3,\)"),
+        (
+            lambda d, x: inverse.dps(diffjax.ddim(d, SCHEDULE), inverse.greying(), x, scale=-1.0),
+            "scale=-1.0",
+        ),
+        (
+            lambda d, x: inverse.mmps(d, SCHEDULE, lambda x: x + 0j, x, 0.1)(x, 0.5),
+            "that gives complex64: .* the real and imaginary parts side by side",
         ),
         (
             lambda d, x: inverse.repaint(diffjax.ddim(d, SCHEDULE), SCHEDULE, jnp.ones(5), x).step(

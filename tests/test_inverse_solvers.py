@@ -330,6 +330,20 @@ def test_an_operator_that_is_not_linear_is_solved_or_refused(name, operator):
     assert error(guided) < 0.6 * error(draw(diffjax.ancestral(denoise, schedule)))
 
 
+@pytest.mark.parametrize("name", ["pigdm", "diffpir", "ddrm"])
+def test_an_operator_that_also_adds_a_constant_is_the_linear_one_of_the_difference(x64, name):
+    _, _, a = correlated(2)
+    linear, affine = of_matrix(a[:2]), lambda x: of_matrix(a[:2])(x) + 0.7
+    denoise, y = oracles.gaussian(VP, MEAN, COV), jnp.array([[0.3, -0.4]] * 8)
+    if name == "ddrm":
+        linear, affine = (inverse.with_svd(operator, (2,)) for operator in (linear, affine))
+    x_1, ts = jax.random.normal(jax.random.key(0), (8, 2)), diffjax.uniform_times(10)
+    draw = lambda operator, y: diffjax.sample(
+        jax.random.key(1), made(name, denoise, operator=operator, y=y), x_1, ts
+    )[0]
+    np.testing.assert_allclose(draw(affine, y + 0.7), draw(linear, y), atol=1e-6)
+
+
 @each_solver
 def test_the_noise_of_a_measurement_is_checked_at_once(name):
     """Before anything is traced, as the table says."""

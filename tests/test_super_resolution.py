@@ -50,6 +50,10 @@ def test_sizes_that_cannot_be_are_refused():
         shrink(SMALL, 0)
 
 
+def test_bytes_are_averaged_as_numbers():
+    assert shrink(jnp.full((1, 4, 4, 1), 200, jnp.uint8), 2)[0, 0, 0, 0] == 200
+
+
 def test_a_ramp_stays_one_in_place():
     """Bicubic interpolation is exact on straight lines, where it does not see the edge."""
     ramp = lambda n: jnp.broadcast_to(
@@ -340,6 +344,10 @@ def test_sample_draws_a_cascade_of_runs_with_the_classes_of_its_first(enlarger, 
         (["--cascade", "digits", "digits"], "stage 2 of the cascade: low_resolution=None"),
         (["--cascade=fashion_mnist"], r"enlarges images of shape \(8, 8, 1\), and the stage"),
         (["--cascade=digits", "--label=10"], "label=10: the run has classes 0 to 9"),
+        (
+            ["--cascade=digits", "--shape", "16", "16", "1"],
+            r"shape \(16, 16, 1\): the network enlarges images to \(12, 12, 1\)",
+        ),
     ],
 )
 def test_a_cascade_that_cannot_be_is_refused_before_anything_is_compiled(

@@ -71,6 +71,20 @@ def test_what_needs_no_neighbours_is_the_same_in_windows(channels):
     np.testing.assert_allclose(bound.x_0, whole.x_0, atol=2e-6)
 
 
+def test_the_small_images_of_super_resolution_are_cut_in_proportion():
+    small = jax.random.normal(jax.random.key(1), (2, 8, 12, 1))
+    enlarge = lambda x: jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)
+
+    def denoise(x_t, t, cond=None):
+        return diffjax.Prediction(enlarge(cond["image"]), x_t)
+
+    x_t, cond = jnp.zeros((2, 16, 24, 1)), {"image": small}
+    found = tiled(denoise, 8, 4)(x_t, 0.5, cond).x_0
+    np.testing.assert_allclose(found, enlarge(small), atol=1e-6)
+    with pytest.raises(ValueError, match=r"image of .8, 12. in cond .* windows of .9, 9. at"):
+        tiled(denoise, 9, 4)(x_t, 0.5, cond)
+
+
 def test_a_variance_that_is_learned_is_blended_too():
     double = lambda x_t, log_snr, cond: jnp.concatenate([x_t, x_t / 2], -1)
     denoise = diffjax.denoiser(double, SCHEDULE, "eps", learned_variance=True)
@@ -80,7 +94,7 @@ def test_a_variance_that_is_learned_is_blended_too():
 
 
 def test_windows_are_told_where_they_are():
-    """Each is told its centre, which the weights blend to the coordinate of each pixel."""
+    """From -1 at the first edge to 1 at the last, whatever the size, and 0 where there is one."""
 
     def denoise(x_t, t, cond=None):
         place = jnp.broadcast_to(cond["at"][None, None, None, :], x_t.shape)
@@ -88,8 +102,9 @@ def test_windows_are_told_where_they_are():
 
     tell = lambda cond, position: {"at": position}
     x_0 = tiled(denoise, 8, 4, tell)(jnp.zeros((1, 16, 32, 2)), 0.5).x_0[0]
-    np.testing.assert_allclose(x_0[0, 0], [-0.5, -0.75], rtol=1e-6)
-    np.testing.assert_allclose(x_0[-1, -1], [0.5, 0.75], rtol=1e-6)
+    np.testing.assert_allclose(x_0[0, 0], [-1, -1], rtol=1e-6)
+    np.testing.assert_allclose(x_0[-1, -1], [1, 1], rtol=1e-6)
+    assert not tiled(denoise, 8, 4, tell)(jnp.zeros((1, 8, 32, 2)), 0.5).x_0[..., 0].any()
     assert (jnp.diff(x_0[:, 0, 0]) >= -1e-6).all() and (jnp.diff(x_0[0, :, 1]) >= -1e-6).all()
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ..super_resolution import shares
 from . import images, readers, records, toy
 from .batches import ORDERS, batch_indices, order_of, train_batch, train_batches
 from .examples import (
@@ -93,7 +94,7 @@ def load(
       name: one of `DATASETS`.
       path: its folder or file; None for its default location, if it has one.
       size: side of the images in pixels. `folder` crops images to squares and scales them to this
-        size; other data sets average square images down to it, so it must divide their side.
+        size; other data sets average square images down to it.
       channels: for `folder` only: 1 (grey) or 3 (RGB); None is grey if all images are grey.
       unreadable: for `folder` only: if a file cannot be read, "refuse" the folder or "skip" the
         file.
@@ -144,11 +145,15 @@ def load(
 def _averaged(name, x, size):
     """Average square images `[n, side, side, channels]` down to size x size pixels."""
     square = x.ndim == 4 and x.shape[1] == x.shape[2]
-    if DATASETS[name].levels or not square or size < 1 or x.shape[1] % size:
+    if DATASETS[name].levels or not square or not 1 <= size <= x.shape[1]:
         raise ValueError(
             f"data.size={size}: the data set {name} has a size of its own, {x.shape[1:]}; only "
-            "square images can be averaged down, to a divisor of their size"
+            "square images can be averaged down, to at least 1 pixel"
         )
-    k = x.shape[1] // size
-    means = x.reshape(len(x), size, k, size, k, x.shape[3]).mean((2, 4), np.float32)
+    k, rest = divmod(x.shape[1], size)
+    if rest:  # a pixel may lie across the edge of two averages, and counts in part
+        share = shares(x.shape[1], size).astype(np.float32)
+        means = np.einsum("ih,jw,bhwc->bijc", share, share, x, dtype=np.float32, optimize=True)
+    else:
+        means = x.reshape(len(x), size, k, size, k, x.shape[3]).mean((2, 4), np.float32)
     return np.round(means).astype(x.dtype) if x.dtype == np.uint8 else means

@@ -383,7 +383,15 @@ def function_evaluations(e: Experiment) -> int:
 
 
 def check_shape(e: Experiment, params: Any, shape: tuple[int, ...]) -> None:
-    """Raise a ValueError unless the network takes examples of this shape."""
+    """Raise a ValueError unless the network takes examples of this shape.
+
+    One that enlarges images makes those of its run, by the factor that it was trained for.
+    """
+    if e.config.low_resolution is not None and e.config.data.shape not in (None, shape):
+        raise ValueError(
+            f"shape {shape}: the network enlarges images to {e.config.data.shape}; another factor "
+            "needs another run"
+        )
     e.config.model.check_input(network_shape(e.config, shape))
     made = jax.eval_shape(lambda key: e.init(key, shape), jax.random.key(0))
     if jax.tree.map(jnp.shape, made) != jax.tree.map(jnp.shape, params):

@@ -57,12 +57,19 @@ def located(config: Config, path: Path | None, autoencoder: Path | None = None) 
 
 
 def recorded(config: Config, train: Examples) -> Config:
-    """The config as a run stores it: with the absolute path and the shape of its training data.
+    """The config as a run stores it: with absolute paths and the shape of its training data.
 
     So a run can be used from another directory, and sampled or exported without its data. If the
     order of the examples is not the one that every run of an earlier version has, it is stored too.
     """
     config = located(config, config.data.path, config.data.autoencoder)
+    absolute = lambda source: (
+        str(as_path(source).absolute()) if as_path(source).exists() else source
+    )
+    stages = tuple(map(absolute, config.sampling.cascade))
+    config = dataclasses.replace(
+        config, sampling=dataclasses.replace(config.sampling, cascade=stages)
+    )
     found = dataclasses.replace(config.data, shape=data.shape_of(train.x))
     if found.order is None and order_of(len(train.x)) != "shuffle":
         found = dataclasses.replace(found, order=order_of(len(train.x)))

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from ..types import Data, Key, Real
+from ..types import Data, Key, Real, whole
 
 Measurement = Float[Real, "batch *measured"]
 Measure = Callable[[Data], Measurement]
@@ -67,9 +67,22 @@ class Operator:
 
 
 def inpainting(mask: Float[Real, "..."]) -> Operator:
-    """Keep the data where `mask`, of the shape of one example, is 1, and zero it where it is 0."""
+    """Keep the data where `mask` is 1, and zero it where it is 0.
+
+    Args:
+      mask: of one example, `[height, width, 1]` or `[height, width, channels]` for images.
+
+    Raises:
+      ValueError: when called, if the mask does not have as many axes as an example, or does not
+        broadcast to it.
+    """
     same = lambda x: x
-    keep = lambda x: x * jnp.broadcast_to(mask, x.shape).astype(x.dtype)
+
+    def keep(x):
+        if jnp.ndim(mask) != x.ndim - 1:
+            raise ValueError(f"a mask of shape {jnp.shape(mask)} for examples of {x.shape[1:]}")
+        return x * jnp.broadcast_to(mask, x.shape).astype(x.dtype)
+
     return Operator(keep, SVD(mask, same, same, same), mask)
 
 
@@ -77,10 +90,11 @@ def downsampling(factor: int) -> Operator:
     """Average each square of factor x factor pixels of images `[batch, height, width, channels]`.
 
     Raises:
-      ValueError: if `factor` is below 1; when called, if it does not divide height and width.
+      ValueError: unless `factor` is a whole number of at least 1; when called, if it does not
+        divide height and width.
     """
-    if factor < 1:
-        raise ValueError(f"{factor=}: must be at least 1")
+    if not whole(factor):
+        raise ValueError(f"{factor=}: must be a whole number of at least 1")
 
     def squares(x):
         batch, height, width, channels = x.shape
@@ -134,8 +148,17 @@ def _averaging(n, groups, ungrouped):
     )
 
 
-def blurring(kernel: Float[Real, "height width"]) -> Operator:
-    """Convolve images with a kernel, with zeros beyond their edges; the size stays the same."""
+def blurring(kernel: Float[Real, "..."]) -> Operator:
+    """Convolve images with a kernel, with zeros beyond their edges; the size stays the same.
+
+    Args:
+      kernel: `[height, width]`, the same for all channels.
+
+    Raises:
+      ValueError: if the kernel does not have two axes.
+    """
+    if jnp.ndim(kernel) != 2:
+        raise ValueError(f"a kernel of shape {jnp.shape(kernel)}: must be [height, width]")
 
     def measure(x):
         channels = x.shape[-1]
@@ -167,10 +190,11 @@ def compressed_sensing(key: Key, measurements: int, shape: tuple[int, ...]) -> O
       shape: the shape of one example.
 
     Raises:
-      ValueError: if `measurements` is below 1; when called, if an example has another shape.
+      ValueError: unless `measurements` is a whole number of at least 1; when called, if an example
+        has another shape.
     """
-    if measurements < 1:
-        raise ValueError(f"{measurements=}: must be at least 1")
+    if not whole(measurements):
+        raise ValueError(f"{measurements=}: must be a whole number of at least 1")
     size = math.prod(shape)
     weights = jax.random.normal(key, (measurements, size)) / math.sqrt(size)
 
@@ -192,10 +216,10 @@ def phase_retrieval(oversampling: int = 2) -> Operator:
         measurement has the padded size.
 
     Raises:
-      ValueError: if `oversampling` is below 1.
+      ValueError: unless `oversampling` is a whole number of at least 1.
     """
-    if oversampling < 1:
-        raise ValueError(f"{oversampling=}: must be at least 1")
+    if not whole(oversampling):
+        raise ValueError(f"{oversampling=}: must be a whole number of at least 1")
 
     def measure(x):
         size = tuple(oversampling * n for n in x.shape[1:3])
@@ -211,7 +235,7 @@ def with_svd(operator: Measure, shape: tuple[int, ...]) -> Operator:
     28 x 28 pixels.
 
     Args:
-      operator: A, linear.
+      operator: A, linear, or linear but for a constant.
       shape: the shape of one example.
 
     Raises:
@@ -220,7 +244,8 @@ def with_svd(operator: Measure, shape: tuple[int, ...]) -> Operator:
     size = math.prod(shape)
     basis = jnp.eye(size).reshape(size, *shape)
     check_linear("with_svd", operator, basis)
-    matrix = np.asarray(operator(basis), np.float64).reshape(size, -1)  # A transposed
+    offset = operator(jnp.zeros_like(basis[:1]))
+    matrix = np.asarray(operator(basis) - offset, np.float64).reshape(size, -1)  # A transposed
     v, found, u_t = np.linalg.svd(matrix)
     found[found < 1e-6 * found[0]] = 0  # rounding errors of a float32 matrix
     values = np.zeros(size)
@@ -240,20 +265,28 @@ def with_svd(operator: Measure, shape: tuple[int, ...]) -> Operator:
             values,
             coordinates=lambda x: _dot(x.reshape(len(x), size), v),
             data=lambda z: _dot(z, v.T).reshape(len(z), *shape),
-            measured=lambda y: _dot(y.reshape(len(y), -1), u_t.T),
+            measured=lambda y: _dot((y - offset).reshape(len(y), -1), u_t.T),
         ),
     )
 
 
 def check(operator: Measure, x: Data, y: Float[Real, "..."]) -> None:
-    """Raise a ValueError unless y has the shape of a measurement of data x."""
-    shape = _measured(operator, x).shape
-    if y.shape != shape:
-        raise ValueError(f"a measurement of shape {y.shape}: the operator gives {shape}")
+    """Raise a ValueError unless y has the shape of a measurement of data x, and both are real."""
+    found = _measured(operator, x)
+    if y.shape != found.shape:
+        raise ValueError(f"a measurement of shape {y.shape}: the operator gives {found.shape}")
+    if not all(jnp.issubdtype(each.dtype, jnp.floating) for each in (y, found)):
+        raise ValueError(
+            f"a measurement in {y.dtype}, by an operator that gives {found.dtype}: must be "
+            "floating-point numbers, of complex ones the real and imaginary parts side by side"
+        )
 
 
 def check_linear(name: str, operator: Measure, x: Data) -> None:
-    """Raise a ValueError unless JAX can transpose the operator at data x, as `name` does."""
+    """Raise a ValueError unless the operator is linear in data x, or but for a constant.
+
+    That is whether JAX can transpose it.
+    """
     y = _measured(operator, x)
     try:
         jax.eval_shape(jax.linear_transpose(operator, x), y)
@@ -267,7 +300,7 @@ def _measured(operator, x):
     """The shape and dtype of a measurement."""
     try:
         return jax.eval_shape(operator, x)
-    except (TypeError, ValueError) as error:
+    except (IndexError, TypeError, ValueError) as error:
         raise ValueError(f"the operator does not take data of shape {x.shape}: {error}") from error
 
 

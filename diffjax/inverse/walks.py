@@ -27,11 +27,13 @@ def dps(sampler: Sampler, operator: Measure, y: Measurement, scale: Scalar = 1.0
       sampler: a `Sampler`.
       operator: A, linear or not.
       y: the measurement, `[batch, ...]`.
-      scale: the size of a gradient step.
+      scale: the size of a gradient step, more than 0.
 
     Raises:
-      ValueError: when called, if y does not have the shape of A x_0.
+      ValueError: if `scale` is not positive; when called, if y does not have the shape of A x_0.
     """
+    if known(scale) and not scale > 0:
+        raise ValueError(f"{scale=}: must be more than 0")
 
     def step(key, state, t, s):
         check(operator, state.x, y)
@@ -77,7 +79,7 @@ def repaint(
         raise ValueError(f"{repeats=}: must be a whole number of at least 1")
 
     def step(key, state, t, s):
-        check(lambda x: jnp.broadcast_to(mask, x.shape), state.x, y)
+        check(lambda x: jnp.broadcast_to(mask, x.shape).astype(x.dtype), state.x, y)
         if jax.tree.leaves(state.memory):
             raise ValueError("repaint: needs a sampler of one step, not a multistep sampler")
         known = jnp.broadcast_to(mask, y.shape).astype(y.dtype)
