@@ -327,21 +327,27 @@ def operator_table(runs: dict[str, list[float]], name: str) -> str:
 
 
 def errors_figure(runs: dict[str, list[float]]) -> Figure:
-    """The distance against the passes, one line for each of `PLOTTED`."""
-    figure, axes = plots.panels(1, len(OPERATORS), width=2.7, height=2.8)
-    for ax, name in zip(axes, OPERATORS, strict=True):
+    """Each of the `METRICS` against the passes, one line for each of `PLOTTED`."""
+    figure, axes = plots.panels(len(METRICS), len(OPERATORS), width=2.7, height=2.3)
+    cells = itertools.product(reversed(METRICS), OPERATORS)
+    for i, (ax, (metric, name)) in enumerate(zip(axes, cells, strict=True)):
+        mean = lambda *cell, metric=metric: statistics.mean(over_seeds(runs, metric, *cell))
         for label in PLOTTED:
-            y = [
-                statistics.mean(over_seeds(runs, "distance", name, label, "VP", n)) for n in BUDGETS
-            ]
-            ax.loglog(BUDGETS, y, marker="o", markersize=3, label=label)
-        exact = statistics.mean(over_seeds(runs, "distance", name, "exact"))
-        ax.axhline(exact, color=plots.INK, linewidth=0.8, label="exact draws")
-        ax.set(title=name, xlabel="passes of the network", ylim=(0.03, 0.8))
+            y = [mean(name, label, "VP", n) for n in BUDGETS]
+            ax.plot(BUDGETS, y, marker="o", markersize=3, label=label)
+        ax.axhline(mean(name, "exact"), color=plots.INK, linewidth=0.8, label="exact draws")
+        ax.set_xscale("log")
         ax.set_xticks(BUDGETS, list(map(str, BUDGETS)))
-        ax.set_yticks((0.05, 0.1, 0.2, 0.4), ("0.05", "0.1", "0.2", "0.4"))
+        if metric == "distance":
+            ax.set(title=name, yscale="log", ylim=(0.03, 0.8))
+            ax.set_yticks((0.05, 0.1, 0.2, 0.4), ("0.05", "0.1", "0.2", "0.4"))
+        else:
+            ax.set(ylim=(0, 1 if metric == "coverage" else 1.6))
         ax.minorticks_off()
-    axes[0].set_ylabel("sliced Wasserstein distance")
+        if i % len(OPERATORS) == 0:
+            ax.set_ylabel(METRICS[metric])
+        if i >= len(OPERATORS) * (len(METRICS) - 1):
+            ax.set_xlabel("passes of the network")
     figure.legend(
         *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=8
     )
@@ -476,12 +482,13 @@ covariances, of standard deviation {std:.2f}; the denoiser is exact, so that all
 the solver's. The noise has a standard deviation of {noise}. Numbers are means over {measured}
 measurements of as many truths, {drawn} samples each, and {seeds} seeds.
 
-![Distance against passes of the network, for each operator](images/inverse_errors.png)
+![Each measure against passes of the network, for each operator](images/inverse_errors.png)
 
 - **distance**: of the samples to as many draws of the exact posterior, the sliced Wasserstein
   distance of order one over 32 directions, by the number of passes for one sample.
 - **mean**: the distance of the samples' mean to the exact one, in units of the square root of the
-  posterior's total variance; by {most} passes, as the rest.
+  posterior's total variance. The tables have it by {most} passes, as the rest, and the picture by
+  all numbers of passes.
 - **covariance**: the Frobenius norm of the error of the covariance, relative to the exact one.
 - **coverage**: how often the truth lies between the 5 % and 95 % quantiles of the samples along a
   direction; 0.90 is right. Too narrow samples cover less. Draws that know nothing of the
@@ -514,14 +521,15 @@ ADVICE = """\
 - **`tds` where the posterior has several modes**, as in inpainting here, and time allows: its mean
   ends nearer than that of `mmps`. It is the only solver that converges to the exact posterior as
   steps and particles are added. With too few of either, a population collapses onto one sample:
-  64 particles do by 25 passes, and 16 were not enough for phase retrieval of Fashion-MNIST.
+  64 particles do by 25 passes.
 - **`ddrm` where the network's derivative costs too much.** Of the solvers without it, it is the
   nearest by 100 passes, except in deblurring; in inpainting it ends as near as `tds`. Its samples
   are too narrow (coverage 0.4 to 0.8); in deblurring, more steps make this worse.
 - **`diffpir`** needs neither the derivative nor a decomposition, and hardly depends on the number
   of steps; but more of them do not remove its bias.
-- **`dps`** where nothing else applies. Its scale must be found for each operator and number of
-  steps (here 1 by 25 passes and 0.1 by 400), and where its samples are near, they are too narrow.
+- **`dps`** where nothing else applies. Its scale must be found for each operator, number of steps
+  and schedule (here 1 by 25 passes and 0.1 by 400 under VP; the table of schedules has what the
+  same scale does under others), and where its samples are near, they are too narrow.
 - **`repaint`** needs no noise, but is no better than `pigdm` in inpainting.
 
 A network that predicts eps has large errors of x_0 near t = 1, which the derivative of `mmps` and
