@@ -8,12 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sample
 import train
 from diffjax import augmentations, data
 from diffjax.augmentations import AUGMENTATIONS, SYM6, crop, edm, warp
+from diffjax.evaluation import sampling
 from diffjax.experiment import Config, Data, Sampling, resolve
 from diffjax.experiment.rules import cautions, check_data
 from diffjax.models import UNetConfig
+from diffjax.published import weights
 
 NOISE = jnp.asarray(np.random.default_rng(0).standard_normal((16, 12, 3)), jnp.float32)
 
@@ -187,6 +190,21 @@ def test_a_run_on_windows_has_the_parameters_of_a_window():
         jnp.shape, jax.eval_shape(lambda key: resolve(WINDOWS).init(key, shape), jax.random.key(0))
     )
     assert shapes((4, 4, 1)) == shapes((64, 32, 1))
+
+
+@pytest.mark.faults
+def test_a_run_on_windows_draws_samples_of_another_size(tmp_path):
+    e = resolve(dataclasses.replace(WINDOWS, data=Data("digits", shape=(8, 8, 1))))
+    weights.save(tmp_path / "a.safetensors", e.init(jax.random.key(0), (8, 8, 1)), e.config)
+    for shape, overlap in (("8 8 1", 2), ("10 13 1", 3)):
+        out = tmp_path / f"{overlap}.npz"
+        sample.main(
+            f"--workdir={tmp_path}/a.safetensors --shape {shape} --n=3 --steps=2 --out={out} "
+            f"--overlap={overlap}".split()
+        )
+        assert sampling.read(out)[0].x.shape == (3, *map(int, shape.split()))
+    with pytest.raises(SystemExit, match=r"side=4 is larger than images of \(3, 8\)"):
+        sample.main(f"--workdir={tmp_path}/a.safetensors --shape 3 8 1 --out={out}".split())
 
 
 @pytest.mark.faults

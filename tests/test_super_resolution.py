@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -334,6 +335,14 @@ def test_sample_draws_a_cascade_of_runs_with_the_classes_of_its_first(enlarger, 
     (first,) = settings["stages"]
     assert first["parameters"]["sha256"] != settings["parameters"]["sha256"]
     assert first["config"]["data"]["name"] == "digits" and settings["cascade"] == ["digits"]
+
+
+def test_a_cascade_of_a_config_is_found_from_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("small").mkdir()
+    config = changed(SMOKE, {"cascade": ("digits", "small")})
+    found = dataset.recorded(config, data.load("digits").train).sampling.cascade
+    assert found == ("digits", str(tmp_path / "small"))
 
 
 @pytest.mark.parametrize(
