@@ -201,11 +201,12 @@ def written(record: dict[str, Any]) -> str:
     ]
     stds = [f"std on {name}" for name in some["std"]]
     head = ["", "bits/dim", *stds, "log-SNR at t = 1", "at t = 0", "ms a step"]
-    program = some["program"]
+    programs = [run["program"] for of in runs.values() for run in of.values()]
+    on = {f"{p['devices']} x {p['device']}, jax {p['jax']}" for p in programs}
     return SECTION.format(
         steps=f"{some['steps']:,}",
         date=" and ".join(sorted({run["date"] for of in runs.values() for run in of.values()})),
-        program=f"{program['devices']} x {program['device']}, jax {program['jax']}",
+        program="; ".join(sorted(on)),
         seeds=f"seeds {', '.join(seeds)}, means" if len(seeds) > 1 else "one run each",
         table=table(head, rows),
         command=record["command"],
