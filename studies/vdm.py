@@ -164,9 +164,10 @@ SECTION = """\
 The network is that of `configs/vdm_fashion.py`, trained by the bound for {steps} steps on {date}
 ({program}).
 The rows differ in the schedule, of which only the first is learned ([A learned
-schedule](howto/learned_schedule.md)). The numbers are of {seeds}: bits/dim of held-out
-examples, and the standard deviation of one loss, in nats per dimension, of the trained network on
-its own schedule, on others between the same ends, and on the one with the least variance.
+schedule](howto/learned_schedule.md)). The numbers are {seeds}:
+bits/dim of held-out examples, and the standard deviation of one loss, in nats per dimension, of the
+trained network on its own schedule, on others between the same ends, and on the one with the least
+variance.
 
 {table}
 ![The schedules](images/vdm.png)
@@ -207,7 +208,9 @@ def written(record: dict[str, Any]) -> str:
         steps=f"{some['steps']:,}",
         date=" and ".join(sorted({run["date"] for of in runs.values() for run in of.values()})),
         program="; ".join(sorted(on)),
-        seeds=f"seeds {', '.join(seeds)}, means" if len(seeds) > 1 else "one run each",
+        seeds=f"means over seeds {', '.join(seeds)}, ± the standard deviation"
+        if len(seeds) > 1
+        else "of one run each",
         table=table(head, rows),
         command=record["command"],
     )
