@@ -14,6 +14,7 @@ is the network of the published file.
 """
 
 import dataclasses
+import math
 
 from diffjax.experiment import Config, Data, Optimizer, Sampling, smoke, variant_of
 from diffjax.models import dit_config
@@ -29,7 +30,7 @@ def get_config(variant: str = "") -> Config:
         schedule_options={"steps": 1000},
         time_steps=1000,
         time_input=True,
-        bound_weight=0.001,
+        bound_weight=0.001 / math.log(2),  # theirs is of a bound in bits
         weighting="constant",
         label_drop=0.1,
         model=model,

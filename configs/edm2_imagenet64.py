@@ -1,8 +1,9 @@
 """ImageNet at 64 x 64 as EDM2-S (Karras et al. 2024, configuration G).
 
-    python train.py --config=configs/edm2_imagenet64.py --config.data.path=imagenet/train
+    python train.py --config=configs/edm2_imagenet64.py --config.data.path=imagenet
 
-Theirs: 280 million parameters, 2^30 images in batches of 2048, FID 1.58 with 63 evaluations and the
+The folder holds `train` and `val`. Theirs:
+280 million parameters, 2^30 images in batches of 2048, FID 1.58 with 63 evaluations and the
 average of the best width, which is found after training (docs/howto/averages.md). They compute in
 float16, which is bfloat16 here. `:M`, `:L` and `:XL` are the other sizes, with FID 1.43, 1.33 and
 1.33.
@@ -30,7 +31,7 @@ def make(size: str) -> Config:
     mebi, rate, dropout = SIZES[size]
     batch = 2048
     return Config(
-        data=Data("folder", size=64, channels=3),
+        data=Data("folder", size=64, channels=3, crop="area"),
         target="F",
         unit_input=True,
         schedule="log_uniform",

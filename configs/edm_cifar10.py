@@ -4,7 +4,7 @@
 
 Theirs: DDPM++ of 55.7 million parameters, 200 million images in batches of 512, an average of half
 life 0.5 million images, augmentation with probability 0.12; FID 1.79 with 35 evaluations. One thing
-differs here: their average forgets faster in the first tenth of the run.
+differs here: at the start their average has another warm-up.
 
 Not run here: no package carries the images, and this needs an accelerator; the network's parameter
 count, the weight of the loss and the numbers of images are tested.

@@ -49,6 +49,7 @@ def get_config(variant: str = "") -> Config:
             learning_rate=2e-4, warmup=100, clip=None, beta_2=0.99, weight_decay=0.01
         ),
         ema=0.9999,
+        ema_warmup=False,
         batch_size=128,
         steps=10_000_000,
         log_every=1000,

@@ -268,11 +268,18 @@ def within(
       high: the largest log-SNR at which to guide.
 
     Raises:
-      ValueError: unless `low < high`.
+      ValueError: unless `low < high`, and some log-SNR of the schedule is between them.
     """
     if known(low, high) and not low < high:
         raise ValueError(f"{low=} must be below {high=}, in log-SNR")
     schedule = schedule_of(denoise, schedule_of(guided, schedule))
+    with jax.ensure_compile_time_eval():
+        least, most = schedule.log_snr(1.0), schedule.log_snr(0.0)
+    if known(low, high, least, most) and not (low <= float(most) and float(least) <= high):
+        raise ValueError(
+            f"{low=}, {high=}: the schedule has log-SNR from {float(least):.3g} to "
+            f"{float(most):.3g}, and none between them"
+        )
 
     def inside(x_t, t, cond=None):
         log_snr = schedule.log_snr(t)
@@ -341,7 +348,8 @@ def dynamic_threshold(
 
     def shrink(x_0, x_t, t, cond):
         size = jnp.abs(x_0).reshape(len(x_0), -1)
-        s = expand(jnp.maximum(jnp.quantile(size, quantile, axis=1), limit), x_0)
+        part = jnp.asarray(quantile, size.dtype)  # which may be the whole number 1
+        s = expand(jnp.maximum(jnp.quantile(size, part, axis=1), limit), x_0)
         return jnp.clip(x_0, -s, s) * (limit / s)
 
     return with_x_0(denoise, schedule, shrink)
@@ -364,12 +372,17 @@ def cfg_plus_plus(
       make: (denoise, schedule) -> `Sampler`, such as `ddim`.
       denoise: a denoiser trained with and without its conditioning.
       schedule: its `Schedule`.
-      weight: lambda, `[]` or `[batch]`; 0 is unconditional. Chung et al. use 0 to 1.
+      weight: lambda, `[]` or `[batch]`, from 0, which is unconditional, to 1.
       null: the conditioning that means "no condition", as in `classifier_free`.
+
+    Raises:
+      ValueError: if `weight` is one number outside of [0, 1].
 
     Source: Chung et al. 2025, "CFG++: manifold-constrained classifier free guidance", arXiv
     2406.08070.
     """
+    if known(weight) and jnp.ndim(weight) == 0 and not 0 <= weight <= 1:
+        raise ValueError(f"{weight=}: that of cfg_plus_plus is from 0 to 1")
     schedule = schedule_of(denoise, schedule)
 
     def step(key, state, t, s):

@@ -305,6 +305,8 @@ def test_dynamic_threshold_brings_each_example_into_range_and_leaves_those_insid
     s = np.quantile(np.abs(x_0[1]), 0.9)
     np.testing.assert_allclose(got.x_0[1], np.clip(x_0[1], -s, s) / s, atol=1e-5)
     np.testing.assert_allclose(jnp.abs(got.x_0).max(), 1, rtol=1e-6)
+    scaled = diffjax.dynamic_threshold(denoise, schedule, 1)(jnp.zeros((2, 101)), t).x_0
+    np.testing.assert_allclose(scaled[1], x_0[1] / 4, atol=1e-6)
     for arguments, message in (((95.0,), r"quantile=95\.0"), ((0.5, 0.0), r"limit=0\.0")):
         with pytest.raises(ValueError, match=message):
             diffjax.dynamic_threshold(denoise, schedule, *arguments)

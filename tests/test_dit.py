@@ -184,6 +184,7 @@ def test_dropout_of_an_example_depends_on_its_key_alone():
         ({"labels": 0}, "null_label=True needs labels"),
         ({"class_tokens": 2, "class_tokens_from": 3}, r"class_tokens_from=3 in 0\.\.2"),
         ({"dropout": 1.0}, r"dropout=1\.0: must be in"),
+        ({"bottleneck": 0}, "sizes and counts must be at least 1"),
     ],
 )
 def test_a_transformer_that_cannot_be_is_refused(change, message):

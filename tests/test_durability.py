@@ -280,11 +280,15 @@ class Cut:
         raise OSError("No space left on device")
 
 
-def test_a_picture_that_cannot_be_written_leaves_the_old_one(finished, tmp_path, monkeypatch):
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(
+    finished, tmp_path, monkeypatch, capsys
+):
     with Recorder(tmp_path, 0, 9) as recorder:
         (tmp_path / "loss.png").write_bytes(b"old")
         recorder.picture(9, "loss", Cut)
+        recorder.picture(9, "samples", plots.samples, np.zeros((4, 2, 3, 4, 1)), 0)  # volumes
     assert (tmp_path / "loss.png").read_bytes() == b"old"
+    assert "no picture samples.png (samples of shape (4, 2, 3, 4, 1)" in capsys.readouterr().out
     out = tmp_path / "a.npz"
     (tmp_path / "a.png").write_bytes(b"old")
     monkeypatch.setattr(plots, "samples", lambda *_: Cut())

@@ -245,6 +245,8 @@ def test_an_image_that_does_not_halve_is_refused(shape, message):
         ({"heads": 3}, "heads=3"),
         ({"head_width": 5}, "head_width=5"),
         ({"dropout": 1.0}, r"dropout=1\.0"),
+        ({"log_snr_scale": np.nan}, "log_snr_scale=nan: must be finite"),
+        ({"epsilon": -1.0}, "epsilon=-1.0: must be positive and finite"),
     ],
 )
 def test_a_config_that_does_not_divide_is_refused(change, message):

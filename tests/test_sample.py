@@ -280,6 +280,12 @@ def test_a_chain_of_the_command_line_is_what_samples_are_drawn_with(finished, tm
         ),
         (["classifier_free:weight=much"], "weight=much: must be a finite number"),
         (["classifier_free:weight=3", "within:low=4,high=-2"], "low=4 must be below high=-2"),
+        (
+            ["classifier_free:weight=3", "within:low=100,high=200"],
+            "low=100, high=200: the schedule has log-SNR from -8 to 7, and none between them",
+        ),
+        (["classifier_free:weight=3,weight=4"], "'weight=4': weight is there twice"),
+        (["cfg_plus_plus:weight=8"], "weight=8: that of cfg_plus_plus is from 0 to 1"),
         (["classifier_free:3"], "'3' is not NAME=VALUE"),
         (
             ["classifier_free:weight=3", "dynamic_threshold", "dynamic_threshold:limit=2"],

@@ -860,6 +860,14 @@ BAD = {
         "averages=(0.1,), snapshot_every=None: give both, or neither",
     ),
     "snapshots": (["--config.snapshot_every=10"], "snapshot_every=10: give both, or neither"),
+    "their type": (["--config.snapshot_dtype=float16"], "float16: there are no snapshots without"),
+    "density twice": (
+        [
+            *("--config.weighting=edm", "--config.density_weights=False"),
+            *("--config.density=normal", "--config.density_options", "mean=0", "std=2"),
+        ],
+        "has the density of EDM's noise levels in it, which would count twice",
+    ),
     "two widths": (
         ["--config.snapshot_every=10", "--config.averages", "0.1", "0.1"],
         "averages=(0.1, 0.1): a width is there twice",

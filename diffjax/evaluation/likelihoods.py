@@ -16,13 +16,15 @@ from .sampling import with_progress
 Bound = Callable[[Any, dict[str, Array]], Array]
 
 
-def check_bound(config: Config) -> None:
-    """Raise a ValueError if a run of this config has no variational bound."""
+def check_bound(
+    config: Config,
+    instead: str = "evaluate.py --flow=True counts bits by the flow, and --held_out=0 counts none",
+) -> None:
+    """Raise a ValueError, with what to do instead, if a run of this config has no bound."""
     if config.coupling != "independent":
         raise ValueError(
             f"coupling={config.coupling}: the variational bound needs a network that was trained "
-            "with independent noise; evaluate.py --flow=True counts bits by the flow, and "
-            "--held_out=0 counts none"
+            f"with independent noise; {instead}"
         )
 
 

@@ -65,6 +65,8 @@ def check(args: Arguments) -> None:
         (args.n >= 20, f"n={args.n}: must be at least 20"),
     )
     config = run_directory.read_config(args.workdir)
+    if args.features is None:
+        likelihoods.check_bound(config, "--features=NAME measures distances of samples")
     for std in args.std:
         run_directory.check_average(config, std)
     run_directory.list_snapshots(args.workdir, config)
@@ -90,7 +92,9 @@ def compare(args: Arguments) -> list[dict[str, Any]]:
     dataset, runner = load_data(config, args.workdir), choose(config.parallel)
     levels = data.levels(config.data.name, dataset.test)
     held_out = data.first(dataset.test, args.held_out)
-    bound = runner.map(likelihoods.variational_bound(e, levels, args.bound_samples))
+    bound = None
+    if config.coupling == "independent":
+        bound = runner.map(likelihoods.variational_bound(e, levels, args.bound_samples))
     shape = data.shape_of(dataset.train.x)
     form = pixels.form(config, runner, shape, dataset.train.x.dtype.type)
     all_of = lambda examples: data.take(examples, np.arange(len(examples.x)))["x"]
@@ -102,10 +106,12 @@ def compare(args: Arguments) -> list[dict[str, Any]]:
     generate = None if space is None else sampling.make_generate(drawn, shape, others)
 
     def measure(params):
-        found = likelihoods.bits(
-            runner, bound, params, held_out, config.batch_size, shape, "held-out examples"
-        )
-        row = dict(zip(("bound_bits_per_dim", "bound_standard_error"), found, strict=True))
+        row = {}
+        if bound is not None:
+            found = likelihoods.bits(
+                runner, bound, params, held_out, config.batch_size, shape, "held-out examples"
+            )
+            row = dict(zip(("bound_bits_per_dim", "bound_standard_error"), found, strict=True))
         if space is None or generate is None:
             return row
         label, indices = sampling.labels(config, _drawing(args, e)), range(args.n)

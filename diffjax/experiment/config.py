@@ -65,7 +65,7 @@ def as_options(words: Iterable[str]) -> dict[str, Any]:
     """Words `NAME=VALUE` as a dict.
 
     Raises:
-      ValueError: if a word is none of these.
+      ValueError: if a word is none of these, or a name is there twice.
 
     >>> as_options(["eta=0.5", "variance=beta"])
     {'eta': 0.5, 'variance': 'beta'}
@@ -75,6 +75,8 @@ def as_options(words: Iterable[str]) -> dict[str, Any]:
         name, equals, value = word.partition("=")
         if not equals:
             raise ValueError(f"{word!r} is not NAME=VALUE")
+        if name in options:
+            raise ValueError(f"{word!r}: {name} is there twice")
         options[name] = number_or_text(value)
     return options
 

@@ -162,6 +162,10 @@ def _of_averages(c):
             f"averages={c.averages}, snapshot_every={c.snapshot_every}: give both, or neither",
         ),
         (
+            bool(c.averages) or c.snapshot_dtype == "float32",
+            f"snapshot_dtype={c.snapshot_dtype}: there are no snapshots without averages",
+        ),
+        (
             c.snapshot_every is None or c.snapshot_every % c.log_every == 0,
             f"snapshot_every={c.snapshot_every}: must be a multiple of log_every={c.log_every}, "
             "at which the numbers are checked",
@@ -194,6 +198,12 @@ def _of_time(c):
             not c.loss_aware_times or (c.density == "uniform" and c.density_weights),
             f"density={c.density}, density_weights={c.density_weights}: loss_aware_times=True has "
             "a density and weights of its own",
+        ),
+        (
+            c.weighting != "edm" or c.density_weights,
+            f"weighting=edm with density={c.density}, density_weights=False: this weight has the "
+            "density of EDM's noise levels in it, which would count twice; use "
+            "weighting=preconditioned",
         ),
         (
             c.bound_weight is None or (c.bound_weight >= 0 and c.time_steps != 1),

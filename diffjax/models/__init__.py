@@ -196,19 +196,22 @@ def start_from(fresh: Any, trained: Any) -> Any:
       trained: parameters of the network that it starts from.
 
     Raises:
-      ValueError: if other parameters are missing or too many, or of another shape; names one.
+      ValueError: if other parameters are missing or too many, or of another shape; names all.
     """
     flat = lambda tree: dict(jax.tree_util.tree_leaves_with_path(tree))
     new, old = flat(fresh), flat(trained)
     added = {path for path in new if any(getattr(k, "key", None) in OF_MAPS for k in path)}
+    wrong = []
     for path in (new.keys() | old.keys()) - (added - old.keys()):
         shapes = [jnp.shape(tree[path]) if path in tree else None for tree in (new, old)]
         if shapes[0] != shapes[1]:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise ValueError(
-                f"parameters {name} of shape {shapes[1]}, but the network has {shapes[0]}: it must "
-                "have the model of the run that it starts from, beside two_times, guidance_weight"
-            )
+            wrong.append(f"{name} of shape {shapes[1]}, but the network has {shapes[0]}")
+    if wrong:
+        raise ValueError(
+            "the network must have the model of the run that it starts from, beside two_times and "
+            "guidance_weight; parameters\n  " + "\n  ".join(sorted(wrong))
+        )
     return jax.tree_util.tree_map_with_path(lambda path, p: old.get(path, p), fresh)
 
 

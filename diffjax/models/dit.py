@@ -97,7 +97,8 @@ class DiTConfig:
     """Compute in bfloat16; parameters, normalisation statistics and softmax stay float32."""
 
     def __post_init__(self) -> None:
-        if min(self.width, self.blocks, self.heads, self.patch, self.bottleneck or 1) < 1:
+        bottleneck = 1 if self.bottleneck is None else self.bottleneck
+        if min(self.width, self.blocks, self.heads, self.patch, bottleneck) < 1:
             raise ValueError(f"sizes and counts must be at least 1: {self}")
         if self.width % (4 * self.heads):
             raise ValueError(

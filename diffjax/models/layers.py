@@ -1,6 +1,7 @@
 """What several networks share: attention, embeddings, changes of resolution, checks of options."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -36,6 +37,11 @@ def check_options(config: Any) -> None:
         )
     if not 0 <= config.dropout < 1:
         raise ValueError(f"dropout={config.dropout}: must be in [0, 1)")
+    for name in ("log_snr_scale", "log_snr_shift"):
+        if not math.isfinite(value := getattr(config, name, 0.0)):
+            raise ValueError(f"{name}={value}: must be finite")
+    if not 0 < (value := getattr(config, "epsilon", 1e-6)) < math.inf:
+        raise ValueError(f"epsilon={value}: must be positive and finite")
 
 
 def check_embedding(embedding: str, two_times: bool) -> None:

@@ -110,10 +110,9 @@ def matched(
 
 
 def refuse_lines(what: str, lines: list[str]) -> None:
-    """Raise a ValueError that says what is wrong, and the first few lines, if there are any."""
+    """Raise a ValueError that says what is wrong, and the lines, if there are any."""
     if lines:
-        more = f"\n  and {len(lines) - 5} more" if len(lines) > 5 else ""
-        raise ValueError(f"{what}:\n  " + "\n  ".join(lines[:5]) + more)
+        raise ValueError(f"{what}:\n  " + "\n  ".join(lines))
 
 
 def read(path: Path) -> dict[str, np.ndarray]:

@@ -246,12 +246,17 @@ class Recorder:
         Args:
           step: steps taken.
           name: of the picture.
-          draw: makes it, in the first process only.
+          draw: makes it, in the first process only. A ValueError, of samples that are no images,
+            costs one line.
           args: of `draw`.
         """
 
         def write():
-            image = draw(*args)
+            try:
+                image = draw(*args)
+            except ValueError as error:
+                self.say(f"no picture {name}.png ({error})")
+                return
             self.writers.each(lambda writer: writer.picture(step, f"pictures/{name}", image))
             with replacing(self.folder / f"{name}.png") as new:
                 image.save(new, format="PNG")
