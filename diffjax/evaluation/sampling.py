@@ -415,7 +415,8 @@ def draw(
       params: its parameters.
       label: the class of every sample, or None.
       indices: which samples to draw.
-      size: samples per batch over all devices; rounded up to whole tiles on each device.
+      size: samples per batch over all devices, if there are as many; rounded up to whole tiles on
+        each device.
       store: what the network makes -> what is stored and measured (`pixels.Form.store`); by
         default the same.
 
@@ -427,7 +428,7 @@ def draw(
     """
     tile = TILES.get(jax.default_backend(), TILE)
     whole = tile * jax.device_count()
-    size = -(-size // whole) * whole
+    size = -(-min(size, max(1, len(indices))) // whole) * whole
     mapped = runner.map(_in_tiles(generate, tile, size))
     for start in range(indices.start, indices.stop, size):
         index = np.arange(start, min(start + size, indices.stop), dtype=np.int32)
