@@ -64,12 +64,12 @@ def shrink(x: Num[Real, "batch height width channels"], height: int) -> Small:
     size = size_of(x.shape[1:], height)
     dtype = jnp.result_type(x) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else jnp.float32
     rows, columns = (
-        jnp.asarray(shares(*pair), dtype) for pair in zip(x.shape[1:3], size, strict=True)
+        jnp.asarray(_shares(*pair), dtype) for pair in zip(x.shape[1:3], size, strict=True)
     )
     return jnp.einsum("ih,jw,bhwc->bijc", rows, columns, x, precision="highest")
 
 
-def shares(high: int, low: int) -> np.ndarray:
+def _shares(high, low):
     """The shares of `high` pixels in each of `low` pixels that cover the same line, `[low, high]`.
 
     In units of 1 / (high low) every edge is a whole number, so that a share is exact.

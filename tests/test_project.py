@@ -356,6 +356,10 @@ def test_a_page_that_is_measured_has_the_words_of_its_study(name):
     assert re.fullmatch(".*".join(words), page, re.DOTALL)
 
 
+UNMEASURED = {"studies/results/gpu.json", "studies/results/race.json"}
+"""Records of studies that have not been run as a whole."""
+
+
 def test_every_study_is_listed_and_every_study_that_is_named_exists():
     listed = (STUDIES / "README.md").read_text()
     for path in STUDIES.glob("*.py"):
@@ -365,7 +369,7 @@ def test_every_study_is_listed_and_every_study_that_is_named_exists():
     named = [ROOT / "Makefile", ROOT / "README.md", *STUDIES.glob("*.*")]
     for path in [*named, *(ROOT / "docs").rglob("*.md")]:
         for name in re.findall(r"\bstudies/[\w/]+\.(?:py|json)", path.read_text()):
-            assert (ROOT / name).exists() or name == "studies/results/gpu.json", (path, name)
+            assert (ROOT / name).exists() or name in UNMEASURED, (path, name)
 
 
 def test_the_page_of_results_says_what_is_on_record(monkeypatch):

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from ..super_resolution import shares
 from . import images, readers, records, toy
 from .batches import ORDERS, batch_indices, order_of, train_batch, train_batches
 from .examples import (
@@ -150,10 +149,16 @@ def _averaged(name, x, size):
             f"data.size={size}: the data set {name} has a size of its own, {x.shape[1:]}; only "
             "square images can be averaged down, to at least 1 pixel"
         )
-    k, rest = divmod(x.shape[1], size)
-    if rest:  # a pixel may lie across the edge of two averages, and counts in part
-        share = shares(x.shape[1], size).astype(np.float32)
-        means = np.einsum("ih,jw,bhwc->bijc", share, share, x, dtype=np.float32, optimize=True)
-    else:
-        means = x.reshape(len(x), size, k, size, k, x.shape[3]).mean((2, 4), np.float32)
+    parts = [_means(part, size) for part in np.array_split(x, 1 + len(x) // 1000)]
+    means = np.concatenate(parts)
     return np.round(means).astype(x.dtype) if x.dtype == np.uint8 else means
+
+
+def _means(x, size):
+    """The means of squares. A pixel that lies across the edge of two counts in part in both."""
+    side = x.shape[1]
+    if side % size:  # as size x size pixels, of which side x side are averaged
+        rows = x.repeat(size, axis=1).reshape(len(x), size, side, side, -1).mean(2, np.float32)
+        return rows.repeat(size, axis=2).reshape(len(x), size, size, side, -1).mean(3)
+    k = side // size
+    return x.reshape(len(x), size, k, size, k, x.shape[3]).mean((2, 4), np.float32)
