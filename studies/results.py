@@ -510,6 +510,7 @@ def resolution(record: dict[str, Any]) -> str:
         + [spread(over_seeds(seeds, key)) for key in keys]
         for name, side in {"fashion_14": 14, "fashion_28": 28, "emoji_64": 64}.items()
         for variant, seeds in record.get(name, {"runs": {}})["runs"].items()
+        if len(seeds) == len(SEEDS)
     ]
     head = ["pixels per side", "shift", *(COLUMNS[key] for key in keys)]
     return RESOLUTION.format(table=table(head, rows)) if rows else ""
