@@ -365,7 +365,7 @@ def test_a_guidance_of_the_step_is_drawn_with_the_rest_of_the_chain():
     assert evaluations == 3
     assert not np.allclose(x, drawn_with("cfg_plus_plus:weight=1", *rest)[0], atol=1e-2)
     # Outside of the interval there is the condition, without guidance.
-    x, _ = drawn_with("cfg_plus_plus:weight=0", "within:low=50,high=99")
+    x, _ = drawn_with("cfg_plus_plus:weight=0", "within:low=6.9,high=99")
     np.testing.assert_array_equal(x, drawn_with()[0])
 
 
