@@ -65,8 +65,8 @@ bench-gpu: $(VENV)/cuda12.stamp
 	$(BIN)/python studies/speed.py --device=gpu $(ARGS)
 	$(BIN)/python studies/speed_page.py
 
-# Race diffjax against PyTorch's packages to a distance from Fashion-MNIST, on one core: an hour and
-# a half for each entrant.
+# Compare how near samples of diffjax and of PyTorch's packages come to Fashion-MNIST in the same
+# CPU-seconds. On one core each entrant trains for 63 minutes in all, and then draws samples.
 race: $(VENV)/plots.stamp
 	$(MAKE) VENV=.venv-peers .venv-peers/lucidrains.stamp
 	$(BIN)/python studies/race.py run $(ARGS)

@@ -2,8 +2,9 @@
 
     python train.py --config=configs/edm2_imagenet64.py --config.data.path=imagenet
 
-The folder holds `train` and `val`. Theirs:
-280 million parameters, 2^30 images in batches of 2048, FID 1.58 with 63 evaluations and the
+The folder holds `train` and `val`.
+
+Theirs: 280 million parameters, 2^30 images in batches of 2048, FID 1.58 with 63 evaluations and the
 average of the best width, which is found after training (docs/howto/averages.md). They compute in
 float16, which is bfloat16 here. `:M`, `:L` and `:XL` are the other sizes, with FID 1.43, 1.33 and
 1.33.

@@ -123,8 +123,9 @@ def window(side: int | float) -> Augmentation:
     """A random square window of a larger image, and where it is.
 
     The numbers are its position, (down, right), from -1 at the first edge of the image to 1 at the
-    last, as `tiling.tiled` tells them: also of larger images none is told that was not trained
-    (Wang et al. 2023, "Patch diffusion", who tell the coordinates of each pixel).
+    last, as `tiling.tiled` tells them. The range does not depend on the size of the image, so that
+    a network that draws larger images is told no position that it was not trained on (Wang et al.
+    2023, "Patch diffusion", who tell the coordinates of each pixel).
 
     Args:
       side: of the window, in pixels, at most the image's height and width.

@@ -199,7 +199,8 @@ def flow_map_loss(
         bound = teacher if cond is None else functools.partial(teacher, cond=cond)
         v = lambda y, t, s: ode.velocity(bound, schedule, y, t)[0]
     step, residual = IDENTITIES[identity](schedule, u, v, y, t, s, r)
-    aim = step - residual  # which is v at s = t
+    # At s = t this is v. The map's own v is itself, so that the velocity of the pair is the aim.
+    aim = step - residual
     aim = jax.lax.stop_gradient(types.select(s == t, of_pair, aim) if teacher is None else aim)
     loss = jnp.mean((step - aim).astype(t.dtype) ** 2, axis=range(1, x_0.ndim))
     if weight is not None:  # eps changes by cos(phi) where u changes by 1

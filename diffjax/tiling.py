@@ -29,12 +29,15 @@ Position = Float[Array, "2"]
 
 
 def position_of(corner: Int[Array, "2"], room: np.ndarray) -> Position:
-    """The position of a window.
+    """The position of a window, (down, right) `[2]`, from -1 to 1.
 
     Args:
-      corner: its first row and column.
-      room: how many rows and columns the image has more than the window. Where there are none, the
-        position is 0.
+      corner: the first row and column of the window, `[2]`, from 0 to `room`.
+      room: the height and width of the image minus those of the window, `[2]`. Along a side where
+        it is 0, the position is 0.
+
+    >>> position_of(jnp.array([0, 6]), np.array([0, 8]))
+    Array([0. , 0.5], dtype=float32)
     """
     return jnp.where(room > 0, 2 * corner / np.maximum(room, 1) - 1, 0)
 

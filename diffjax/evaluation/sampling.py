@@ -385,7 +385,8 @@ def function_evaluations(e: Experiment) -> int:
 def check_shape(e: Experiment, params: Any, shape: tuple[int, ...]) -> None:
     """Raise a ValueError unless the network takes examples of this shape.
 
-    One that enlarges images makes those of its run, by the factor that it was trained for.
+    A network of super-resolution takes the shape of its run only, because the factor by which it
+    enlarges images is that of its training.
     """
     if e.config.low_resolution is not None and e.config.data.shape not in (None, shape):
         raise ValueError(

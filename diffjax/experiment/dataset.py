@@ -63,13 +63,10 @@ def recorded(config: Config, train: Examples) -> Config:
     order of the examples is not the one that every run of an earlier version has, it is stored too.
     """
     config = located(config, config.data.path, config.data.autoencoder)
-    absolute = lambda source: (
-        str(as_path(source).absolute()) if as_path(source).exists() else source
-    )
-    stages = tuple(map(absolute, config.sampling.cascade))
-    config = dataclasses.replace(
-        config, sampling=dataclasses.replace(config.sampling, cascade=stages)
-    )
+    paths = [(source, as_path(source)) for source in config.sampling.cascade]
+    stages = tuple(str(path.absolute()) if path.exists() else source for source, path in paths)
+    sampling = dataclasses.replace(config.sampling, cascade=stages)
+    config = dataclasses.replace(config, sampling=sampling)
     found = dataclasses.replace(config.data, shape=data.shape_of(train.x))
     if found.order is None and order_of(len(train.x)) != "shuffle":
         found = dataclasses.replace(found, order=order_of(len(train.x)))

@@ -29,7 +29,7 @@ def pigdm(
     Args:
       denoise: a `Denoiser` without clipping; clip the result instead.
       schedule: its `Schedule`.
-      operator: A, linear, or linear but for a constant.
+      operator: A, linear or affine.
       y: the measurement, `[batch, ...]`.
       noise_std: standard deviation of the measurement's noise.
       sigma_data: d, the standard deviation of the data.
@@ -77,7 +77,7 @@ def diffpir(
     Args:
       denoise: a `Denoiser`.
       schedule: its `Schedule`.
-      operator: A, linear, or linear but for a constant.
+      operator: A, linear or affine.
       y: the measurement, `[batch, ...]`.
       noise_std: standard deviation of the measurement's noise.
       strength: how strongly the prediction holds, relative to the measurement.
@@ -164,7 +164,7 @@ def spread_at(schedule: Schedule, t: Time, sigma_data: Scalar) -> Array:
 
 def _toward(operator, x_0, y, spread, noise_std):
     """A^T (spread A A^T + noise^2)^-1 (y - A x_0), the system of each example for itself."""
-    # The derivative, which is A itself unless the operator adds a constant.
+    # An affine operator is replaced by its linear part.
     _, one = jax.linearize(lambda x: operator(x[None])[0], x_0[0])
     transpose = jax.linear_transpose(one, x_0[0])
     variance = jnp.asarray(noise_std, x_0.dtype) ** 2

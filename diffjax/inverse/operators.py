@@ -235,7 +235,7 @@ def with_svd(operator: Measure, shape: tuple[int, ...]) -> Operator:
     28 x 28 pixels.
 
     Args:
-      operator: A, linear, or linear but for a constant.
+      operator: A, linear or affine.
       shape: the shape of one example.
 
     Raises:
@@ -283,10 +283,7 @@ def check(operator: Measure, x: Data, y: Float[Real, "..."]) -> None:
 
 
 def check_linear(name: str, operator: Measure, x: Data) -> None:
-    """Raise a ValueError unless the operator is linear in data x, or but for a constant.
-
-    That is whether JAX can transpose it.
-    """
+    """Raise a ValueError unless JAX can transpose the operator: it must be linear or affine."""
     y = _measured(operator, x)
     try:
         jax.eval_shape(jax.linear_transpose(operator, x), y)

@@ -174,7 +174,7 @@ class DiT(nn.Module):
         h += jnp.asarray(positions(rows, columns, c.width), dtype)[None]
         turns = jnp.asarray(angles(rows, columns, c.width // c.heads), x_t.dtype)
 
-        if n := c.class_tokens_from if c.class_tokens else c.blocks:
+        if n := (c.class_tokens_from if c.class_tokens else c.blocks):
             h = stack(c, dtype, n, "blocks")(h, emb, turns)[0]
         if c.class_tokens:
             place = self.param("class_positions", Small, (c.class_tokens, c.width))
@@ -187,9 +187,8 @@ class DiT(nn.Module):
         modulation = dense(2 * c.width, kernel_init=Zero, name="modulation_out")(nn.silu(emb))
         shift, scale = jnp.split(modulation[:, None], 2, axis=-1)
         h = norm(c, dtype, "norm_out")(h) * (1 + scale) + shift
-        channels = c.patch**2 * (c.out_channels or x_t.shape[-1])
-        out = dense(channels, kernel_init=Zero, name="out")(h).reshape(batch, rows, columns, -1)
-        return unfold(out, c.patch).astype(x_t.dtype)
+        out = dense(c.patch**2 * (c.out_channels or x_t.shape[-1]), kernel_init=Zero, name="out")(h)
+        return unfold(out.reshape(batch, rows, columns, -1), c.patch).astype(x_t.dtype)
 
 
 class Block(nn.Module):
