@@ -11,8 +11,16 @@ Importing this imports jax and numpy only; networks are in `diffjax.models`, the
 """
 
 from . import couplings, densities, guidance, inverse, oracles, samplers, schedules, weightings
-from .denoisers import clip_x_0, denoiser, fourier_features, time_input, unit_input, unit_output
-from .flow_maps import IDENTITIES, flow_map, flow_map_loss
+from .denoisers import (
+    clip_x_0,
+    denoiser,
+    flow_map,
+    fourier_features,
+    time_input,
+    unit_input,
+    unit_output,
+)
+from .flow_maps import IDENTITIES, flow_map_loss
 from .guidance import *
 from .learned_schedule import continuous_bound_loss
 from .learned_variance import bound_loss, hybrid_loss

@@ -6,7 +6,7 @@ functions of `guidance` take a denoiser and return a denoiser, so they compose.
 
 A denoiser carries its schedule in the attribute `schedule`, which these functions pass on. Where a
 schedule is an argument too, it must be the same; it may be None if the denoiser carries one. The
-attribute `two_times` says whether it is a flow map.
+attribute `two_times` says whether it is a flow map, which predicts whole steps (`flow_maps`).
 """
 
 import functools
@@ -27,6 +27,7 @@ from .types import (
     Cond,
     Data,
     Denoiser,
+    FlowMap,
     LearnedPrediction,
     Network,
     Prediction,
@@ -81,6 +82,42 @@ def denoiser(
         return LearnedPrediction(*decode(target, out, x_t, *scales), (raw + 1) / 2)
 
     return with_schedule(schedule, denoise)
+
+
+def flow_map(network: Network, schedule: Schedule, target: str | Row) -> FlowMap:
+    """Make a flow map from a network of two times: decode its output into x_0 and eps.
+
+    Args:
+      network: (x_t `[batch, ...]`, log_snr `[batch]`, cond) -> an estimate of the target, where
+        `cond["log_snr_s"]` `[batch]` is the log-SNR at which the step ends.
+      schedule: the `Schedule` it was trained with.
+      target: the target, a name in `TARGETS` or a row function. For s other than t, the best output
+        is a mean of the target along the path from t to s.
+
+    Returns:
+      A function (x_t, t, cond=None, s=None) -> `Prediction`; with s=None it is a `Denoiser`.
+
+    Raises:
+      TypeError, ValueError: as `denoiser`; when called, a TypeError if `cond` is no dict.
+
+    >>> import diffjax
+    >>> network = lambda x_t, log_snr, cond: jnp.tanh(cond["log_snr_s"])[:, None] * x_t
+    >>> jump = diffjax.jump(flow_map(network, diffjax.cosine(), "v"))
+    >>> diffjax.sample(jax.random.key(1), jump, jnp.ones((4, 2)), jnp.array([1.0, 0.0]))[0].shape
+    (4, 2)
+    """
+    denoise = denoiser(network, schedule, target)
+
+    def mean(x_t, t, cond=None, s=None):
+        if not (cond is None or isinstance(cond, dict)):
+            raise TypeError(f"cond is a {type(cond).__name__}: a flow map needs a dict, or None")
+        s = t if s is None else s
+        check_times(s, len(x_t))
+        log_snr_s = jnp.broadcast_to(schedule.log_snr(s), x_t.shape[:1])
+        return denoise(x_t, t, {**(cond or {}), "log_snr_s": log_snr_s})
+
+    with_schedule(schedule, mean, two_times=True)
+    return mean
 
 
 def with_schedule(schedule: Schedule | None, denoise: Any, two_times: bool = False) -> Denoiser:

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from . import checks, keys, ode, types
-from .denoisers import denoiser, is_flow_map, known_schedule, schedule_of, with_schedule
+from .denoisers import flow_map, is_flow_map, known_schedule, schedule_of
 from .losses import draw
 from .process import scales_at
 from .schedules import Schedule, rate_at
@@ -41,46 +41,14 @@ Step = Callable[[Data, Array, Array], Data]
 """(y, t, s) -> a velocity on the circle, of the shape of y."""
 
 
-def flow_map(network: Network, schedule: Schedule, target: str | Row) -> FlowMap:
-    """Make a flow map from a network of two times: decode its output into x_0 and eps.
+def velocity_of(mean: Denoiser | FlowMap, schedule: Schedule, cond: Cond = None) -> Step:
+    """The velocity on the circle: of a flow map u, which turns y at time t to its step at time s.
 
-    Args:
-      network: (x_t `[batch, ...]`, log_snr `[batch]`, cond) -> an estimate of the target, where
-        `cond["log_snr_s"]` `[batch]` is the log-SNR at which the step ends.
-      schedule: the `Schedule` it was trained with.
-      target: the target, a name in `TARGETS` or a row function. For s other than t, the best output
-        is a mean of the target along the path from t to s.
-
-    Returns:
-      A function (x_t, t, cond=None, s=None) -> `Prediction`; with s=None it is a `Denoiser`.
-
-    Raises:
-      TypeError, ValueError: as `denoiser`; when called, a TypeError if `cond` is no dict.
-
-    >>> import diffjax
-    >>> network = lambda x_t, log_snr, cond: jnp.tanh(cond["log_snr_s"])[:, None] * x_t
-    >>> jump = diffjax.jump(flow_map(network, diffjax.cosine(), "v"))
-    >>> diffjax.sample(jax.random.key(1), jump, jnp.ones((4, 2)), jnp.array([1.0, 0.0]))[0].shape
-    (4, 2)
+    That of a denoiser is dy/dphi of the ODE at time t, whatever s is.
     """
-    denoise = denoiser(network, schedule, target)
-
-    def mean(x_t, t, cond=None, s=None):
-        if not (cond is None or isinstance(cond, dict)):
-            raise TypeError(f"cond is a {type(cond).__name__}: a flow map needs a dict, or None")
-        s = t if s is None else s
-        types.check_times(s, len(x_t))
-        log_snr_s = jnp.broadcast_to(schedule.log_snr(s), x_t.shape[:1])
-        return denoise(x_t, t, {**(cond or {}), "log_snr_s": log_snr_s})
-
-    with_schedule(schedule, mean, two_times=True)
-    return mean
-
-
-def velocity_of(mean: FlowMap, schedule: Schedule, cond: Cond = None) -> Step:
-    """u of a flow map: the velocity on the circle that turns y at time t to its step at time s."""
     bound = mean if cond is None else functools.partial(mean, cond=cond)
-    return lambda y, t, s: ode.velocity(functools.partial(bound, s=s), schedule, y, t)[0]
+    until = lambda s: functools.partial(bound, s=s) if is_flow_map(mean) else bound
+    return lambda y, t, s: ode.velocity(until(s), schedule, y, t)[0]
 
 
 def eulerian(schedule: Schedule, u: Step, v: Step, y: Data, t: Array, s: Array, r: Array):
@@ -193,11 +161,7 @@ def flow_map_loss(
     y, of_pair = (alpha * x_0 + sigma * eps) / radius, (alpha * eps - sigma * x_0) / radius
     u = velocity_of(flow_map(network, schedule, target), schedule, cond)
     v = u if velocity == "own" else lambda *_: of_pair
-    if teacher is not None and is_flow_map(teacher):
-        v = velocity_of(teacher, schedule, cond)
-    elif teacher is not None:
-        bound = teacher if cond is None else functools.partial(teacher, cond=cond)
-        v = lambda y, t, s: ode.velocity(bound, schedule, y, t)[0]
+    v = v if teacher is None else velocity_of(teacher, schedule, cond)
     step, residual = IDENTITIES[identity](schedule, u, v, y, t, s, r)
     # At s = t this is v. The map's own v is itself, so that the velocity of the pair is the aim.
     aim = step - residual
@@ -222,10 +186,7 @@ def check(
     taught = callable(velocity)
     for holds, message in (
         (identity in IDENTITIES, f"unknown {identity=}: one of {', '.join(IDENTITIES)}"),
-        (
-            taught or velocity in ("own", "pair"),
-            f"unknown {velocity=}: own, pair, or a teacher, a denoiser",
-        ),
+        (taught or velocity in ("own", "pair"), f"unknown {velocity=}: own, pair, or a teacher"),
         (
             velocity != "pair" or identity != "lagrangian",
             f"{identity=} needs the velocity where the step ends, which {velocity=} does not have: "

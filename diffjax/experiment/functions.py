@@ -18,6 +18,7 @@ from ..couplings import COUPLINGS
 from ..denoisers import (
     clip_x_0,
     denoiser,
+    flow_map,
     fourier_features,
     is_flow_map,
     predict,
@@ -27,7 +28,7 @@ from ..denoisers import (
     with_schedule,
 )
 from ..densities import DENSITIES, relative
-from ..flow_maps import flow_map, flow_map_loss
+from ..flow_maps import flow_map_loss
 from ..guidance import GUIDANCES, STEP_GUIDANCES
 from ..learned_schedule import continuous_bound_loss
 from ..learned_variance import hybrid_loss
