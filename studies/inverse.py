@@ -2,6 +2,7 @@
 
     python studies/inverse.py mixture   # measures; took 40 minutes on two busy cores
     python studies/inverse.py picture   # draws docs/images/inverse.png; ten minutes more
+    python studies/inverse.py colours --run=runs/emoji   # docs/images/colours.png, by a run
     python studies/inverse.py page      # writes docs/inverse.md from what was measured
 
 The data of `mixture` are images of 4 x 4 pixels from a mixture of five Gaussians, whose posterior
@@ -17,7 +18,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,6 @@ from matplotlib.figure import Figure
 import diffjax
 from diffjax import data, inverse, oracles, plots
 from diffjax.checkpoint import load
-from diffjax.denoisers import known_schedule
 from diffjax.experiment import resolve
 from diffjax.experiment.dataset import load_data
 from diffjax.inverse import SOLVERS
@@ -61,10 +61,6 @@ METRICS = {
     "coverage": "coverage",
     "distance": "sliced Wasserstein",
 }
-
-
-GARMENTS = (14, 30, 28, 10, 13)
-"""Which of the held-out images of Fashion-MNIST are measured."""
 
 
 class Variant(NamedTuple):
@@ -355,56 +351,71 @@ def errors_figure(runs: dict[str, list[float]]) -> Figure:
 
 
 class Restoration(NamedTuple):
-    """A row of the picture of Fashion-MNIST.
+    """A row of a picture.
 
     Attributes:
-      operator: the measurement of a garment.
+      title: what stands beside it.
+      example: which of the held-out images is measured.
+      operator: the measurement.
       shown: a measurement `[...]` as an image `[height, width]`.
       solvers: their names, and the options of their walks.
     """
 
+    title: str
+    example: int
     operator: inverse.Operator
     shown: Callable[[np.ndarray], np.ndarray]
     solvers: dict[str, dict[str, Any]]
 
 
-def restorations(shape: tuple[int, ...]) -> dict[str, Restoration]:
-    """The rows of the picture, for images of this shape."""
-    pixels = lambda y: y[..., 0]
+NONLINEAR: dict[str, dict[str, Any]] = {"mmps": {}, "dps": {"scale": 0.5}}
+LINEAR: dict[str, dict[str, Any]] = NONLINEAR | {"ddrm": {}}
+"""Solvers of the pictures, and the options of their walks."""
+
+
+def pixels(x: np.ndarray) -> np.ndarray:
+    """An image `[height, width, channels]` of one channel or three as matplotlib takes it."""
+    return x[..., 0] if x.shape[-1] == 1 else np.clip((x + 1) / 2, 0, 1)
+
+
+def garments() -> Iterator[Restoration]:
+    """The rows of the picture of Fashion-MNIST: an operator each."""
+    shape = (28, 28, 1)
     spread = np.exp(-((np.arange(9) - 4) ** 2) / (2 * 2.0**2))
     blur = inverse.blurring(np.outer(spread, spread) / spread.sum() ** 2)
     sensing = inverse.compressed_sensing(jax.random.key(0), math.prod(shape) // 8, shape)
-    nonlinear = {"mmps": {}, "dps": {"scale": 0.5}}
-    linear = nonlinear | {"ddrm": {}}
-    return {
-        "inpainting": Restoration(
-            inverse.inpainting(jnp.ones(shape).at[12:].set(0.0)), pixels, linear
-        ),
-        "super-resolution": Restoration(inverse.downsampling(4), pixels, linear),
-        "deblurring": Restoration(inverse.with_svd(blur, shape), pixels, linear),
-        "sensing 1 in 8": Restoration(
-            inverse.with_svd(sensing, shape), lambda y: y.reshape(7, -1), linear
-        ),
-        "phase retrieval": Restoration(
-            inverse.phase_retrieval(),
-            lambda y: np.fft.fftshift(np.log(np.maximum(y[..., 0], 0.05))),
-            nonlinear,
-        ),
-    }
+    upper_half = jnp.ones(shape).at[12:].set(0.0)
+    magnitudes = lambda y: np.fft.fftshift(np.log(np.maximum(y[..., 0], 0.05)))
+    yield Restoration("inpainting", 14, inverse.inpainting(upper_half), pixels, LINEAR)
+    yield Restoration("super-resolution", 30, inverse.downsampling(4), pixels, LINEAR)
+    yield Restoration("deblurring", 28, inverse.with_svd(blur, shape), pixels, LINEAR)
+    sensed = lambda y: y.reshape(7, -1)
+    yield Restoration("sensing 1 in 8", 10, inverse.with_svd(sensing, shape), sensed, LINEAR)
+    yield Restoration("phase retrieval", 13, inverse.phase_retrieval(), magnitudes, NONLINEAR)
 
 
-def picture(steps: int = 100, noise: float = 0.05, shown: int = 3) -> Figure:
-    """Truth, measurement and samples of each row, by the network of Fashion-MNIST."""
-    apply, params, config = load("fashion_mnist")
-    network = resolve(config).denoiser(functools.partial(apply, params))
-    network = functools.partial(network, cond={"label": jnp.full(shown, config.model.labels)})
-    schedule, clipped = known_schedule(network), diffjax.clip_x_0(network)
-    examples = data.first(load_data(config)[1], max(GARMENTS) + 1)["x"]
-    rows = restorations(examples.shape[1:])
+def colours() -> Iterator[Restoration]:
+    """The rows of a picture of colourisation: an image each."""
+    for example in (3, 8, 20, 31):
+        yield Restoration("", example, inverse.greying(), pixels, LINEAR)
+
+
+def picture(
+    run: str, rows: Sequence[Restoration], steps: int = 100, noise: float = 0.05, shown: int = 3
+) -> Figure:
+    """Truth, measurement and samples of each row, by the network of a run, without a label."""
+    apply, params, config = load(run)
+    e = resolve(config)
+    network = e.denoiser(functools.partial(apply, params))
+    if config.model.labels:
+        cond = {"label": jnp.full(shown, config.model.labels)}
+        network = functools.partial(network, cond=cond)
+    schedule, clipped = e.schedule, diffjax.clip_x_0(network)
+    examples = data.first(load_data(config)[1], max(row.example for row in rows) + 1)["x"]
     figure, axes = plots.panels(len(rows), 2 + 3 * shown, width=0.82, height=0.9)
     for ax in axes:
         ax.axis("off")
-    for i, ((title, row), example) in enumerate(zip(rows.items(), GARMENTS, strict=True)):
+    for i, row in enumerate(rows):
         panels = iter(axes[i * (2 + 3 * shown) :])
 
         def draw(image, heading, panels=panels, first=i == 0, **limits):
@@ -413,15 +424,15 @@ def picture(steps: int = 100, noise: float = 0.05, shown: int = 3) -> Figure:
             ax.set(title=heading if first else "")
             return ax
 
-        truth = jnp.asarray(examples[example : example + 1])
+        truth = jnp.asarray(examples[row.example : row.example + 1])
         clean = row.operator(truth)
-        y = clean + noise * jax.random.normal(jax.random.key(example), clean.shape)
+        y = clean + noise * jax.random.normal(jax.random.key(row.example), clean.shape)
         y = row.operator(y) if row.operator.mask is not None else y
-        ax = draw(truth[0, ..., 0], "truth", vmin=-1, vmax=1)
+        ax = draw(pixels(np.asarray(truth)[0]), "truth", vmin=-1, vmax=1)
         ax.text(
             -0.1,
             0.5,
-            title,
+            row.title,
             fontsize=7,
             rotation=90,
             va="center",
@@ -440,8 +451,8 @@ def picture(steps: int = 100, noise: float = 0.05, shown: int = 3) -> Figure:
             sample = functools.partial(diffjax.sample, jax.random.key(2), walk)
             x_0, _ = jax.jit(sample)(x_1, diffjax.uniform_times(steps))
             for k, x in enumerate(np.asarray(x_0)):
-                draw(x[..., 0], solver if k == shown // 2 else "", vmin=-1, vmax=1)
-            print(title, solver, flush=True)
+                draw(pixels(x), solver if k == shown // 2 else "", vmin=-1, vmax=1)
+            print(row.title or row.example, solver, flush=True)
     return figure
 
 
@@ -591,12 +602,17 @@ def needs() -> Iterator[list[str]]:
 def main() -> None:
     """Do what the command says."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("part", choices=("mixture", "picture", "page"))
-    part = parser.parse_args().part
-    if part == "mixture":
+    parser.add_argument("part", choices=("mixture", "picture", "colours", "page"))
+    parser.add_argument("--run", help="with colours: a run whose images have three channels")
+    args = parser.parse_args()
+    if (args.part == "colours") != (args.run is not None):
+        parser.error(f"{args.part}: colours needs --run, and nothing else takes it")
+    if args.part == "mixture":
         measure()
-    elif part == "picture":
-        picture().savefig(IMAGES / "inverse.png")
+    elif args.part == "picture":
+        picture("fashion_mnist", list(garments())).savefig(IMAGES / "inverse.png")
+    elif args.part == "colours":
+        picture(args.run, list(colours())).savefig(IMAGES / "colours.png")
     else:
         record = json.loads(RECORD.read_text())
         errors_figure(record["runs"]).savefig(IMAGES / "inverse_errors.png")
