@@ -80,10 +80,9 @@ def make_loss(
         key_times, key_noise, key_cond, key_dropout, *keys_x = jax.random.split(key, 6)
         index = batch["index"]
         t, correction = e.times.draw(key_times, extra, index, held_out or config.batch_size)
-        cond = e.condition(keys.fold_in(key_cond, index), batch, drop=train)
         key_draw, key_augment = (keys.fold_in(key_x, index) for key_x in keys_x)
-        x = e.example(key_draw, batch["x"])
-        x, cond = e.augment(key_augment, x, cond, train)
+        x, told = e.augment(key_augment, e.example(key_draw, batch["x"]), train)
+        cond = e.condition(keys.fold_in(key_cond, index), batch | {"x": x}, drop=train, told=told)
 
         schedule = with_parameters(e, params).schedule  # e.schedule, unless it is learned
         network = functools.partial(e.apply, params)

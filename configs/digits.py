@@ -38,7 +38,7 @@ def get_config(variant: str = "") -> Config:
         log_every=100,
         eval_every=700,
         save_every=700,
-        sample_every=700,
+        sample_every=350,  # a first picture halfway, in which digits can be read
         sampling=Sampling(steps=20, guidance=("classifier_free:weight=1.2",), eval_samples=800),
     )
     tiny = dataclasses.replace(model, width=8, mults=(1,), attention=(8,), groups=4)

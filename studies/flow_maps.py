@@ -3,12 +3,13 @@
     python studies/flow_maps.py plane                       # five Gaussians, 6,000 steps each
     python studies/flow_maps.py plane --steps=200 --seeds 0 # in a minute, to see that it works
     python studies/flow_maps.py fashion --seeds 0 --only "denoiser" "lagrangian, distilled"
-    python studies/flow_maps.py page                        # the table of docs/howto/few_steps.md
+    python studies/flow_maps.py page                        # the tables of docs/howto/few_steps.md
 
-`plane` prints the energy distance to exact samples, times 1,000. `fashion` trains a denoiser of
-Fashion-MNIST, maps that learn from it, and maps that learn from data alone, and measures the
-Frechet distance of their samples beside those of samplers of the denoiser. What is measured is kept
-in studies/results/flow_maps.json, and a second call measures what is missing.
+`plane` measures the energy distance to exact samples, times 1,000, of maps by two targets.
+`fashion` trains a denoiser of Fashion-MNIST, maps that learn from it, and maps that learn from data
+alone, and measures the Frechet distance of their samples beside those of samplers of the denoiser.
+What is measured is kept in studies/results/flow_maps.json, and a second call measures what is
+missing.
 """
 
 import dataclasses
@@ -78,6 +79,8 @@ class Page:
 
 
 SCHEDULE = diffjax.rectified_flow()
+TARGETS = ("flow", "v")
+"""Targets of the maps in the plane."""
 
 
 def mixture() -> oracles.Oracle:
@@ -93,7 +96,9 @@ def energy(x: jax.Array, y: jax.Array) -> jax.Array:
     return 1000 * (2 * apart(x, y) - apart(x, x) - apart(y, y))
 
 
-def learn(seed: int, steps: int, options: dict[str, Any]) -> tuple[diffjax.FlowMap, float]:
+def learn(
+    seed: int, steps: int, target: str, options: dict[str, Any]
+) -> tuple[diffjax.FlowMap, float]:
     """Train a map in the plane; the map, and the seconds that this took."""
     data = mixture()
     teacher = {"velocity": data} if options.get("velocity") == "teacher" else {}
@@ -108,7 +113,7 @@ def learn(seed: int, steps: int, options: dict[str, Any]) -> tuple[diffjax.FlowM
     def loss(key, params, batch):
         x_0 = data.sample(jax.random.fold_in(key, 1), 512)
         network = functools.partial(apply, params)
-        return diffjax.flow_map_loss(key, network, SCHEDULE, "flow", x_0, **(options | teacher))
+        return diffjax.flow_map_loss(key, network, SCHEDULE, target, x_0, **(options | teacher))
 
     step = functools.partial(train_step, loss_fn=loss, tx=tx, ema_decay=0.999)
     batch = {"index": jnp.arange(512)}
@@ -120,17 +125,17 @@ def learn(seed: int, steps: int, options: dict[str, Any]) -> tuple[diffjax.FlowM
     began = time.perf_counter()
     state = jax.block_until_ready(train(init_state(jax.random.key(seed + 1), params, tx)))
     trained = functools.partial(apply, state.ema_params)
-    return diffjax.flow_map(trained, SCHEDULE, "flow"), time.perf_counter() - began
+    return diffjax.flow_map(trained, SCHEDULE, target), time.perf_counter() - began
 
 
-def in_plane(seed: int, steps: int, row: str) -> dict[str, float]:
+def in_plane(seed: int, steps: int, target: str, row: str) -> dict[str, float]:
     """The energy distances of a row by the number of steps, and its seconds."""
-    mean, seconds = learn(seed, steps, ROWS[row])
+    mean, seconds = learn(seed, steps, target, ROWS[row])
     exact = mixture().sample(jax.random.key(100 + seed), 4000)
     x_1 = diffjax.prior_sample(jax.random.key(200 + seed), SCHEDULE, (4000, 2))
     jump = diffjax.jump(mean)
     draw = lambda n: diffjax.sample(jax.random.key(0), jump, x_1, diffjax.uniform_times(n))[0]
-    return {str(n): float(energy(draw(n), exact)) for n in STEPS} | {"s": seconds}
+    return {str(n): float(energy(draw(n), exact)) for n in STEPS} | {"s": round(seconds)}
 
 
 def on_record() -> dict[str, Any]:
@@ -144,6 +149,11 @@ def keep(name: str, found: dict[str, Any]) -> None:
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
 
 
+def in_steps(n: int) -> str:
+    """The heading of a column."""
+    return f"{n} steps" if n > 1 else "1 step"
+
+
 def spread(values: list[float]) -> str:
     """The mean, and the standard deviation if there are several; nothing of nothing."""
     if not values:
@@ -152,31 +162,32 @@ def spread(values: list[float]) -> str:
     return mean + (f" ± {statistics.stdev(values):.1g}" if len(values) > 1 else "")
 
 
-def report(found: dict[str, list[dict[str, float]]]) -> str:
-    """A table with a row for each name and a column for each number."""
-    columns = sorted(
-        {k for runs in found.values() for run in runs for k in run if k != "s"}, key=int
-    )
-    cells = lambda runs, k: spread([run[k] for run in runs]) if k in runs[0] else ""
-    rows = [[name, *(cells(runs, k) for k in (*columns, "s"))] for name, runs in found.items()]
-    return table(["", *(f"{k} steps" for k in columns), "seconds"], rows)
+def of_plane(record: dict[str, Any], steps: int) -> str:
+    """The table of what is on record of the plane, after so many training steps."""
+    again = [mixture().sample(jax.random.key(k), 4000) for k in range(100, 106)]
+    rows = [
+        [
+            "exact samples",
+            "",
+            spread([float(energy(*pair)) for pair in zip(again[::2], again[1::2], strict=True)]),
+        ]
+    ]
+    for target, row in itertools.product(TARGETS, ROWS):
+        start = f"plane_{steps}/{target}/{row}/"
+        if runs := [found for key, found in record.items() if key.startswith(start)]:
+            cells = [spread([run[str(n)] for run in runs]) for n in STEPS]
+            rows.append([row, target, *cells, f"{statistics.mean(run['s'] for run in runs):.0f}"])
+    return table(["learned by", "target", *map(in_steps, STEPS), "seconds"], rows)
 
 
 def plane(args: Plane) -> None:
     """Train and measure every row."""
-    exact = [
-        float(energy(*(mixture().sample(jax.random.key(k + seed), 4000) for k in (100, 300))))
-        for seed in args.seeds
-    ]
-    print(f"exact samples: {spread(exact)}", flush=True)
-    found: dict[str, list[dict[str, float]]] = {}
-    for row, seed in itertools.product(ROWS, args.seeds):
-        name = f"plane_{args.steps}/{row}_{seed}"
+    for target, seed, row in itertools.product(TARGETS, args.seeds, ROWS):
+        name = f"plane_{args.steps}/{target}/{row}/{seed}"
         if name not in on_record():
-            keep(name, in_plane(seed, args.steps, row))
-        found.setdefault(row, []).append(on_record()[name])
-        print(row, seed, found[row][-1], flush=True)
-    print(report(found))
+            keep(name, in_plane(seed, args.steps, target, row))
+            print(name, on_record()[name], flush=True)
+    print(of_plane(on_record(), args.steps))
 
 
 BASE = ["--config=fashion_mnist", "--config.target=v", "--config.model.embedding=angle"]
@@ -254,19 +265,18 @@ def of_fashion(record: dict[str, Any]) -> str:
             spent = f"{statistics.mean(cpu):,.0f}" if cpu else ""
             if any(cells):
                 rows.append([name, sampler, *cells, spent, len(runs)])
-    counts = [f"{n} steps" if n > 1 else "1 step" for n in DENOISER["ddim"]]
+    counts = map(in_steps, DENOISER["ddim"])
     return table(["network", "sampler", *counts, "CPU-seconds", "seeds"], rows)
 
 
-MARKS = "<!-- flow_maps.py -->", "<!-- end -->"
-
-
 def page(_: Page) -> None:
-    """Write the table into the page, between the marks."""
-    before, rest = PAGE.read_text().split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    found = of_fashion(on_record())
-    PAGE.write_text(f"{before}{MARKS[0]}\n{found}\n{MARKS[1]}{after}")
+    """Write the tables into the page, each between its marks."""
+    text, record = PAGE.read_text(), on_record()
+    for name, found in (("plane", of_plane(record, Plane.steps)), ("fashion", of_fashion(record))):
+        begin, end = f"<!-- flow_maps.py {name} -->", "<!-- end -->"
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{found}\n{end}{rest.split(end, 1)[1]}"
+    PAGE.write_text(text)
 
 
 def main() -> None:

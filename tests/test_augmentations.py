@@ -257,7 +257,7 @@ WINDOW = {
         ),
         ({**WINDOW, "sampling": Sampling(overlap=0)}, "sampling.overlap=0: must be at least 1"),
         ({"augmentation": None}, "model.augment_dim=9, augmentation_options={'p': 1.0}: need an"),
-        ({"data": Data("npz", latents="sd")}, "augmentation=edm: images of super-resolution and"),
+        ({"data": Data("npz", latents="sd")}, "augmentation=edm: latents are not augmented"),
     ],
 )
 def test_what_makes_no_sense_is_refused(changes, message):

@@ -12,6 +12,7 @@ from test_train import assert_bitwise_equal, interrupted, newest, rows_of, run
 
 import diffjax
 import sample
+import train
 from diffjax import checkpoint, data
 from diffjax.evaluation import sampling
 from diffjax.evaluation.sampling import make_generate
@@ -20,6 +21,7 @@ from diffjax.experiment.command_line import from_file
 from diffjax.inverse import downsampling
 from diffjax.published import weights
 from diffjax.super_resolution import beside, enlarge, psnr, shrink, small_image
+from diffjax.types import expand
 
 SCHEDULE = diffjax.cosine(-10.0, 10.0)
 SMALL = jax.random.uniform(jax.random.key(0), (64, 4, 4, 1), minval=-1.0)
@@ -192,6 +194,63 @@ def test_guidance_of_weight_zero_does_not_see_what_it_compares_without(
         np.testing.assert_allclose(x, seen, atol=0.1)
     else:
         np.testing.assert_allclose(x, seen, atol=0.02)
+
+
+WINDOWS = changed(
+    SMOKE,
+    {"overlap": 2, "cond_noise": 0.0},
+    data=dataclasses.replace(SMOKE.data, name="digits", shape=(8, 8, 1), size=None),
+    low_resolution=4,
+    max_cond_noise=0.0,
+    target="x_0",
+    augmentation="window",
+    augmentation_options={"side": 4},
+)
+
+
+def test_training_on_windows_gives_each_window_its_part_of_the_small_image():
+    """At little noise the small image is the mean of each square of x_t, and of no other window."""
+    batch = data.train_batch(data.load("digits").train, 0, 0, 64)
+    seen = []
+
+    def apply(params, x_t, log_snr, cond, **_):
+        seen.append((x_t / expand(jnp.sqrt(jax.nn.sigmoid(log_snr)), x_t), log_snr, cond["image"]))
+        return 0 * x_t
+
+    e = resolve(WINDOWS)._replace(apply=apply)
+    for held_out in (None, 64):
+        train.make_loss(e, None, held_out)(jax.random.key(0), {}, batch, e.times.init())
+    for x, log_snr, image in seen:
+        assert x.shape == (64, 4, 4, 1) and image.shape == (64, 2, 2, 1)
+        clear = log_snr > 3
+        own, others = (jnp.abs(shrink(x, 2) - i)[clear].mean() for i in (image, image[::-1]))
+        assert clear.sum() > 5 and 4 * own < others
+
+
+def test_a_network_of_windows_enlarges_a_whole_image():
+    """It makes each pixel of the small image four, wherever the window is."""
+    copy = lambda _, x_t, log_snr, cond: cond["image"].repeat(2, 1).repeat(2, 2)
+    e = resolve(WINDOWS)._replace(apply=copy)
+    small = jax.random.uniform(jax.random.key(0), (3, 4, 4, 1), minval=-0.9, maxval=0.9)
+    drawn = make_generate(e, (8, 8, 1))(None, {"index": jnp.arange(3), "small": small})
+    np.testing.assert_allclose(drawn, small.repeat(2, 1).repeat(2, 2), atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": SMOKE.data}, "low_resolution=4 with augmentation=window: needs the size of the"),
+        (
+            {"sampling": dataclasses.replace(WINDOWS.sampling, overlap=3)},
+            "low_resolution=4 of images of 8 x 8: the small images of windows of side=4, with "
+            "sampling.overlap=3, are no whole pixels",
+        ),
+        ({"augmentation_options": {"side": 3}}, "windows of side=3, with sampling.overlap=2, are"),
+    ],
+)
+def test_windows_without_a_small_image_of_whole_pixels_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(dataclasses.replace(WINDOWS, **changes))
 
 
 GUIDED = {"guidance": ("classifier_free:weight=2",)}

@@ -119,14 +119,16 @@ def make_condition(config: Config, schedule: Schedule) -> Callable[..., Cond]:
     """`Experiment.condition`.
 
     The `label` of the batch, if the model has labels, and with `drop` sometimes the null label. For
-    super-resolution the batch's `small` images, or the means of its `x`, diffused to the time
-    `cond_noise`, or, if None, to a random one, and with `drop` sometimes to 1. The weight of
-    guidance, if a flow map learns it: with `drop` a random one, else that of sampling.
+    super-resolution the batch's `small` images, or the means of its `x`, which may be windows,
+    diffused to the time `cond_noise`, or, if None, to a random one, and with `drop` sometimes to 1.
+    The numbers `told` of an augmentation, zero where nothing was done. The weight of guidance, if a
+    flow map learns it: with `drop` a random one, else that of sampling.
     """
     labels, low = config.model.labels, config.low_resolution
+    whole = config.data.image_size
     augment_dim = models.takes(config.model, "augment_dim")
 
-    def condition(key, batch, drop=False, cond_noise=None):
+    def condition(key, batch, drop=False, cond_noise=None, told=None):
         key_drop, key_time, key_noise, key_weight = (keys.fold_in(key, use) for use in range(4))
         chance = jax.vmap(jax.random.uniform)(key_drop)  # of the label and the image to be dropped
         cond = {}
@@ -135,9 +137,13 @@ def make_condition(config: Config, schedule: Schedule) -> Callable[..., Cond]:
         if drop and config.model.null_label:
             cond["label"] = jnp.where(chance < config.label_drop, labels, batch["label"])
         if augment_dim:
-            cond["augment"] = jnp.zeros((len(key), augment_dim))  # not augmented
+            cond["augment"] = jnp.zeros((len(key), augment_dim)) if told is None else told
         if low is not None:
-            small = batch["small"] if "small" in batch else shrink(batch["x"], low)
+            if "small" in batch:
+                small = batch["small"]
+            else:  # of a window, in proportion
+                x = batch["x"]
+                small = shrink(x, low if whole is None else low * x.shape[1] // whole[0])
             t = cond_noise
             if t is None:
                 t = config.max_cond_noise * jax.vmap(jax.random.uniform)(key_time)

@@ -244,6 +244,13 @@ class Data:
     """The folder or file of the autoencoder that makes images of latents; None: samples stay
     latents."""
 
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width of the images, if `shape` or `size` says them."""
+        if self.shape is not None:
+            return (self.shape[0], self.shape[1]) if len(self.shape) == 3 else None
+        return None if self.size is None else (self.size, self.size)
+
     def check(self) -> None:
         """Raise a ValueError if the section is impossible whatever the other sections are."""
         known_name("data set", DATASETS, self.name)
@@ -568,7 +575,8 @@ class Config:
     """Probability of training without the label, where the model has a null label."""
     low_resolution: int | None = None
     """Super-resolution: height of the low-resolution image, averaged from the data's, that the
-    network is given; it needs model.image_cond. None: no super-resolution."""
+    network is given, or of which it is given the part in its window; it needs model.image_cond.
+    None: no super-resolution."""
     low_resolution_drop: float = 0.0
     """Probability of training with a low-resolution image that is all noise, which is what guidance
     compares with. The label is dropped by the same random number, so that with equal probabilities

@@ -34,7 +34,7 @@ from ..learned_schedule import continuous_bound_loss
 from ..learned_variance import hybrid_loss
 from ..samplers import SAMPLERS, TIMES, Sampler
 from ..schedules import SCHEDULES, MonotoneParams, Schedule, monotone
-from ..tiling import tiled
+from ..tiling import cover, tiled
 from ..training import TrainState, ema_warmup, init_state, projected
 from ..training.averaging import averaging
 from ..types import Array, Data, Denoiser, Key, Network, Real, known
@@ -95,8 +95,8 @@ class Experiment(NamedTuple):
         keys `[batch]`, in training mode. `partial(apply, params)` is a network.
       balance: (params, log_snr, losses) -> what training minimises, `[batch]` each: the losses, or
         exp(-u) loss + u if the uncertainty u is learned.
-      condition: (keys `[batch]`, batch, drop=False, cond_noise=None) -> what the network is
-        conditioned on, or None.
+      condition: (keys `[batch]`, batch, drop=False, cond_noise=None, told=None) -> what the network
+        is conditioned on, or None; `told` is of `augment`.
       denoiser: network -> denoiser, neither guided nor clipped; or flow map, which is one too.
       guide: (denoiser, start=denoiser, weaker=None) -> denoiser, by the chain of guidances in
         `sampling.guidance`. The chain begins with `start`; `weaker` is the denoiser of the network
@@ -104,9 +104,9 @@ class Experiment(NamedTuple):
       weaker: the network that the chain guides away from, or None.
       example: (keys `[batch]`, a batch's `x`) -> the examples that the network is trained on: the
         same, or latents that are drawn by their moments, and scaled.
-      augment: (keys `[batch]`, examples, what the network is conditioned on, whether in training)
-        -> both, of augmented images in training, and of windows, if the network takes these; else
-        the same.
+      augment: (keys `[batch]`, examples, whether in training) -> augmented images in training, and
+        windows, if the network takes these, else the same; and what the network is told of it, or
+        None.
       clip: denoiser -> denoiser, whose x_0 stays in [-1, 1] if the data are images.
       sampler: (denoiser, finish) -> `Sampler`. A guidance that acts on a whole step, if the chain
         begins with one, is applied to the denoiser; `finish`, denoiser -> denoiser, does the rest.
@@ -127,7 +127,7 @@ class Experiment(NamedTuple):
     balance: Callable[[Any, Array, Array], Array]
     condition: Callable[..., Any]
     example: Callable[[Key, Data], Data]
-    augment: Callable[[Key, Data, Any, bool], tuple[Data, Any]]
+    augment: Callable[[Key, Data, bool], tuple[Data, Any]]
     denoiser: Callable[[Network], Denoiser]
     guide: Callable[..., Denoiser]
     weaker: Weaker | None
@@ -201,11 +201,11 @@ def resolve(config: Config) -> Experiment:
     augmentation = _augmentation(config)
     augment_dim = models.takes(config.model, "augment_dim")
 
-    def augment(key, x, cond, train):
+    def augment(key, x, train):
         if augmentation is None or not (train or augmentation.side):
-            return x, cond
+            return x, None
         x, told = jax.vmap(augmentation.draw)(key, x)
-        return x, {**(cond or {}), "augment": told} if augment_dim else cond
+        return x, told if augment_dim else None
 
     def streams():
         # Threefry, whose draws do not depend on the layout of the devices.
@@ -492,6 +492,8 @@ def _of_windows(config):
             f"sampling.overlap={overlap}: must be at least 1, and less than the side of windows, "
             f"{found.side}"
         )
+    if config.low_resolution is not None:
+        _check_small_windows(config, found.side, overlap)
 
     def tell(cond, position):
         if not (cond and "augment" in cond):
@@ -499,6 +501,23 @@ def _of_windows(config):
         return {**cond, "augment": jnp.broadcast_to(position, cond["augment"].shape)}
 
     return lambda denoise: tiled(denoise, found.side, overlap, tell)
+
+
+def _check_small_windows(config, side, overlap):
+    """Raise a ValueError unless every window has a small image of whole pixels."""
+    low, size = config.low_resolution, config.data.image_size
+    if size is None:
+        raise ValueError(
+            f"low_resolution={low} with augmentation=window: needs the size of the images, "
+            "data.size, or data.shape, such as 28 28 1"
+        )
+    edges = [side, *(start for length in size for start in cover(length, side, overlap)[0])]
+    if any(edge * low % size[0] for edge in edges):
+        raise ValueError(
+            f"low_resolution={low} of images of {size[0]} x {size[1]}: the small images of windows "
+            f"of side={side}, with sampling.overlap={overlap}, are no whole pixels; choose another "
+            "side or overlap"
+        )
 
 
 def _featured(config, network):

@@ -280,11 +280,10 @@ def log_snr_shift(config: Config) -> float:
     Raises:
       ValueError: if it depends on the size of the images, and the config does not say this.
     """
-    base, d = config.schedule_base, config.data
+    base, size = config.schedule_base, config.data.image_size
     if base is None:
         return config.schedule_shift
-    size = (d.size,) * 2 if d.shape is None and d.size is not None else (d.shape or ())[:-1]
-    if len(size) != 2 or base < 1:
+    if size is None or base < 1:
         raise ValueError(
             f"schedule_base={base}: must be at least 1, and needs the size of the images, "
             "data.size, or data.shape, such as 28 28 1"
@@ -325,9 +324,9 @@ def _of_conditioning(c):
             f"data.latents={c.data.latents}",
         ),
         (
-            c.augmentation is None or not (learns_bound or c.low_resolution or c.data.latents),
-            f"augmentation={c.augmentation}: images of super-resolution and latents are not "
-            "augmented, nor images whose bound is learned (bound_weight, or schedule=monotone)",
+            c.augmentation is None or not (learns_bound or c.data.latents),
+            f"augmentation={c.augmentation}: latents are not augmented, nor images whose bound is "
+            "learned (bound_weight, or schedule=monotone)",
         ),
         (
             s.overlap is None or (c.augmentation == "window" and s.overlap >= 1),
@@ -489,7 +488,8 @@ def cautions(config: Config, schedule: Schedule, train: Examples) -> list[str]:
         found.append(f"pictures show the {channels} channels side by side, in grey")
     elif not around and channels > 2:
         found.append(f"pictures show the first two of {channels} features")
-    if config.augmentation is not None and not takes(config.model, "augment_dim"):
+    whole = network_shape(config, shape_of(x)) == shape_of(x)
+    if config.augmentation is not None and whole and not takes(config.model, "augment_dim"):
         found.append(
             f"augmentation={config.augmentation}: the network is not told of it, so samples will "
             "look augmented too; model.augment_dim tells it"
