@@ -47,8 +47,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "semigroup, own": dict(identity="semigroup"),
     "semigroup, own, halves (shortcut)": dict(identity="semigroup", first=0.5),
     "semigroup, pair (consistency)": dict(identity="semigroup", velocity="pair", first=0.02),
-    "Lagrangian, teacher": dict(identity="lagrangian", velocity="teacher"),
-    "Eulerian, teacher": dict(identity="eulerian", velocity="teacher"),
+    "Lagrangian, teacher": dict(identity="lagrangian", velocity="teacher", diagonal=0.25),
+    "Eulerian, teacher": dict(identity="eulerian", velocity="teacher", diagonal=0.25),
 }
 """Options of `flow_map_loss`, by what they are called."""
 
