@@ -157,7 +157,7 @@ def assert_close(got, expected, where):
 
 
 def main(out, *words):
-    """Compute the draws, samples and parameters of each layout; the first process writes them."""
+    """Compute what each layout draws and learns; the first process writes it."""
     which = dict(word.removeprefix("--distributed.").split("=") for word in words)
     count, process = int(which["processes"]), int(which["process"])
     distributed.setup(distributed.Distributed(which["coordinator"], count, process), BATCH)
@@ -167,6 +167,7 @@ def main(out, *words):
         runner = make()
         found[f"{name}/draws"] = draws(runner)
         found[f"{name}/images"] = images(runner)
+        found[f"{name}/coupled"] = coupled_losses(runner, "immiscible")
         found |= {f"{name}/{k}": v for k, v in parameters(runner).items()}
     if jax.process_index() == 0:
         np.savez(out, **found)
