@@ -396,8 +396,9 @@ def garments() -> Iterator[Restoration]:
 
 def colours() -> Iterator[Restoration]:
     """The rows of a picture of colourisation: an image each."""
-    for example in (3, 8, 20, 31):
-        yield Restoration("", example, inverse.greying(), pixels, LINEAR)
+    grey = lambda y: pixels(y.repeat(3, axis=-1))
+    for example in (4, 8, 20, 31):
+        yield Restoration("", example, inverse.greying(), grey, LINEAR)
 
 
 def picture(
@@ -473,6 +474,13 @@ measurements, one by `dps` in super-resolution and one by `ddrm` in compressed s
 its rotation by 180 degrees have the same Fourier magnitudes, so that two dresses are reconstructed
 upside down, and one sample mixes both. `ddrm` cannot retrieve phases, because it needs a linear
 operator.
+
+![Truth, its mean over the channels, and coloured samples by three solvers](images/colours.png)
+
+Colourisation is the inverse of `greying`. The network is `configs/folder.py` on 1,446 emoji of 32
+pixels (`studies/emoji.py`), trained for 1,500 steps with a learning rate that decays to 0; none of
+these was trained on. The measurement leaves colours open, so that samples differ in them. One
+sample of `dps` has lost the arrow.
 
 ## What a solver needs
 

@@ -504,7 +504,7 @@ thousand of a correct run misses.
 
 def resolution(record: dict[str, Any]) -> str:
     """The section on the schedule's shift, of what is on record."""
-    keys = ("frechet", "kernel", "precision", "recall")
+    keys = ("frechet", "precision", "recall")
     rows = [
         [str(side), f"{2 * math.log(32 / side) if variant == 'base_32' else 0:+.2f}"]
         + [spread(over_seeds(seeds, key)) for key in keys]
