@@ -164,20 +164,16 @@ def spread(values: list[float]) -> str:
 
 def of_plane(record: dict[str, Any], steps: int) -> str:
     """The table of what is on record of the plane, after so many training steps."""
-    again = [mixture().sample(jax.random.key(k), 4000) for k in range(100, 106)]
-    rows = [
-        [
-            "exact samples",
-            "",
-            spread([float(energy(*pair)) for pair in zip(again[::2], again[1::2], strict=True)]),
-        ]
-    ]
+    draws = [mixture().sample(jax.random.key(k), 4000) for k in range(100, 106)]
+    exact = spread([float(energy(draws[i], draws[i + 1])) for i in (0, 2, 4)])
+    rows: list[list[Any]] = [["exact samples", "", exact, *[""] * 5]]
     for target, row in itertools.product(TARGETS, ROWS):
         start = f"plane_{steps}/{target}/{row}/"
         if runs := [found for key, found in record.items() if key.startswith(start)]:
             cells = [spread([run[str(n)] for run in runs]) for n in STEPS]
-            rows.append([row, target, *cells, f"{statistics.mean(run['s'] for run in runs):.0f}"])
-    return table(["learned by", "target", *map(in_steps, STEPS), "seconds"], rows)
+            seconds = f"{statistics.mean(run['s'] for run in runs):.0f}"
+            rows.append([row, target, *cells, seconds, len(runs)])
+    return table(["learned by", "target", *map(in_steps, STEPS), "seconds", "seeds"], rows)
 
 
 def plane(args: Plane) -> None:

@@ -51,13 +51,11 @@ class Arguments:
 
 
 def enlarged(args: Arguments, config: Config, params: Any, batch: dict, shape: Any) -> np.ndarray:
-    """Samples, `[draws, n, *shape]`, each draw with a seed of its own."""
-    runner, found = runners.choose(config.parallel), []
-    for seed in range(args.draws):
-        e = resolve(dataclasses.replace(config, seed=seed))
-        generate = runner.map(sampling.make_generate(e, shape))
-        found.append(runners.in_batches(runner, generate, params, batch, 200))
-    return np.stack(found)
+    """Samples, `[draws, n, *shape]`; what is drawn depends on the index alone."""
+    runner, n = runners.choose(config.parallel), len(batch["index"])
+    generate = runner.map(sampling.make_generate(resolve(config), shape))
+    again = [batch | {"index": batch["index"] + draw * n} for draw in range(args.draws)]
+    return np.stack([runners.in_batches(runner, generate, params, b, 200) for b in again])
 
 
 def main(args: Arguments) -> None:
