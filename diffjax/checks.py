@@ -1,13 +1,14 @@
 """Checks of the functions and records that callers hand in: each error names what to pass instead.
 
-They look at types and attributes only, never at values, so they cost nothing under `jit`, where
-they run while a function is traced. Any callable may be a network, a denoiser or a weighting.
+They look at types, attributes and shapes only, never at values, so they cost nothing under `jit`,
+where they run while a function is traced. Any callable may be a network, a denoiser or a weighting.
 """
 
 import inspect
 from typing import Any
 
 import jax
+import numpy as np
 
 from .schedules import Schedule
 
@@ -60,12 +61,18 @@ def output(out: Any, x_t: Any) -> None:
         )
 
 
-def prediction(out: Any) -> None:
-    """Raise a TypeError unless a denoiser returned x_0 and eps."""
+def prediction(out: Any, x_t: Any) -> None:
+    """Raise a TypeError unless a denoiser returned x_0 and eps; a ValueError for other data."""
     if not (hasattr(out, "x_0") and hasattr(out, "eps")):
         raise TypeError(
             f"the denoiser returned a {type(out).__name__}, not a Prediction of x_0 and eps: make "
             "a network a denoiser by diffjax.denoiser(network, schedule, target)"
+        )
+    given, *found = map(np.shape, (x_t, out.x_0, out.eps))
+    if found != [given, given]:
+        raise ValueError(
+            f"x_t has shape {given}, and the denoiser predicts x_0 and eps of shapes {found[0]} "
+            f"and {found[1]}: all must be equal; a teacher must be of the same data"
         )
 
 

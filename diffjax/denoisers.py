@@ -193,6 +193,7 @@ def predict(
 
     Raises:
       TypeError: if it cannot be called, or returns something else, as a network does.
+      ValueError: if what it predicts has another shape than x_t.
     """
     given = {name: x for name, x in (("cond", cond), ("s", s)) if x is not None}
     checks.takes(denoise, x_t, t, **given)
@@ -202,7 +203,7 @@ def predict(
         if known_schedule(denoise) is None:
             checks.note_denoiser(error)
         raise
-    checks.prediction(out)
+    checks.prediction(out, x_t)
     return out
 
 

@@ -7,8 +7,8 @@ times, and its output is decoded at t, by the table of targets as ever:
 
 which is DDIM's step. At s = t the step is the identity for any network, and the prediction is that
 of a denoiser. On the circle of `ode`, with delta = phi_t - phi_s and the velocity u = (alpha eps -
-sigma x_0) / sqrt(alpha^2 + sigma^2) of the prediction, the step Y is exact if and only if one of
-three residuals R vanishes, where v is the velocity of the ODE:
+sigma x_0) / sqrt(alpha^2 + sigma^2) of the prediction, the step Y is exact if and only if u is v,
+the velocity of the ODE, at s = t, and one of three residuals R vanishes everywhere:
 
     Y(y, t, s) = cos(delta) y - sin(delta) u(y, t, s)
     Eulerian     cos(delta) (u - v) + sin(delta) (y + du/dphi_t)    = -dY/dphi_t along the path
@@ -132,7 +132,7 @@ def flow_map_loss(
       diagonal: the fraction of examples with s = t, if s is drawn.
       to_data: the fraction of examples with s = 0, if s is drawn.
       normalise: the power p of a factor stop_gradient(loss + 0.001)^-p (Geng et al. 2025), on
-        losses whose aim does not contain the noise of the pair.
+        each loss whose regression target does not contain the noise of the pair.
 
     Returns:
       Losses `[batch]`, averaged over the data axes.

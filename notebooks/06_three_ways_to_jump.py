@@ -22,6 +22,7 @@
 # !python -c "import diffjax" || pip install -q "..[plots]"
 # %matplotlib inline
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -76,8 +77,16 @@ figure
 # \qquad \text{two steps end where one does} $$
 #
 # The left sides are functions in `IDENTITIES`, in which a fourth, `progressive`, takes both steps
-# of the semigroup by a teacher. At the exact map they are zero but for rounding; a denoiser that
-# ignores $s$ obeys none of them.
+# of the semigroup by a teacher. Each returns $u$ and its residual:
+
+# %%
+three = "eulerian", "lagrangian", "semigroup"
+for name in three:
+    print(inspect.getsource(diffjax.IDENTITIES[name]))
+
+# %% [markdown]
+# At the exact map the residuals are zero but for rounding; a denoiser that ignores $s$ obeys none
+# of the identities.
 
 # %%
 t, s, r = (jnp.full(60, time) for time in (0.8, 0.2, 0.5))
@@ -89,7 +98,6 @@ def ignoring_s(x_t, t, cond=None, s=None):
     return data(x_t, t)
 
 
-three = "semigroup", "eulerian", "lagrangian"
 for name in three:
     identity, sizes = diffjax.IDENTITIES[name], []
     for mean in (data, ignoring_s):

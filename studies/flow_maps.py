@@ -1,7 +1,7 @@
 """Measure flow maps: each identity and velocity at 1, 2, 4 and 8 steps, over three seeds.
 
     python studies/flow_maps.py plane                       # five Gaussians, 6,000 steps each
-    python studies/flow_maps.py plane --steps=200 --seeds 0 # in a minute, to see that it works
+    python studies/flow_maps.py plane --steps=200 --seeds 0 # in minutes, to see that it works
     python studies/flow_maps.py fashion --seeds 0 --only "denoiser" "lagrangian, distilled"
     python studies/flow_maps.py page                        # the tables of docs/howto/few_steps.md
 
@@ -49,8 +49,13 @@ ROWS: dict[str, dict[str, Any]] = {
     "semigroup, pair (consistency)": dict(identity="semigroup", velocity="pair", first=0.02),
     "Lagrangian, teacher": dict(identity="lagrangian", velocity="teacher", diagonal=0.25),
     "Eulerian, teacher": dict(identity="eulerian", velocity="teacher", diagonal=0.25),
+    "semigroup, teacher": dict(identity="semigroup", velocity="teacher", diagonal=0.25),
+    "nothing but the diagonal (DDIM)": dict(diagonal=1.0),
 }
-"""Options of `flow_map_loss`, by what they are called."""
+"""Options of `flow_map_loss`, by what they are called. Those without a teacher take half of the
+batch to learn to denoise."""
+BATCH = 1024
+"""Examples of a step in the plane."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Plane:
     """Maps of a mixture of five Gaussians, by an MLP on rectified flow."""
 
     steps: int = 6000
-    """Training steps, of 512 examples."""
+    """Training steps, of 1,024 examples."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds; the table has their mean and standard deviation."""
 
@@ -111,12 +116,13 @@ def learn(
     )
 
     def loss(key, params, batch):
-        x_0 = data.sample(jax.random.fold_in(key, 1), 512)
+        x_0 = data.sample(jax.random.fold_in(key, 1), BATCH)
         network = functools.partial(apply, params)
-        return diffjax.flow_map_loss(key, network, SCHEDULE, target, x_0, **(options | teacher))
+        given = {"diagonal": 0.5} | options | teacher
+        return diffjax.flow_map_loss(key, network, SCHEDULE, target, x_0, **given)
 
     step = functools.partial(train_step, loss_fn=loss, tx=tx, ema_decay=0.999)
-    batch = {"index": jnp.arange(512)}
+    batch = {"index": jnp.arange(BATCH)}
 
     @jax.jit
     def train(state):
@@ -168,7 +174,7 @@ def of_plane(record: dict[str, Any], steps: int) -> str:
     exact = spread([float(energy(draws[i], draws[i + 1])) for i in (0, 2, 4)])
     rows: list[list[Any]] = [["exact samples", "", exact, *[""] * 5]]
     for target, row in itertools.product(TARGETS, ROWS):
-        start = f"plane_{steps}/{target}/{row}/"
+        start = f"plane_{steps}x{BATCH}/{target}/{row}/"
         if runs := [found for key, found in record.items() if key.startswith(start)]:
             cells = [spread([run[str(n)] for run in runs]) for n in STEPS]
             seconds = f"{statistics.mean(run['s'] for run in runs):.0f}"
@@ -179,7 +185,7 @@ def of_plane(record: dict[str, Any], steps: int) -> str:
 def plane(args: Plane) -> None:
     """Train and measure every row."""
     for target, seed, row in itertools.product(TARGETS, args.seeds, ROWS):
-        name = f"plane_{args.steps}/{target}/{row}/{seed}"
+        name = f"plane_{args.steps}x{BATCH}/{target}/{row}/{seed}"
         if name not in on_record():
             keep(name, in_plane(seed, args.steps, target, row))
             print(name, on_record()[name], flush=True)
@@ -188,19 +194,32 @@ def plane(args: Plane) -> None:
 
 BASE = ["--config=fashion_mnist", "--config.target=v", "--config.model.embedding=angle"]
 BASE += ["--config.weighting=unit", "--config.save_every=250"]
-MAP = ["--config.objective=flow_map", "--config.model.two_times=True", "--config.steps=1500"]
+GUIDANCE = ["classifier_free:weight=2.5", "within:low=-2,high=4"]
+"""Of the denoiser, when it draws samples and when it teaches."""
+MAP = ["--config.objective=flow_map", "--config.model.two_times=True", "--config.batch_size=32"]
+MAP += ["--config.steps=5250", "--config.optimizer.decay_steps=5250"]
+MAP += ["--config.optimizer.learning_rate=4e-3", "--config.sample_every=5250"]
 MAP += ["--config.sampling.sampler=jump", "--config.sampling.steps=1", "--config.sampling.guidance"]
 DISTILLED = ["--config.flow_map.velocity=TEACHER", "--config.flow_map.start=TEACHER"]
-DISTILLED += ["--config.flow_map.guidance", "1.5"]
+DISTILLED += ["--config.flow_map.diagonal=0.25", "--config.flow_map.guidance", *GUIDANCE]
 NETWORKS = {"denoiser": ["--config.steps=2500"]} | {
     f"{identity}, {how}": [*MAP, f"--config.flow_map.identity={identity}", *more]
     for identity in ("semigroup", "eulerian", "lagrangian")
     for how, more in (("from data", []), ("distilled", DISTILLED))
 }
 """Flags of train.py by network; TEACHER is the denoiser of the same seed."""
-DENOISER = {name: (1, 2, 4, 8, 20, 50) for name in ("ddim", "dpm_solver_pp_2m")}
-WALKS = {name: DENOISER if name == "denoiser" else {"jump": (1, 2, 4)} for name in NETWORKS}
-"""Samplers by network, with the numbers of their steps."""
+DENOISER = {
+    "ddim": ["--sampler=ddim", "--guidance", *GUIDANCE],
+    "dpm_solver_pp_2m": ["--sampler=dpm_solver_pp_2m", "--guidance", *GUIDANCE],
+    "ddim, unguided": ["--sampler=ddim", "--guidance"],
+}
+JUMP = {"jump": ["--sampler=jump", "--guidance"]}
+"""Flags of evaluate.py by what the walk is called."""
+WALKS = {
+    name: (DENOISER, (1, 2, 4, 8, 20, 50)) if name == "denoiser" else (JUMP, (1, 2, 4))
+    for name in NETWORKS
+}
+"""Walks by network, and the numbers of their steps."""
 SAMPLES = 5000
 
 
@@ -213,29 +232,39 @@ def run(script: str, *argv: str) -> float:
     return spent() - before
 
 
+def settings(name: str) -> list[str]:
+    """What the numbers of a network depend on: the flags of its training, and its guidance."""
+    return [*BASE, *NETWORKS[name], *(GUIDANCE if name == "denoiser" else [])]
+
+
 def in_images(name: str, seed: int) -> None:
     """Train a network, and record the distances of its samples that are not on record."""
     at = lambda network: HOME / f"{network.replace(', ', '_').replace(' ', '_')}_{seed}"
     workdir, key = at(name), f"fashion/{name}/{seed}"
-    recorded = lambda: on_record().get(key, {})
-    walks = [(sampler, n) for sampler, counts in WALKS[name].items() for n in counts]
-    if all(str(n) in recorded().get(sampler, {}) for sampler, n in walks):
+
+    def recorded() -> dict[str, Any]:
+        found = on_record().get(key, {})
+        return found if found.get("settings") == settings(name) else {"settings": settings(name)}
+
+    walks = list(itertools.product(*WALKS[name]))
+    if all(str(n) in recorded().get(walk, {}) for walk, n in walks):
         return
     flags = [flag.replace("TEACHER", str(at("denoiser"))) for flag in NETWORKS[name]]
     new = not workdir.exists()
     cpu = run("train.py", *BASE, *flags, f"--config.seed={seed}", f"--workdir={workdir}")
     if new:  # what is on record is of another run, and otherwise this was not the whole training
-        keep(key, {"date": time.strftime("%Y-%m-%d"), "cpu_s": round(cpu)})
-    for sampler, n in walks:
+        about = {"date": time.strftime("%Y-%m-%d"), "cpu_s": round(cpu)}
+        keep(key, about | {"settings": settings(name)})
+    for walk, n in walks:
         found = recorded()
-        if str(n) in found.get(sampler, {}):
+        if str(n) in found.get(walk, {}):
             continue
-        out, guidance = workdir / f"{sampler}_{n}.json", [] if sampler == "jump" else ["1.5"]
-        walk = [f"--sampler={sampler}", f"--steps={n}", "--guidance", *guidance]
+        out = workdir / f"{walk.replace(', ', '_')}_{n}.json"
         common = [f"--workdir={workdir}", f"--n={SAMPLES}", "--features=fashion_classifier"]
-        run("evaluate.py", *common, *walk, "--held_out=0", f"--result={out}")
+        common += ["--held_out=0", f"--steps={n}", f"--result={out}"]
+        run("evaluate.py", *common, *WALKS[name][0][walk])
         frechet = json.loads(out.read_text())["frechet"]
-        keep(key, found | {sampler: found.get(sampler, {}) | {str(n): frechet}})
+        keep(key, found | {walk: found.get(walk, {}) | {str(n): frechet}})
 
 
 def fashion(args: Fashion) -> None:
@@ -250,19 +279,19 @@ def fashion(args: Fashion) -> None:
 
 def of_fashion(record: dict[str, Any]) -> str:
     """The table of what is on record of Fashion-MNIST."""
-    rows = []
-    for name, walks in WALKS.items():
+    rows, columns = [], WALKS["denoiser"][1]
+    for name, (walks, _) in WALKS.items():
         runs = [run for key, run in record.items() if key.startswith(f"fashion/{name}/")]
-        for sampler in walks if runs else ():
-            columns = [str(n) for n in DENOISER["ddim"]]
-            found = [run.get(sampler, {}) for run in runs]
-            cells = [spread([each[n] for each in found if n in each]) for n in columns]
+        runs = [run for run in runs if run["settings"] == settings(name)]
+        for walk in walks:
+            found = [run.get(walk, {}) for run in runs]
+            cells = [spread([each[str(n)] for each in found if str(n) in each]) for n in columns]
             cpu = [run["cpu_s"] for run in runs if "cpu_s" in run]
             spent = f"{statistics.mean(cpu):,.0f}" if cpu else ""
             if any(cells):
-                rows.append([name, sampler, *cells, spent, len(runs)])
-    counts = map(in_steps, DENOISER["ddim"])
-    return table(["network", "sampler", *counts, "CPU-seconds", "seeds"], rows)
+                rows.append([name, walk, *cells, spent, len(runs)])
+    head = ["network", "sampler", *map(in_steps, columns), "CPU-seconds", "seeds"]
+    return table(head, rows)
 
 
 def page(_: Page) -> None:

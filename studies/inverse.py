@@ -479,8 +479,8 @@ operator.
 
 Colourisation is the inverse of `greying`. The network is `configs/folder.py` on 1,446 emoji of 32
 pixels (`studies/emoji.py`), trained for 1,500 steps with a learning rate that decays to 0; none of
-these was trained on. The measurement leaves colours open, so that samples differ in them. One
-sample of `dps` has lost the arrow.
+the pictured emoji was trained on. The measurement leaves colours open, so that samples differ in
+them. One sample of `dps` has lost the arrow.
 
 ## What a solver needs
 
@@ -533,17 +533,17 @@ ADVICE = """\
   within 10 % of the nearest, and by 400 passes it covers 0.89 to 0.91. It needs no option but the
   noise, and takes any operator. Walk by `ancestral`; by 25 passes `dpm_solver_pp_2m` is
   better except in inpainting, because its samples are not too narrow then.
-- **`pigdm` where A A^T is a multiple of the identity, or nearly**, as in super-resolution and
-  deblurring here: as near as `mmps`, for less. In compressed sensing it is not, because it takes
-  the data for equally wide in all directions. Walk by `ancestral`; a deterministic sampler keeps
-  the errors of the guidance.
+- **`pigdm` where time is short**: in super-resolution and deblurring here it is as near as `mmps`,
+  for less. In compressed sensing and inpainting it is not: it assumes that the data are equally
+  wide in all directions. Walk by `ancestral`; a deterministic sampler keeps the errors of the
+  guidance.
 - **`tds` where the posterior has several modes**, as in inpainting here, and time allows: its mean
   ends nearer than that of `mmps`. It is the only solver that converges to the exact posterior as
   steps and particles are added. With too few of either, a population collapses onto one sample:
   64 particles do by 25 passes.
 - **`ddrm` where the network's derivative costs too much.** Of the solvers without it, it is the
   nearest by 100 passes, except in deblurring; in inpainting it ends as near as `tds`. Its samples
-  are too narrow (coverage 0.4 to 0.8); in deblurring, more steps make this worse.
+  are too narrow (coverage 0.4 to 0.8), and more steps make this worse, most in deblurring.
 - **`diffpir`** needs neither the derivative nor a decomposition, and hardly depends on the number
   of steps; but more of them do not remove its bias.
 - **`dps`** where nothing else applies. Its scale must be found for each operator, number of steps
@@ -551,7 +551,7 @@ ADVICE = """\
   same scale does under others), and where its samples are near, they are too narrow.
 - **`repaint`** needs no noise, but is no better than `pigdm` in inpainting.
 
-A network that predicts eps has large errors of x_0 near t = 1, which the derivative of `mmps` and
+A network that predicts eps has large errors in x_0 near t = 1, which the derivative of `mmps` and
 `pigdm` amplifies: clip the guided denoiser, as the picture does, and give the other solvers a
 clipped one.
 """

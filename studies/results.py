@@ -390,8 +390,9 @@ run. The networks are `configs/fashion_mnist.py:small` (14 pixels) and `configs/
 after 400 steps of 32. The distances are in 24 principal components.
 
 {table}
-At 64 pixels the shift helps: the samples are nearer to the data, and recall is higher. At 14 and 28
-pixels the distances are equal within the spread over seeds; at 14 precision falls and recall rises.
+At 64 pixels the shift helps: the samples are nearer to the data, and recall is higher; precision is
+equal within the spread over seeds. At 14 and 28 pixels the distances are equal within the spread;
+at 14 precision falls and recall rises.
 
 """
 PAGE = """\

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 import train
 from diffjax import data, keys, models
 from diffjax.evaluation.sampling import make_generate
-from diffjax.experiment import Data, command_line, resolve
+from diffjax.experiment import Data, FlowMap, command_line, resolve
 from diffjax.experiment.functions import initial_state
 from diffjax.training import Losses, distributed, init_state, runners, train_step
 
@@ -116,8 +116,32 @@ def draws(runner, accumulate=1):
 
 def coupled_losses(runner, coupling):
     """The loss `[batch]` of each example, by index, of a network that says 0."""
-    e = resolve(dataclasses.replace(CONFIG, coupling=coupling))
-    e = e._replace(apply=lambda params, x_t, log_snr, cond, dropout: 0 * x_t)
+    config = dataclasses.replace(CONFIG, coupling=coupling)
+    return losses_of(runner, config, lambda params, x_t, log_snr, cond, dropout: 0 * x_t)
+
+
+def map_losses(runner, identity):
+    """The loss `[batch]` of each example, by index, of a flow map with dropout."""
+    config = dataclasses.replace(
+        CONFIG,
+        objective="flow_map",
+        target="v",
+        flow_map=FlowMap(identity=identity, diagonal=0.25),
+        model=dataclasses.replace(CONFIG.model, embedding="angle", two_times=True),
+        sampling=dataclasses.replace(CONFIG.sampling, sampler="jump", guidance=()),
+    )
+
+    def network(params, x_t, log_snr, cond, dropout):  # of each pixel alone
+        kept = jax.vmap(lambda k: jax.random.bernoulli(k, 0.5, x_t.shape[1:]))(dropout)
+        level = jnp.tanh(log_snr - cond["log_snr_s"] / 2) + cond["label"]
+        return kept * jnp.sin(x_t + level[:, None, None, None])
+
+    return losses_of(runner, config, network)
+
+
+def losses_of(runner, config, network):
+    """The loss `[batch]` of each example, by index, in a training step with another network."""
+    e = resolve(config)._replace(apply=network)
     loss_fn = train.make_loss(e, None, axis_name=runner.axis)
     step = make_step(loss_fn, lambda extra, seen: seen["loss"])
     init = lambda: init_state(E.keys().train, jnp.zeros(()), E.optimizer, jnp.zeros(BATCH))
@@ -168,6 +192,7 @@ def main(out, *words):
         found[f"{name}/draws"] = draws(runner)
         found[f"{name}/images"] = images(runner)
         found[f"{name}/coupled"] = coupled_losses(runner, "immiscible")
+        found[f"{name}/map"] = map_losses(runner, "eulerian")
         found |= {f"{name}/{k}": v for k, v in parameters(runner).items()}
     if jax.process_index() == 0:
         np.savez(out, **found)

@@ -133,12 +133,14 @@ def test_draws_images_and_parameters_in_two_processes(tmp_path, environment):
         runner = runners.sharded()
         draws, images = layouts.draws(runner), layouts.images(runner)
         coupled = layouts.coupled_losses(runner, "immiscible")
+        of_map = layouts.map_losses(runner, "eulerian")
         expected = layouts.parameters(runner)
     with np.load(out) as arrays:
         for name in layouts.LAYOUTS:
             np.testing.assert_array_equal(arrays[f"{name}/draws"], draws)
             np.testing.assert_allclose(arrays[f"{name}/images"], images, atol=1e-5)
             np.testing.assert_allclose(arrays[f"{name}/coupled"], coupled, rtol=1e-5)
+            np.testing.assert_allclose(arrays[f"{name}/map"], of_map, rtol=1e-4)
             got = {key: arrays[f"{name}/{key}"] for key in expected}
             layouts.assert_close(got, expected, f"{name} in two processes")
 

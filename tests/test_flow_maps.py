@@ -311,31 +311,29 @@ def pairs(schedule):
     return x_0, eps, diffjax.q_sample(schedule, x_0, T, eps)
 
 
-def eulerian_of_pair(schedule, network, target):
-    x_0, eps, x_t = pairs(schedule)
-    alpha, sigma = diffjax.scales_at(schedule, T, x_t)
-    radius = jnp.hypot(alpha, sigma)
-    u = flow_maps.velocity_of(flow_map(network, schedule, target), schedule)
-    v = lambda *_: (alpha * eps - sigma * x_0) / radius
-    t, s, r = map(jnp.asarray, (T, S, R))
-    return IDENTITIES["eulerian"](schedule, u, v, x_t / radius, t, s, r)[1]
-
-
 def test_meanflow_is_the_eulerian_row_with_the_velocity_of_the_pair(x64):
-    """Geng et al. 2025: u_tgt = v - (t - r)(v du/dz + du/dt), z = (1 - t) x + t e, v = e - x."""
-    schedule = even(diffjax.flow)
+    """Geng et al. 2025: u_tgt = v - (t - r)(v du/dz + du/dt), z = (1 - t) x + t e, v = e - x.
+
+    The last step has no length, so that its aim is v.
+    """
+    schedule, key = even(diffjax.flow), jax.random.key(2)
     average = lambda z, r, t: jnp.sin(z) * r[:, None] - jnp.tanh(z * t[:, None]) + t[:, None] ** 2
     clock = lambda log_snr: jax.nn.sigmoid(-log_snr / 2)  # sigma, their t
     network = lambda z, log_snr, cond: average(z, clock(cond["log_snr_s"]), clock(log_snr))
 
-    x, e, z = pairs(schedule)
-    t, r = (clock(schedule.log_snr(u)) for u in (T, S))
-    v = e - x
+    x = pairs(schedule)[0]
+    start, end = jnp.asarray(T), jnp.asarray(S).at[-1].set(T[-1])
+    e = diffjax.losses.draw(key, x, start)[1]
+    z, v = diffjax.q_sample(schedule, x, start, e), e - x
+    t, r = (clock(schedule.log_snr(time)) for time in (start, end))
     u, du = jax.jvp(average, (z, r, t), (v, jnp.zeros_like(r), jnp.ones_like(t)))
     theirs = u - (v - (t - r)[:, None] * du)
-    length = lambda t: jnp.hypot(t, 1 - t)[:, None]
-    ours = eulerian_of_pair(schedule, network, "flow")
-    np.testing.assert_allclose(ours, theirs * length(t) ** 2 / length(r), atol=1e-12)
+    length = lambda t: jnp.hypot(t, 1 - t)
+    ours = flow_map_loss(
+        key, network, schedule, "flow", x, identity="eulerian", velocity="pair", t=start, s=end
+    )
+    weight = length(t) ** 2 / length(r)  # of a velocity on the circle
+    np.testing.assert_allclose(ours, weight**2 * (theirs**2).mean(1), rtol=1e-9)
 
 
 def test_scm_is_the_eulerian_row_to_data_with_v(x64):
@@ -459,6 +457,25 @@ def test_on_the_diagonal_the_loss_is_that_of_the_denoiser():
         args = key, network, schedule, target, x_0, None, weight
         ours, denoising = flow_map_loss(*args, diagonal=1.0), diffjax.diffusion_loss(*args)
         np.testing.assert_allclose(ours, denoising, rtol=2e-5)
+
+
+@identities
+@pytest.mark.parametrize("taught", [False, True])
+def test_losses_are_normalised_where_their_aim_is_not_the_noisy_pair(identity, taught):
+    schedule = even()
+    oracle = oracles.gaussian(schedule, MEAN, COV)
+    network = lambda x_t, log_snr, cond: jnp.sin(x_t) * cond["log_snr_s"][:, None] / 10
+    x_0, t = jax.random.normal(jax.random.key(0), (6, 2)), jnp.asarray(T)
+    velocity = {"velocity": oracle} if taught else suited(identity, oracle)
+    loss = functools.partial(
+        flow_map_loss, jax.random.key(1), network, schedule, "v", x_0, t=t,
+        s=jnp.asarray(S).at[:3].set(t[:3]), identity=identity, **velocity,
+    )  # fmt: skip
+    plain, normalised = loss(), loss(normalise=0.5)
+    expected = plain / jnp.sqrt(plain + 1e-3)
+    if not velocity:
+        expected = jnp.where(jnp.arange(6) < 3, plain, expected)
+    np.testing.assert_allclose(normalised, expected, rtol=1e-6)
 
 
 @identities
@@ -783,6 +800,11 @@ NETWORK = lambda x_t, log_snr, cond: 0 * x_t
             ValueError,
             "another schedule",
         ),
+        (
+            dict(velocity=lambda x_t, t, cond=None: diffjax.Prediction(x_t[:, :1], x_t[:, :1])),
+            ValueError,
+            r"shape \(2, 3\), and the denoiser predicts x_0 and eps of shapes \(2, 1\) and",
+        ),
     ],
 )
 def test_bad_input_is_named(options, error, message):
@@ -804,6 +826,19 @@ def test_networks_that_cannot_be_of_two_times_are_refused(name):
         dataclasses.replace(config, two_times=True, embedding="log_snr")
     with pytest.raises(ValueError, match="embedding='time': one of log_snr, angle"):
         dataclasses.replace(config, embedding="time")
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_a_network_of_one_time_is_no_map(name):
+    network = functools.partial(models.apply, models.make_module(models.MODELS[name].config()), {})
+    schedule = diffjax.cosine()
+    jump = diffjax.jump(flow_map(network, schedule, "v"))
+    for use in (
+        lambda: flow_map_loss(jax.random.key(0), network, schedule, "v", X),
+        lambda: diffjax.sample(jax.random.key(0), jump, X, np.array([1.0, 0.0])),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is given two times.*set two_times=True"):
+            use()
 
 
 def test_a_jump_needs_a_map():

@@ -262,6 +262,15 @@ def test_dps_leaves_alone_what_is_neither_measured_nor_related():
         ),
         (lambda d, x: inverse.downsampling(0), "factor=0"),
         (lambda d, x: inverse.greying(4)(x), "channels=4: the images have 3"),
+        (lambda d, x: inverse.greying(0), "channels=0: must be a whole number of at least 1"),
+        (lambda d, x: inverse.inpainting(jnp.ones((5, 4, 1)))(x), r"a mask of shape \(5, 4, 1\) f"),
+        (lambda d, x: inverse.downsampling(2)(x[0, 0]), "downsampling of data of.*must be images"),
+        (
+            lambda d, x: inverse.phase_retrieval()(x[0]),
+            "phase retrieval of.*must be images",
+        ),
+        (lambda d, x: inverse.blurring(jnp.ones((2, 2)))(x[0]), "blurring of data.*must be images"),
+        (lambda d, x: inverse.blurring(jnp.ones((0, 3))), r"a kernel of shape \(0, 3\): must be"),
         (lambda d, x: inverse.phase_retrieval(0), "oversampling=0"),
         (lambda d, x: inverse.compressed_sensing(jax.random.key(0), 0, (4,)), "measurements=0"),
         (

@@ -59,6 +59,17 @@ def test_examples_are_paired_over_the_whole_batch_on_every_layout(monkeypatch, c
     assert 0 < (alone != losses[name]).mean() <= 1
 
 
+@pytest.mark.parametrize("identity", ["lagrangian", *slow("eulerian", "semigroup")])
+def test_the_losses_of_a_flow_map_are_equal_on_every_layout(monkeypatch, identity):
+    """Up to rounding, so both times, the noise and the dropout of every evaluation are equal."""
+    losses = []
+    for name, devices in (("sharded", 1), ("pmap", 8), ("fsdp", 4)):
+        on(monkeypatch, devices)
+        losses.append(layouts.map_losses(layouts.LAYOUTS[name](), identity))
+        np.testing.assert_allclose(losses[-1], losses[0], rtol=1e-4)
+    assert np.unique(losses[0]).size == len(losses[0])
+
+
 def test_the_default_runner_suits_the_processes(monkeypatch):
     assert [runners.choose(*args).name for args in ((None,), (None, 2))] == ["pmap", "sharded"]
     monkeypatch.setattr(jax, "process_count", lambda: 2)

@@ -2,15 +2,18 @@
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from test_train import assert_bitwise_equal, interrupted, newest, rows_of, run
 
 import diffjax
+import evaluate
 import sample
 import train
 from diffjax import checkpoint, data
@@ -394,6 +397,29 @@ def test_sample_draws_a_cascade_of_runs_with_the_classes_of_its_first(enlarger, 
     (first,) = settings["stages"]
     assert first["parameters"]["sha256"] != settings["parameters"]["sha256"]
     assert first["config"]["data"]["name"] == "digits" and settings["cascade"] == ["digits"]
+
+
+@pytest.mark.faults
+def test_a_cascade_of_three_runs_trains_and_is_sampled_and_evaluated(tmp_path):
+    """Of 4, 8 and 16 pixels; the pictures of the last run's training are of the cascade too."""
+    draws = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8)
+    (tmp_path / "data").mkdir()
+    for i, pixels in enumerate(draws):
+        Image.fromarray(pixels).save(tmp_path / "data" / f"{i}.png")
+    common = ["--config=folder:smoke", f"--config.data.path={tmp_path}/data", "--config.steps=2"]
+    common += ["--config.sampling.guidance", "--config.sampling.steps=2"]
+    runs = [tmp_path / str(side) for side in (4, 8, 16)]
+    for i, (side, workdir) in enumerate(zip((4, 8, 16), runs, strict=True)):
+        enlarges = [f"--config.low_resolution={side // 2}", "--config.model.image_cond=True"]
+        cascade = ["--config.sampling.cascade", *map(str, runs[:2])]
+        words = [f"--config.data.size={side}", *enlarges[: 2 * (i > 0)], *cascade[: 3 * (i == 2)]]
+        run(workdir, *common, *words)
+    assert (runs[2] / "samples.png").is_file()
+    sample.main([f"--workdir={runs[2]}", "--n=20", f"--out={tmp_path}/a.npz"])
+    assert sampling.read(tmp_path / "a.npz")[0].x.shape == (20, 16, 16, 3)
+    evaluate.main([f"--workdir={runs[2]}", "--n=20", "--held_out=0"])
+    found = json.loads((runs[2] / "evaluation.json").read_text())
+    assert found["frechet"] > 0 and len(found["samples"]["stages"]) == 2
 
 
 def test_a_cascade_of_a_config_is_found_from_any_directory(tmp_path, monkeypatch):

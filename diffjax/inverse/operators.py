@@ -79,7 +79,8 @@ def inpainting(mask: Float[Real, "..."]) -> Operator:
     same = lambda x: x
 
     def keep(x):
-        if jnp.ndim(mask) != x.ndim - 1:
+        sides = zip(jnp.shape(mask), x.shape[1:], strict=False)
+        if jnp.ndim(mask) != x.ndim - 1 or any(a not in (1, b) for a, b in sides):
             raise ValueError(f"a mask of shape {jnp.shape(mask)} for examples of {x.shape[1:]}")
         return x * jnp.broadcast_to(mask, x.shape).astype(x.dtype)
 
@@ -91,12 +92,13 @@ def downsampling(factor: int) -> Operator:
 
     Raises:
       ValueError: unless `factor` is a whole number of at least 1; when called, if it does not
-        divide height and width.
+        divide height and width, or the data are no images.
     """
     if not whole(factor):
         raise ValueError(f"{factor=}: must be a whole number of at least 1")
 
     def squares(x):
+        _check_images("downsampling", x)
         batch, height, width, channels = x.shape
         if height % factor or width % factor:
             raise ValueError(f"{factor=} does not divide an image of {height} x {width}")
@@ -119,8 +121,11 @@ def greying(channels: int = 3) -> Operator:
       channels: number of channels of the images.
 
     Raises:
-      ValueError: when called, if the images have another number of channels.
+      ValueError: unless `channels` is a whole number of at least 1; when called, if the images have
+        another number of channels.
     """
+    if not whole(channels):
+        raise ValueError(f"{channels=}: must be a whole number of at least 1")
 
     def pixels(x):
         if x.shape[-1] != channels:
@@ -155,12 +160,15 @@ def blurring(kernel: Float[Real, "..."]) -> Operator:
       kernel: `[height, width]`, the same for all channels.
 
     Raises:
-      ValueError: if the kernel does not have two axes.
+      ValueError: if the kernel does not have two axes, or is empty; when called, if the data are no
+        images.
     """
-    if jnp.ndim(kernel) != 2:
-        raise ValueError(f"a kernel of shape {jnp.shape(kernel)}: must be [height, width]")
+    kernel = jnp.asarray(kernel)
+    if kernel.ndim != 2 or not kernel.size:
+        raise ValueError(f"a kernel of shape {kernel.shape}: must be [height, width], 1 or more")
 
     def measure(x):
+        _check_images("blurring", x)
         channels = x.shape[-1]
         each = jnp.broadcast_to(
             jnp.asarray(kernel, x.dtype)[::-1, ::-1, None, None], (*kernel.shape, 1, channels)
@@ -216,12 +224,14 @@ def phase_retrieval(oversampling: int = 2) -> Operator:
         measurement has the padded size.
 
     Raises:
-      ValueError: unless `oversampling` is a whole number of at least 1.
+      ValueError: unless `oversampling` is a whole number of at least 1; when called, if the data
+        are no images.
     """
     if not whole(oversampling):
         raise ValueError(f"{oversampling=}: must be a whole number of at least 1")
 
     def measure(x):
+        _check_images("phase retrieval", x)
         size = tuple(oversampling * n for n in x.shape[1:3])
         return jnp.abs(jnp.fft.fft2(x, size, axes=(1, 2), norm="ortho")).astype(x.dtype)
 
@@ -291,6 +301,14 @@ def check_linear(name: str, operator: Measure, x: Data) -> None:
         raise ValueError(
             f"{name} needs a linear operator: `dps`, `mmps` and `tds` take others"
         ) from error
+
+
+def _check_images(what, x):
+    """Raise a ValueError unless the data are images."""
+    if x.ndim != 4:
+        raise ValueError(
+            f"{what} of data of shape {x.shape}: must be images, [batch, height, width, channels]"
+        )
 
 
 def _measured(operator, x):

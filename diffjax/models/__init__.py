@@ -174,7 +174,16 @@ def apply(
     `functools.partial(apply, module, params)` is a network as the core takes it. Dropout masks are
     drawn under `vmap`, each example's from its own key, so that they do not depend on how the batch
     is split over devices.
+
+    Raises:
+      ValueError: if `cond` has the end of a flow map's step, and the network does not take it.
     """
+    config = getattr(module, "config", None)
+    if "log_snr_s" in (cond or ()) and config is not None and not takes(config, "two_times"):
+        raise ValueError(
+            f"{name_of(config)} is given two times, and its config takes one: set two_times=True, "
+            "as the network of a flow map needs"
+        )
     if dropout is None:
         return jnp.asarray(module.apply({"params": params}, x_t, log_snr, cond))
 
