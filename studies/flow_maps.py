@@ -4,6 +4,7 @@
     python studies/flow_maps.py plane --steps=200 --seeds 0 # in minutes, to see that it works
     python studies/flow_maps.py fashion --seeds 0 --only "denoiser" "lagrangian, distilled"
     python studies/flow_maps.py page                        # the tables of docs/howto/few_steps.md
+    python studies/flow_maps.py picture                     # its picture
 
 `plane` measures the energy distance to exact samples, times 1,000, of maps by two targets.
 `fashion` trains a denoiser of Fashion-MNIST, maps that learn from it, and maps that learn from data
@@ -31,13 +32,16 @@ import optax
 import tyro
 
 import diffjax
-from diffjax import models, oracles
+from diffjax import checkpoint, models, oracles, plots
+from diffjax.evaluation.sampling import make_generate
+from diffjax.experiment import resolve
 from diffjax.training import init_state, train_step
 from markdown_table import table
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "studies" / "results" / "flow_maps.json"
 PAGE = ROOT / "docs" / "howto" / "few_steps.md"
+PICTURE = ROOT / "docs" / "images" / "fashion_map.png"
 HOME = Path("runs/flow_maps")
 STEPS = (1, 2, 4, 8)
 ROWS: dict[str, dict[str, Any]] = {
@@ -81,6 +85,14 @@ class Fashion:
 @dataclasses.dataclass(frozen=True)
 class Page:
     """Write the table of what is on record into docs/howto/few_steps.md."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """Draw the picture of docs/howto/few_steps.md by the networks that `fashion` has trained."""
+
+    seed: int = 0
+    """Seed of the networks."""
 
 
 SCHEDULE = diffjax.rectified_flow()
@@ -237,10 +249,14 @@ def settings(name: str) -> list[str]:
     return [*BASE, *NETWORKS[name], *(GUIDANCE if name == "denoiser" else [])]
 
 
+def run_of(name: str, seed: int) -> Path:
+    """The directory of the run of a network."""
+    return HOME / f"{name.replace(', ', '_').replace(' ', '_')}_{seed}"
+
+
 def in_images(name: str, seed: int) -> None:
     """Train a network, and record the distances of its samples that are not on record."""
-    at = lambda network: HOME / f"{network.replace(', ', '_').replace(' ', '_')}_{seed}"
-    workdir, key = at(name), f"fashion/{name}/{seed}"
+    workdir, key = run_of(name, seed), f"fashion/{name}/{seed}"
 
     def recorded() -> dict[str, Any]:
         found = on_record().get(key, {})
@@ -249,7 +265,7 @@ def in_images(name: str, seed: int) -> None:
     walks = list(itertools.product(*WALKS[name]))
     if all(str(n) in recorded().get(walk, {}) for walk, n in walks):
         return
-    flags = [flag.replace("TEACHER", str(at("denoiser"))) for flag in NETWORKS[name]]
+    flags = [flag.replace("TEACHER", str(run_of("denoiser", seed))) for flag in NETWORKS[name]]
     new = not workdir.exists()
     cpu = run("train.py", *BASE, *flags, f"--config.seed={seed}", f"--workdir={workdir}")
     if new:  # what is on record is of another run, and otherwise this was not the whole training
@@ -304,13 +320,31 @@ def page(_: Page) -> None:
     PAGE.write_text(text)
 
 
+def picture(args: Picture) -> None:
+    """Draw rows of a map's samples above those of its teacher, all from the same noise."""
+    index = np.arange(16, dtype=np.int32)
+    request = {"index": index, "label": index % 10}
+
+    def row(name: str, **walk: Any) -> jax.Array:
+        _, params, config = checkpoint.load(run_of(name, args.seed))
+        sampling = dataclasses.replace(config.sampling, times=None, **walk)
+        e = resolve(dataclasses.replace(config, sampling=sampling))
+        return make_generate(e, (28, 28, 1))(params, request)
+
+    guided = {"sampler": "ddim", "guidance": tuple(GUIDANCE)}
+    rows = [row("lagrangian, distilled", steps=n) for n in (1, 2, 4)]
+    rows += [row("denoiser", steps=n, **guided) for n in (4, 50)]
+    plots.image_grid(jnp.concatenate(rows), columns=len(index)).save(PICTURE)
+
+
 def main() -> None:
     """The command."""
-    commands = {Plane: plane, Fashion: fashion, Page: page}
+    commands = {Plane: plane, Fashion: fashion, Page: page, Picture: picture}
     chosen = tyro.cli(
         Annotated[Plane, tyro.conf.subcommand("plane")]
         | Annotated[Fashion, tyro.conf.subcommand("fashion")]
-        | Annotated[Page, tyro.conf.subcommand("page")],
+        | Annotated[Page, tyro.conf.subcommand("page")]
+        | Annotated[Picture, tyro.conf.subcommand("picture")],
         description=__doc__,
         use_underscores=True,
     )

@@ -11,8 +11,9 @@ AMD EPYC with AVX512_BF16:
     fashion_mnist   python train.py --config=configs/fashion_mnist.py       2.8 MB, 388 s
 
 `fashion_map` is a flow map, 2.8 MB, that draws an image by one evaluation of its network, or by a
-few, `--steps=4`. It was distilled on 2026-11-27 from a denoiser guided with weight 1.5, as
-"lagrangian, distilled" of `studies/flow_maps.py`; docs/howto/few_steps.md has its distances.
+few, `--steps=4`. It was distilled on 2026-11-28 from a denoiser that is guided with weight 2.5 at
+log-SNR from -2 to 4, as "lagrangian, distilled" of `studies/flow_maps.py`, seed 0;
+docs/howto/few_steps.md has its distances.
 
 The results of the first two, by `evaluate.py` (with `--n=800` for the digits) and by
 `evaluation.distances.from_halves`, with the results of real data in parentheses:
