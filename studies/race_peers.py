@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from race_settings import EVALUATIONS, GUIDANCE, LOG_SNR, NULL, Recipe
+from race_settings import EVALUATIONS, GUIDANCE, GUIDED, LOG_SNR, NULL, Recipe
 from speed_peers import diffusers_unet
 from speed_workloads import Workload
 
@@ -135,11 +135,12 @@ def with_our_recipe(recipe: Recipe) -> Entrant:
         return (torch.clamp(5 / log_snr.exp(), max=1) * of_eps * square).mean()
 
     def x_0_of(average, x, log_snr, label):
-        both = torch.cat([label, torch.full_like(label, NULL)])
-        every = log_snr.expand(2 * len(x))
-        alpha, sigma = (s[: len(x)] for s in scales(every))
-        given, without = call(average, torch.cat([x, x]), every, both).chunk(2)
-        out = without + GUIDANCE * (given - without)
+        every = log_snr.expand(len(x))
+        alpha, sigma = scales(every)
+        out = call(average, x, every, label)
+        if GUIDED[0] <= log_snr <= GUIDED[1]:
+            without = call(average, x, every, torch.full_like(label, NULL))
+            out = without + GUIDANCE * (out - without)
         return alpha * x - sigma * out if recipe.target == "v" else (x - sigma * out) / alpha
 
     def draw(average, label):

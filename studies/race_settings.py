@@ -3,9 +3,11 @@
 from typing import NamedTuple
 
 EVALUATIONS = 20
-"""Steps of every sampler. Guidance evaluates the network twice in each."""
-GUIDANCE = 2.5
+"""Steps of every sampler. Guidance evaluates the network twice."""
+GUIDANCE = 3.5
 """The weight of classifier-free guidance, of networks that are trained with labels."""
+GUIDED = (-3.0, 5.0)
+"""The log-SNR from which and up to which they are guided."""
 NULL = 10
 """The label that means "no label"; those of the data are 0 to 9."""
 LOG_SNR = (-10.0, 10.0)
@@ -25,6 +27,6 @@ class Recipe(NamedTuple):
 
     target: str = "v"
     rate: float = 3e-3
-    batch: int = 32
+    batch: int = 16
     ema: float = 0.995
     decays: bool = True
