@@ -249,7 +249,7 @@ means over the seeds, ± their standard deviation.
 
 {table}
 - diffjax: `configs/fashion_mnist.py` (with target v, batches of 16, and a learning rate of 3e-3
-  that decays to 0), `fashion_dit.py` and `fashion_edm2.py`, each with a warm-up of 5 % of the steps.
+  that decays to 0), `fashion_dit.py` and `fashion_edm2.py`. The rate rises for 5 % of the steps.
 - diffusers: UNet2DModel as its tutorial has it, of 28x28 pixels: DDPMScheduler, AdamW, an average,
   DDIM.
 - diffusers, our recipe: UNet2DModel with the parameters of our U-Net, and everything else as for
