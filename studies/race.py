@@ -21,6 +21,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -71,10 +72,11 @@ def call(*command: str | Path, **options: Any) -> str:
 
 
 def spent_by(*command: str | Path) -> float:
-    """The CPU-seconds of a command and of the processes that it starts."""
+    """The CPU-seconds of a command that finds nothing compiled, and of the processes it starts."""
     spent = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     before = spent()
-    call(*command)
+    with tempfile.TemporaryDirectory() as empty:
+        call(*command, env=os.environ | {"JAX_COMPILATION_CACHE_DIR": empty})
     return spent() - before
 
 
@@ -95,7 +97,7 @@ def ours(name: str, flags: Sequence[str], budget: int, seed: int, workdir: Path)
         step = (more - few) / (PROBES[1] - PROBES[0])
         keep(key, {"start": few - PROBES[0] * step, "step": step})
     cost = on_record()[key]
-    steps = int((budget - cost["start"]) / cost["step"])
+    steps = max(1, int((budget - cost["start"]) / cost["step"]))
     cpu = train([*flags, f"--config.seed={seed}"], steps, workdir)
     low, high = GUIDED
     chain = [f"classifier_free:weight={GUIDANCE}", f"within:low={low},high={high}"]
