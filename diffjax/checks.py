@@ -62,7 +62,12 @@ def output(out: Any, x_t: Any) -> None:
 
 
 def prediction(out: Any, x_t: Any) -> None:
-    """Raise a TypeError unless a denoiser returned x_0 and eps; a ValueError for other data."""
+    """Raise an error unless a denoiser returned x_0 and eps, each of the shape of x_t.
+
+    Raises:
+      TypeError: if it returned something else.
+      ValueError: if a shape is another.
+    """
     if not (hasattr(out, "x_0") and hasattr(out, "eps")):
         raise TypeError(
             f"the denoiser returned a {type(out).__name__}, not a Prediction of x_0 and eps: make "

@@ -408,12 +408,20 @@ def test_a_cascade_of_three_runs_trains_and_is_sampled_and_evaluated(tmp_path):
         Image.fromarray(pixels).save(tmp_path / "data" / f"{i}.png")
     common = ["--config=folder:smoke", f"--config.data.path={tmp_path}/data", "--config.steps=2"]
     common += ["--config.sampling.guidance", "--config.sampling.steps=2"]
-    runs = [tmp_path / str(side) for side in (4, 8, 16)]
-    for i, (side, workdir) in enumerate(zip((4, 8, 16), runs, strict=True)):
-        enlarges = [f"--config.low_resolution={side // 2}", "--config.model.image_cond=True"]
-        cascade = ["--config.sampling.cascade", *map(str, runs[:2])]
-        words = [f"--config.data.size={side}", *enlarges[: 2 * (i > 0)], *cascade[: 3 * (i == 2)]]
-        run(workdir, *common, *words)
+    runs = [tmp_path / side for side in ("4", "8", "16")]
+    image = "--config.model.image_cond=True"
+    words = {
+        "4": [],
+        "8": ["--config.low_resolution=4", image],
+        "16": [
+            "--config.low_resolution=8",
+            image,
+            "--config.sampling.cascade",
+            *map(str, runs[:2]),
+        ],
+    }
+    for workdir in runs:
+        run(workdir, *common, f"--config.data.size={workdir.name}", *words[workdir.name])
     assert (runs[2] / "samples.png").is_file()
     sample.main([f"--workdir={runs[2]}", "--n=20", f"--out={tmp_path}/a.npz"])
     assert sampling.read(tmp_path / "a.npz")[0].x.shape == (20, 16, 16, 3)
